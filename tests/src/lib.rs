@@ -1,0 +1,1 @@
+//! The system as its user sees it.

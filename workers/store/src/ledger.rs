@@ -1,0 +1,73 @@
+//! What a run has decided and what happened in it.
+
+use capfilt_schemas::{RoundRecord, RoundResult, RunId};
+use serde::{Deserialize, Serialize};
+
+use crate::{Created, Result, Store, layout, now_ms};
+
+/// One line of a run's history, for people; nothing is decided by it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct RunEvent {
+    /// 1 for the first.
+    pub number: u64,
+    /// What happened, in one sentence.
+    pub message: String,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub at_ms: u64,
+}
+
+impl Store {
+    /// Fixes the models of a round, once: the first record stays, and is what is returned.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`](crate::StoreError::Io) or [`StoreError::Record`](crate::StoreError::Record).
+    pub async fn start_round(&self, run: &RunId, record: RoundRecord) -> Result<RoundRecord> {
+        let path = layout::numbered(&layout::rounds(run), record.round.into());
+        Ok(match self.create_json(&path, &record).await? {
+            Created::New => record,
+            Created::Exists(first) => first,
+        })
+    }
+
+    /// The rounds that a run has started, first round first.
+    ///
+    /// # Errors
+    /// As [`start_round`](Self::start_round).
+    pub async fn rounds(&self, run: &RunId) -> Result<Vec<RoundRecord>> {
+        self.list_json(&layout::rounds(run)).await
+    }
+
+    /// Writes down what a round led to. A round that is built again with other settings has another dataset and another result.
+    ///
+    /// # Errors
+    /// As [`start_round`](Self::start_round).
+    pub async fn finish_round(&self, run: &RunId, result: &RoundResult) -> Result<Created<RoundResult>> {
+        let name = format!("{:08}-{}.json", result.round, result.dataset.digest);
+        self.create_json(&layout::results(run).join(name), result).await
+    }
+
+    /// The results of a run's rounds, by round and then by dataset digest.
+    ///
+    /// # Errors
+    /// As [`start_round`](Self::start_round).
+    pub async fn round_results(&self, run: &RunId) -> Result<Vec<RoundResult>> {
+        self.list_json(&layout::results(run)).await
+    }
+
+    /// Adds a line to a run's history.
+    ///
+    /// # Errors
+    /// As [`start_round`](Self::start_round).
+    pub async fn log_event(&self, run: &RunId, message: &str) -> Result<RunEvent> {
+        let make = |number| RunEvent { number, message: message.to_owned(), at_ms: now_ms() };
+        self.append_json(&layout::events(run), make).await
+    }
+
+    /// A run's history, oldest first.
+    ///
+    /// # Errors
+    /// As [`start_round`](Self::start_round).
+    pub async fn events(&self, run: &RunId) -> Result<Vec<RunEvent>> {
+        self.list_json(&layout::events(run)).await
+    }
+}

@@ -1,0 +1,139 @@
+//! Shards: Parquet objects of one table, named by their bytes. The same rows always give the same bytes.
+
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::Schema;
+use bytes::Bytes;
+use capfilt_schemas::{Digest, Output, Table, column};
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::basic::Compression;
+use parquet::file::properties::WriterProperties;
+use parquet::schema::types::ColumnPath;
+
+use crate::{Result, Store, StoreError};
+
+/// Rows in a row group: small, so that a reader of images holds few of them at a time.
+const ROW_GROUP_ROWS: usize = 512;
+
+/// Writes rows of one table into one shard. Row groups are cut by row count alone, so how the rows were batched does not matter.
+pub struct ShardWriter {
+    table: Table,
+    writer: ArrowWriter<Vec<u8>>,
+    rows: u64,
+}
+
+impl ShardWriter {
+    /// An empty shard.
+    ///
+    /// # Errors
+    /// [`StoreError::Parquet`].
+    pub fn new(table: Table) -> Result<Self> {
+        let mut properties = WriterProperties::builder()
+            .set_created_by("capfilt".to_owned())
+            .set_compression(Compression::SNAPPY)
+            .set_max_row_group_row_count(Some(ROW_GROUP_ROWS));
+        for opaque in [column::IMAGE, column::BYTES] {
+            properties = properties
+                .set_column_compression(ColumnPath::from(opaque), Compression::UNCOMPRESSED)
+                .set_column_dictionary_enabled(ColumnPath::from(opaque), false)
+                .set_column_statistics_enabled(ColumnPath::from(opaque), parquet::file::properties::EnabledStatistics::None);
+        }
+        let writer = ArrowWriter::try_new(Vec::new(), table.schema(), Some(properties.build()))
+            .map_err(|source| writing(table, source))?;
+        Ok(Self { table, writer, rows: 0 })
+    }
+
+    /// Appends rows.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`] if the columns are not the table's, [`StoreError::Parquet`] if they cannot be encoded.
+    pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
+        same_columns(self.table, batch.schema_ref())?;
+        self.rows += batch.num_rows() as u64;
+        self.writer.write(batch).map_err(|source| writing(self.table, source))
+    }
+
+    /// Rows so far.
+    #[must_use]
+    pub const fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Ends the shard and puts it. It is not visible until a commit names it.
+    ///
+    /// # Errors
+    /// [`StoreError::Parquet`] or [`StoreError::Io`].
+    pub async fn finish(self, store: &Store) -> Result<Output> {
+        let bytes = self.writer.into_inner().map_err(|source| writing(self.table, source))?;
+        let size = bytes.len() as u64;
+        let digest = store.put_object(self.table, bytes.into()).await?;
+        Ok(Output { table: self.table, digest, rows: self.rows, bytes: size })
+    }
+}
+
+impl Store {
+    /// The rows of a shard in batches of at most `batch_rows`. The bytes are held against the digest first.
+    ///
+    /// Decoding is CPU work: an async caller reads batches on a blocking thread.
+    ///
+    /// # Errors
+    /// As [`get_object`](Self::get_object); [`StoreError::Parquet`]; [`StoreError::Schema`].
+    pub async fn read_shard(
+        &self,
+        table: Table,
+        digest: &Digest,
+        batch_rows: usize,
+    ) -> Result<impl Iterator<Item = Result<RecordBatch>> + Send + use<>> {
+        let bytes = self.get_object(table, digest).await?;
+        read_parquet(table, &digest.to_string(), bytes, batch_rows)
+    }
+
+    /// All rows of a shard as one batch.
+    ///
+    /// # Errors
+    /// As [`read_shard`](Self::read_shard).
+    pub async fn read_whole(&self, table: Table, digest: &Digest) -> Result<RecordBatch> {
+        let batches = self.read_shard(table, digest, 8192).await?.collect::<Result<Vec<_>>>()?;
+        arrow::compute::concat_batches(&table.schema(), &batches).map_err(|e| StoreError::Parquet {
+            table,
+            what: digest.to_string(),
+            source: e.into(),
+        })
+    }
+}
+
+/// The rows of Parquet `bytes` that should be rows of `table`; `what` names them in errors.
+///
+/// # Errors
+/// [`StoreError::Parquet`] or [`StoreError::Schema`].
+pub fn read_parquet(
+    table: Table,
+    what: &str,
+    bytes: Bytes,
+    batch_rows: usize,
+) -> Result<impl Iterator<Item = Result<RecordBatch>> + Send + use<>> {
+    let what = what.to_owned();
+    let fail = move |source| StoreError::Parquet { table, what: what.clone(), source };
+    let builder = ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(&fail)?;
+    same_columns(table, builder.schema())?;
+    let reader = builder.with_batch_size(batch_rows).build().map_err(&fail)?;
+    let schema = table.schema();
+    Ok(reader.map(move |batch| batch.and_then(|b| b.with_schema(Arc::clone(&schema))).map_err(|e| fail(e.into()))))
+}
+
+fn same_columns(table: Table, found: &Schema) -> Result<()> {
+    let expected = table.schema();
+    let same = expected.fields().len() == found.fields().len()
+        && expected.fields().iter().zip(found.fields()).all(|(e, f)| e.name() == f.name() && e.data_type() == f.data_type());
+    if same {
+        return Ok(());
+    }
+    let names = |s: &Schema| s.fields().iter().map(|f| format!("{}: {}", f.name(), f.data_type())).collect::<Vec<_>>().join(", ");
+    Err(StoreError::Schema { table, expected: names(&expected), found: names(found) })
+}
+
+fn writing(table: Table, source: parquet::errors::ParquetError) -> StoreError {
+    StoreError::Parquet { table, what: "being written".to_owned(), source }
+}

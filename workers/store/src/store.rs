@@ -1,0 +1,227 @@
+//! The handle on the store, and the few ways in which bytes go in and out.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use capfilt_schemas::{Digest, Table};
+use futures::TryStreamExt;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::prefix::PrefixStore;
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use url::Url;
+
+use crate::{Result, StoreError, layout};
+
+/// The layout that this program reads and writes.
+const FORMAT: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct Marker {
+    format: u32,
+}
+
+/// What came of creating a record.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Created<T> {
+    /// It is there now, and was not before.
+    New,
+    /// Somebody was first; this is what they wrote.
+    Exists(T),
+}
+
+/// A place for shards and records. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    url: Url,
+}
+
+impl Store {
+    /// Opens the store at `address`, and makes it there if it does not exist yet: a folder's path, or a URL (`file:`, `memory:`).
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] if the address cannot be understood, reached or written to, or holds another format.
+    pub async fn open(address: &str) -> Result<Self> {
+        let fail = |reason: String| StoreError::Open { url: address.to_owned(), reason };
+        let (inner, url) = backend(address).map_err(fail)?;
+        let store = Self { inner, url };
+        let marker = store
+            .create_json(&layout::marker(), &Marker { format: FORMAT })
+            .await
+            .map_err(|e| fail(format!("it cannot be reached or written to ({})", chain(&e))))?;
+        match marker {
+            Created::Exists(m) if m.format != FORMAT => Err(StoreError::Open {
+                url: address.to_owned(),
+                reason: format!("it has format {}, this program reads format {FORMAT}", m.format),
+            }),
+            _ => Ok(store),
+        }
+    }
+
+    /// Where the store is.
+    #[must_use]
+    pub const fn url(&self) -> &Url {
+        &self.url
+    }
+
+    /// The object store underneath, rooted at this store: for engines that read shards themselves.
+    #[must_use]
+    pub fn object_store(&self) -> Arc<dyn ObjectStore> {
+        Arc::clone(&self.inner)
+    }
+
+    /// The path of an object below [`object_store`](Self::object_store).
+    #[must_use]
+    pub fn object_path(&self, table: Table, digest: &Digest) -> Path {
+        layout::object(table, digest)
+    }
+
+    /// Puts an object under the name of its bytes. Putting it twice is the same as once.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub async fn put_object(&self, table: Table, bytes: Bytes) -> Result<Digest> {
+        let digest = Digest::of(&bytes);
+        self.create(&layout::object(table, &digest), bytes).await?;
+        Ok(digest)
+    }
+
+    /// An object's bytes, held against its name.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`], [`StoreError::Corrupt`] or [`StoreError::Io`].
+    pub async fn get_object(&self, table: Table, digest: &Digest) -> Result<Bytes> {
+        let path = layout::object(table, digest);
+        let bytes = self.get(&path).await?.ok_or_else(|| StoreError::Missing { path: path.to_string() })?;
+        let found = Digest::of(&bytes);
+        if found == *digest { Ok(bytes) } else { Err(StoreError::Corrupt { path: path.to_string(), found }) }
+    }
+
+    /// Creates `path` if it is not there; `true` if this call made it.
+    pub(crate) async fn create(&self, path: &Path, bytes: Bytes) -> Result<bool> {
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        match self.inner.put_opts(path, PutPayload::from_bytes(bytes), options).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::AlreadyExists { .. }) => Ok(false),
+            Err(source) => Err(StoreError::Io { verb: "write", path: path.to_string(), source }),
+        }
+    }
+
+    /// Creates a record, or tells what stands there already.
+    pub(crate) async fn create_json<T: Serialize + DeserializeOwned>(&self, path: &Path, record: &T) -> Result<Created<T>> {
+        let json = serde_json::to_vec_pretty(record).map_err(|source| StoreError::Record { path: path.to_string(), source })?;
+        if self.create(path, json.into()).await? {
+            return Ok(Created::New);
+        }
+        let there = self.get_json(path).await?;
+        there.map(Created::Exists).ok_or_else(|| StoreError::Missing { path: path.to_string() })
+    }
+
+    /// Appends a record under the next free number below `folder`; `make` is told the number.
+    pub(crate) async fn append_json<T: Serialize + DeserializeOwned>(&self, folder: &Path, make: impl Fn(u64) -> T) -> Result<T> {
+        let mut n = self.list(folder).await?.iter().filter_map(|m| layout::number_of(&m.location)).max().unwrap_or(0);
+        loop {
+            n += 1;
+            let record = make(n);
+            if self.create_json(&layout::numbered(folder, n), &record).await?.is_new() {
+                return Ok(record);
+            }
+        }
+    }
+
+    pub(crate) async fn get(&self, path: &Path) -> Result<Option<Bytes>> {
+        let fail = |source| StoreError::Io { verb: "read", path: path.to_string(), source };
+        match self.inner.get(path).await {
+            Ok(found) => found.bytes().await.map(Some).map_err(fail),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(source) => Err(fail(source)),
+        }
+    }
+
+    pub(crate) async fn get_json<T: DeserializeOwned>(&self, path: &Path) -> Result<Option<T>> {
+        let Some(bytes) = self.get(path).await? else { return Ok(None) };
+        serde_json::from_slice(&bytes).map(Some).map_err(|source| StoreError::Record { path: path.to_string(), source })
+    }
+
+    /// Every record directly or deeper below `folder`, in the order of their paths.
+    pub(crate) async fn list_json<T: DeserializeOwned>(&self, folder: &Path) -> Result<Vec<T>> {
+        let mut records = Vec::new();
+        for meta in self.list(folder).await? {
+            if let Some(record) = self.get_json(&meta.location).await? {
+                records.push(record);
+            }
+        }
+        Ok(records)
+    }
+
+    /// Everything below `folder`, in the order of their paths.
+    pub(crate) async fn list(&self, folder: &Path) -> Result<Vec<ObjectMeta>> {
+        let mut found: Vec<ObjectMeta> = self.inner.list(Some(folder)).try_collect().await.map_err(|source| StoreError::Io {
+            verb: "list",
+            path: folder.to_string(),
+            source,
+        })?;
+        found.sort_by(|a, b| a.location.cmp(&b.location));
+        Ok(found)
+    }
+
+    pub(crate) async fn delete(&self, path: &Path) -> Result<()> {
+        match self.inner.delete(path).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(source) => Err(StoreError::Io { verb: "delete", path: path.to_string(), source }),
+        }
+    }
+}
+
+impl<T> Created<T> {
+    /// Whether this call made the record.
+    pub const fn is_new(&self) -> bool {
+        matches!(self, Self::New)
+    }
+}
+
+/// The backend for an address, rooted at the address's own path.
+fn backend(address: &str) -> std::result::Result<(Arc<dyn ObjectStore>, Url), String> {
+    if address == "memory:" || address == "memory:///" {
+        let url = Url::parse("memory:///").map_err(|e| e.to_string())?;
+        return Ok((Arc::new(InMemory::new()), url));
+    }
+    let url = match Url::parse(address) {
+        Ok(url) if url.scheme().len() > 1 => url,
+        _ => {
+            let path = std::path::absolute(address).map_err(|e| format!("`{address}` is no path ({e})"))?;
+            Url::from_directory_path(&path).map_err(|()| format!("`{}` cannot be written as a URL", path.display()))?
+        }
+    };
+    if url.scheme() == "file" {
+        let folder = url.to_file_path().map_err(|()| "a file URL needs an absolute path".to_owned())?;
+        std::fs::create_dir_all(&folder).map_err(|e| format!("the folder cannot be made ({e})"))?;
+        let local = LocalFileSystem::new_with_prefix(&folder).map_err(|e| e.to_string())?;
+        return Ok((Arc::new(local), url));
+    }
+    let (inner, root) = object_store::parse_url(&url)
+        .map_err(|e| format!("this build has no backend for `{}:` ({e}); use a folder, `file:` or `memory:`", url.scheme()))?;
+    Ok((Arc::new(PrefixStore::new(inner, root)), url))
+}
+
+/// The whole chain of an error's causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+/// Milliseconds since 1970-01-01 UTC.
+#[must_use]
+pub fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
