@@ -1,0 +1,255 @@
+//! The multimodal mixture of encoder-decoder (MED) of BLIP (arXiv 2201.12086), in the weight layout of Hugging Face's
+//! `BlipForConditionalGeneration` and `BlipForImageTextRetrieval`.
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Init, VarBuilder};
+
+use crate::config::{MedConfig, TextConfig};
+use crate::error::{ModelError, Result};
+use crate::layers::{LayerNorm, Linear, l2_normalize};
+use crate::text::{CrossCache, SelfCache, TextModel, causal_mask, padding_mask};
+use crate::vision::VisionModel;
+
+/// Which text parts a MED has. The vision transformer is always there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts {
+    /// The image-grounded decoder with its language-model head: a captioner.
+    pub decoder: bool,
+    /// The text encoder with the ITC projections and the ITM head: a filter.
+    pub encoder: bool,
+}
+
+impl Parts {
+    /// A captioner: `BlipForConditionalGeneration`.
+    pub const CAPTIONER: Self = Self { decoder: true, encoder: false };
+    /// A filter: `BlipForImageTextRetrieval`.
+    pub const FILTER: Self = Self { decoder: false, encoder: true };
+    /// Both on one vision transformer, as in pre-training.
+    pub const FULL: Self = Self { decoder: true, encoder: true };
+}
+
+/// A MED with its weights on a device.
+#[derive(Debug, Clone)]
+pub struct Med {
+    config: MedConfig,
+    device: Device,
+    dtype: DType,
+    vision: VisionModel,
+    decoder: Option<Decoder>,
+    encoder: Option<Encoder>,
+}
+
+#[derive(Debug, Clone)]
+struct Decoder {
+    bert: TextModel,
+    transform: Linear,
+    layer_norm: LayerNorm,
+    vocabulary: Linear,
+}
+
+#[derive(Debug, Clone)]
+struct Encoder {
+    bert: TextModel,
+    vision_proj: Linear,
+    text_proj: Linear,
+    itm_head: Linear,
+}
+
+impl Med {
+    /// Builds the parts from a source of tensors: a file, or the variables of a trainer.
+    ///
+    /// # Errors
+    /// The config is unusable, or a tensor is missing or misshapen.
+    #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
+    pub fn load(config: &MedConfig, vb: VarBuilder<'_>, parts: Parts) -> Result<Self> {
+        let config = config.clone().checked()?;
+        let text = &config.text_config;
+        let (d_v, d, shared) = (config.vision_config.hidden_size, text.hidden_size, config.image_text_hidden_size);
+        let decoder = match parts.decoder {
+            true => Some(Decoder::load(text, vb.pp("text_decoder"))?),
+            false => None,
+        };
+        let encoder = match parts.encoder {
+            true => Some(Encoder {
+                bert: TextModel::load(text, vb.pp("text_encoder"))?,
+                vision_proj: Linear::load(d_v, shared, vb.pp("vision_proj"))?,
+                text_proj: Linear::load(d, shared, vb.pp("text_proj"))?,
+                itm_head: Linear::load(d, 2, vb.pp("itm_head"))?,
+            }),
+            false => None,
+        };
+        Ok(Self {
+            vision: VisionModel::load(&config.vision_config, vb.pp("vision_model"))?,
+            decoder,
+            encoder,
+            device: vb.device().clone(),
+            dtype: vb.dtype(),
+            config,
+        })
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &MedConfig {
+        &self.config
+    }
+
+    /// The device that holds the weights.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The number type of weights and activations.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The parts that are there.
+    #[must_use]
+    pub fn parts(&self) -> Parts {
+        Parts { decoder: self.decoder.is_some(), encoder: self.encoder.is_some() }
+    }
+
+    /// Normalised pixels `(b, 3, s, s)` to image states `(b, 1 + patches, d_v)`, after the last layer norm.
+    ///
+    /// # Errors
+    /// The images have another size than the config says.
+    pub fn encode_image(&self, pixels: &Tensor) -> Result<Tensor> {
+        Ok(self.vision.forward(&pixels.to_dtype(self.dtype)?)?)
+    }
+
+    /// ITC features `(b, p)` of image states `(b, n, d_v)`: class token, projected, of length 1.
+    ///
+    /// # Errors
+    /// There is no encoder part, or shapes do not fit.
+    pub fn image_features(&self, image_states: &Tensor) -> Result<Tensor> {
+        let encoder = self.encoder("image features")?;
+        Ok(l2_normalize(&encoder.vision_proj.forward(&first(image_states)?)?)?)
+    }
+
+    /// ITC features `(b, p)` of texts: ids and mask `(b, t)`, `[CLS]` first; projected, of length 1. No image is seen.
+    ///
+    /// # Errors
+    /// There is no encoder part, or shapes do not fit.
+    pub fn text_features(&self, ids: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let encoder = self.encoder("text features")?;
+        let mask = padding_mask(mask, self.dtype)?;
+        let states = encoder.bert.forward(ids, Some(&mask), None)?;
+        Ok(l2_normalize(&encoder.text_proj.forward(&first(&states)?)?)?)
+    }
+
+    /// ITM logits `(rows, 2)`, class 1 = match, of texts `(rows, t)` against their image states `(b, n, d_v)`.
+    ///
+    /// `rows` is `b`, or `b·k` with the `k` texts of an image side by side.
+    ///
+    /// # Errors
+    /// There is no encoder part, or shapes do not fit.
+    pub fn itm_logits(&self, ids: &Tensor, mask: &Tensor, image_states: &Tensor) -> Result<Tensor> {
+        self.itm_logits_cached(ids, mask, &self.encoder_cross_cache(image_states)?)
+    }
+
+    /// [`Self::itm_logits`] with the keys and values of the images already there.
+    ///
+    /// # Errors
+    /// There is no encoder part, or shapes do not fit.
+    pub fn itm_logits_cached(&self, ids: &Tensor, mask: &Tensor, images: &CrossCache) -> Result<Tensor> {
+        let encoder = self.encoder("image-text matching")?;
+        let mask = padding_mask(mask, self.dtype)?;
+        let states = encoder.bert.forward(ids, Some(&mask), Some(images))?;
+        Ok(encoder.itm_head.forward(&first(&states)?)?)
+    }
+
+    /// Keys and values of image states `(b, n, d_v)` for the image-grounded encoder.
+    ///
+    /// # Errors
+    /// There is no encoder part, or shapes do not fit.
+    pub fn encoder_cross_cache(&self, image_states: &Tensor) -> Result<CrossCache> {
+        let encoder = self.encoder("image-text matching")?;
+        Ok(encoder.bert.cross_cache(image_states)?)
+    }
+
+    /// Next-token logits `(rows, t, vocab)` of whole texts `(rows, t)`, `[DEC]` first, given image states `(b, n, d_v)`;
+    /// `rows` is `b` or `b·k`, image-major. Padding (`mask` 0) is hidden.
+    ///
+    /// # Errors
+    /// There is no decoder part, or shapes do not fit.
+    pub fn lm_logits(&self, ids: &Tensor, mask: &Tensor, image_states: &Tensor) -> Result<Tensor> {
+        let decoder = self.decoder("a language model")?;
+        let causal = causal_mask(ids.dim(1)?, self.dtype, ids.device())?;
+        let mask = padding_mask(mask, self.dtype)?.broadcast_add(&causal)?;
+        let cross = decoder.bert.cross_cache(image_states)?;
+        let states = decoder.bert.forward(ids, Some(&mask), Some(&cross))?;
+        Ok(decoder.logits(&states)?)
+    }
+
+    /// Keys and values of image states `(b, n, d_v)` for the decoder.
+    ///
+    /// # Errors
+    /// There is no decoder part, or shapes do not fit.
+    pub fn decoder_cross_cache(&self, image_states: &Tensor) -> Result<CrossCache> {
+        let decoder = self.decoder("captioning")?;
+        Ok(decoder.bert.cross_cache(image_states)?)
+    }
+
+    /// An empty cache for decoding `rows` texts of at most `max_length` tokens.
+    ///
+    /// # Errors
+    /// There is no decoder part, or no memory.
+    pub fn decoder_self_cache(&self, rows: usize, max_length: usize) -> Result<SelfCache> {
+        let decoder = self.decoder("captioning")?;
+        Ok(decoder.bert.self_cache(rows, max_length)?)
+    }
+
+    /// Logits `(rows, vocab)` after the last of the new tokens `(rows, t)`; earlier tokens are in the cache.
+    ///
+    /// # Errors
+    /// There is no decoder part, the cache is full, or shapes do not fit.
+    pub fn decode_step(&self, ids: &Tensor, cache: &mut SelfCache, images: &CrossCache) -> Result<Tensor> {
+        let decoder = self.decoder("captioning")?;
+        let states = decoder.bert.forward_cached(ids, cache, images)?;
+        let last = states.narrow(1, states.dim(1)? - 1, 1)?.squeeze(1)?;
+        Ok(decoder.logits(&last)?)
+    }
+
+    fn decoder(&self, wanted: &'static str) -> Result<&Decoder> {
+        self.decoder.as_ref().ok_or(ModelError::MissingPart { wanted, missing: "text_decoder" })
+    }
+
+    fn encoder(&self, wanted: &'static str) -> Result<&Encoder> {
+        self.encoder.as_ref().ok_or(ModelError::MissingPart { wanted, missing: "text_encoder" })
+    }
+}
+
+impl Decoder {
+    #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
+    fn load(config: &TextConfig, vb: VarBuilder<'_>) -> candle_core::Result<Self> {
+        let (d, vocab) = (config.hidden_size, config.vocab_size);
+        let bert = TextModel::load(config, vb.pp("bert"))?;
+        let head = vb.pp("cls.predictions");
+        // Tied to the word embeddings unless the file says otherwise (the public checkpoints store a copy).
+        let weight = match head.contains_tensor("decoder.weight") {
+            true => head.get((vocab, d), "decoder.weight")?,
+            false => bert.word_embeddings().clone(),
+        };
+        let bias = head.get_with_hints(vocab, "bias", Init::Const(0.0))?;
+        Ok(Self {
+            transform: Linear::load(d, d, head.pp("transform.dense"))?,
+            layer_norm: LayerNorm::load(d, config.layer_norm_eps, head.pp("transform.LayerNorm"))?,
+            vocabulary: Linear::new(weight, bias),
+            bert,
+        })
+    }
+
+    /// `(.., d)` to `(.., vocab)`.
+    fn logits(&self, states: &Tensor) -> candle_core::Result<Tensor> {
+        let hidden = self.transform.forward(states)?.gelu_erf()?;
+        self.vocabulary.forward(&self.layer_norm.forward(&hidden)?)
+    }
+}
+
+/// The state of the first token: `(b, n, d)` to `(b, d)`.
+fn first(states: &Tensor) -> candle_core::Result<Tensor> {
+    states.narrow(1, 0, 1)?.squeeze(1)
+}

@@ -1,0 +1,61 @@
+//! Differentiable tensor operations that training and inference share.
+//!
+//! candle's fused layer norm and softmax have no backward pass (the gradient is silently lost), and its composed ones pass over
+//! memory many times. These do each in one multi-threaded pass on a CPU, with a backward pass of their own; on any other device they
+//! fall back to composed operations with the same result. One function serves both uses, so a model cannot be right in one and wrong
+//! in the other.
+//!
+//! Results do not depend on the number of threads: work is cut by rows, and sums over rows are added in the order of fixed blocks.
+
+mod attention;
+mod cross_entropy;
+mod gelu;
+mod kernel;
+mod layer_norm;
+mod linear;
+
+pub use attention::{Mask, attention, attention_packed};
+pub use cross_entropy::smoothed_cross_entropy;
+pub use gelu::gelu;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+
+use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
+
+/// Whether the one-pass CPU kernels apply to these tensors.
+fn on_cpu(tensors: &[&Tensor]) -> bool {
+    tensors
+        .iter()
+        .all(|tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32)
+}
+
+/// The elements of a contiguous f32 argument of a custom operation.
+fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("operation needs a contiguous argument, got strides {:?}", layout.stride());
+    };
+    Ok(&storage.as_slice::<f32>()?[start..end])
+}
+
+/// Runs `read` on the elements of contiguous f32 CPU tensors.
+fn with_slices<R>(tensors: &[&Tensor], read: impl FnOnce(&[&[f32]]) -> Result<R>) -> Result<R> {
+    let guards: Vec<_> = tensors.iter().map(|tensor| tensor.storage_and_layout()).collect();
+    let slices = guards
+        .iter()
+        .map(|(storage, layout)| match &**storage {
+            Storage::Cpu(storage) => slice(storage, layout),
+            _ => candle_core::bail!("operation needs tensors in main memory"),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    read(&slices)
+}
+
+/// A tensor like `like` in shape, from its elements.
+fn tensor_like(elements: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec(elements, like.shape(), like.device())
+}
+
+/// What a custom operation returns from its forward pass.
+fn output(elements: Vec<f32>, shape: impl Into<Shape>) -> (CpuStorage, Shape) {
+    (CpuStorage::F32(elements), shape.into())
+}

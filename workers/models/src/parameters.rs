@@ -1,0 +1,109 @@
+//! Which tensors a MED has, and how fresh ones are drawn.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use sha2::{Digest, Sha256};
+
+use crate::config::MedConfig;
+use crate::error::{ModelError, Result};
+use crate::med::{Med, Parts};
+
+/// One tensor of a MED.
+#[derive(Debug, Clone)]
+pub struct Parameter {
+    /// Name in the weight file.
+    pub name: String,
+    /// Shape in the weight file.
+    pub shape: Vec<usize>,
+    /// How a fresh one is drawn.
+    pub init: Init,
+}
+
+/// Every tensor of a MED with these parts, in the order of names. The tied weight of the language-model head is not among them.
+///
+/// # Errors
+/// The config is unusable.
+pub fn parameters(config: &MedConfig, parts: Parts) -> Result<Vec<Parameter>> {
+    // The model is built once from a source that notes what is asked for: the list cannot drift from the code.
+    let recorder = Recorder::default();
+    let asked = Arc::clone(&recorder.asked);
+    let vb = VarBuilder::from_backend(Box::new(recorder), DType::F32, Device::Cpu);
+    Med::load(config, vb, parts)?;
+    let mut list = std::mem::take(&mut *asked.lock().unwrap_or_else(PoisonError::into_inner));
+    list.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(list)
+}
+
+/// Fresh weights for a MED, f32: normal with deviation 0.02, biases 0, layer norms 1 and 0.
+///
+/// Each tensor is drawn from its own stream keyed by `seed` and its name, so the result does not depend on order or on which
+/// other parts are there.
+///
+/// # Errors
+/// The config is unusable, or the device has no memory.
+pub fn fresh_tensors(config: &MedConfig, parts: Parts, seed: u64, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    parameters(config, parts)?
+        .into_iter()
+        .map(|parameter| {
+            let values = draw(&parameter, seed)?;
+            let tensor = Tensor::from_vec(values, parameter.shape, device)?;
+            Ok((parameter.name, tensor))
+        })
+        .collect()
+}
+
+fn draw(parameter: &Parameter, seed: u64) -> Result<Vec<f32>> {
+    let count = parameter.shape.iter().product();
+    match parameter.init {
+        Init::Const(value) => Ok(vec![value as f32; count]),
+        Init::Randn { mean, stdev } => {
+            let key = Sha256::new()
+                .chain_update(b"capfilt fresh weight\0")
+                .chain_update(seed.to_le_bytes())
+                .chain_update(parameter.name.as_bytes())
+                .finalize();
+            let mut rng = ChaCha8Rng::from_seed(key.into());
+            Ok((0..count).map(|_| (mean + stdev * normal(&mut rng)) as f32).collect())
+        }
+        Init::Uniform { .. } | Init::Kaiming { .. } => Err(ModelError::Config(format!("no way to draw {}", parameter.name))),
+    }
+}
+
+/// A standard normal number (Box and Muller).
+fn normal(rng: &mut ChaCha8Rng) -> f64 {
+    let radius = (-2.0 * (1.0 - unit(rng)).ln()).sqrt();
+    radius * (std::f64::consts::TAU * unit(rng)).cos()
+}
+
+/// A number in [0, 1).
+fn unit(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// A source of tensors that notes every request and answers with zeros that take no memory.
+#[derive(Default)]
+struct Recorder {
+    asked: Arc<Mutex<Vec<Parameter>>>,
+}
+
+impl SimpleBackend for Recorder {
+    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        let parameter = Parameter { name: name.to_owned(), shape: shape.dims().to_vec(), init };
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(parameter);
+        Tensor::zeros(1, dtype, device)?.broadcast_as(shape)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        candle_core::bail!("{name} was asked for without a shape")
+    }
+
+    fn contains_tensor(&self, _: &str) -> bool {
+        false
+    }
+}

@@ -1,0 +1,292 @@
+//! The text transformer of MED (post-norm BERT with optional cross-attention): one stack of layers for three modes.
+//!
+//! | mode | self-attention | cross-attention |
+//! |---|---|---|
+//! | text encoder | bidirectional | none |
+//! | image-grounded encoder | bidirectional | to the image states |
+//! | image-grounded decoder | causal | to the image states |
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::config::TextConfig;
+use crate::layers::{Embedding, LayerNorm, Linear, attention, split_heads};
+
+/// Added to the score of a position that must not be seen (the value of BLIP).
+const MASKED: f32 = -10_000.0;
+
+/// Word and position embeddings and the layers: `text_encoder.*` or `text_decoder.bert.*` in the weight file.
+#[derive(Debug, Clone)]
+pub struct TextModel {
+    words: Embedding,
+    positions: Embedding,
+    layer_norm: LayerNorm,
+    layers: Vec<Layer>,
+    max_positions: usize,
+}
+
+/// Keys and values of the image states for every layer, computed once per image.
+///
+/// Per layer `(images, heads, states, w)`. With `k` texts per image, the rows of the text batch are image-major: row `i·k + j` is
+/// text `j` of image `i`.
+#[derive(Debug, Clone)]
+pub struct CrossCache {
+    layers: Vec<(Tensor, Tensor)>,
+}
+
+/// Keys and values of the tokens so far, preallocated for the longest text: per layer `(rows, heads, max_length, w)`.
+#[derive(Debug)]
+pub struct SelfCache {
+    layers: Vec<(Tensor, Tensor)>,
+    length: usize,
+}
+
+#[derive(Debug, Clone)]
+struct Layer {
+    attention: Attention,
+    cross: Attention,
+    intermediate: Linear,
+    output: Linear,
+    layer_norm: LayerNorm,
+}
+
+/// Projections of one attention part with its output layer, residual and layer norm.
+#[derive(Debug, Clone)]
+struct Attention {
+    heads: usize,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    dense: Linear,
+    layer_norm: LayerNorm,
+}
+
+impl TextModel {
+    /// Reads the weights below the builder's prefix.
+    ///
+    /// # Errors
+    /// A tensor is missing or misshapen.
+    #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
+    pub fn load(config: &TextConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        let d = config.hidden_size;
+        let embeddings = vb.pp("embeddings");
+        let layers = vb.pp("encoder.layer");
+        Ok(Self {
+            words: Embedding::load(config.vocab_size, d, embeddings.pp("word_embeddings"))?,
+            positions: Embedding::load(config.max_position_embeddings, d, embeddings.pp("position_embeddings"))?,
+            layer_norm: LayerNorm::load(d, config.layer_norm_eps, embeddings.pp("LayerNorm"))?,
+            layers: (0..config.num_hidden_layers).map(|i| Layer::load(config, layers.pp(i))).collect::<Result<_>>()?,
+            max_positions: config.max_position_embeddings,
+        })
+    }
+
+    /// The word embedding table `(vocab, d)`, which the language-model head shares.
+    #[must_use]
+    pub fn word_embeddings(&self) -> &Tensor {
+        self.words.weight()
+    }
+
+    /// Keys and values of the image states `(b, n, d_v)` for every layer.
+    ///
+    /// # Errors
+    /// The width is not the one of the config.
+    pub fn cross_cache(&self, image_states: &Tensor) -> Result<CrossCache> {
+        let layers = self.layers.iter().map(|layer| layer.cross.keys_values(image_states)).collect::<Result<_>>()?;
+        Ok(CrossCache { layers })
+    }
+
+    /// Ids `(rows, t)` to hidden states `(rows, t, d)`, whole sequences at once.
+    ///
+    /// `mask` is additive and broadcastable to `(rows, heads, t, t)` (see [`padding_mask`] and [`causal_mask`]). With `cross` of
+    /// `b` images, `rows` is `b·k`, image-major.
+    ///
+    /// # Errors
+    /// The text is longer than the position table, or shapes do not fit.
+    pub fn forward(&self, ids: &Tensor, mask: Option<&Tensor>, cross: Option<&CrossCache>) -> Result<Tensor> {
+        let mut x = self.embed(ids, 0)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let (k, v) = layer.attention.keys_values(&x)?;
+            x = layer.forward(&x, (&k, &v), mask, cross.map(|cache| &cache.layers[i]))?;
+        }
+        Ok(x)
+    }
+
+    /// An empty cache for texts of up to `max_length` tokens.
+    ///
+    /// # Errors
+    /// The device has no memory for it.
+    pub fn self_cache(&self, rows: usize, max_length: usize) -> Result<SelfCache> {
+        let weight = self.words.weight();
+        let layers = self
+            .layers
+            .iter()
+            .map(|layer| {
+                let heads = layer.attention.heads;
+                let shape = (rows, heads, max_length, weight.dim(1)? / heads);
+                let zeros = || Tensor::zeros(shape, weight.dtype(), weight.device());
+                Ok((zeros()?, zeros()?))
+            })
+            .collect::<Result<_>>()?;
+        Ok(SelfCache { layers, length: 0 })
+    }
+
+    /// The next tokens `(rows, t)` after those in the cache, causally: hidden states `(rows, t, d)`. Fills the cache.
+    ///
+    /// # Errors
+    /// The cache is full, or shapes do not fit.
+    pub fn forward_cached(&self, ids: &Tensor, cache: &mut SelfCache, cross: &CrossCache) -> Result<Tensor> {
+        let t = ids.dim(1)?;
+        let (start, end) = (cache.length, cache.length + t);
+        // Without earlier tokens the mask is square; a single new token sees all that came before.
+        let mask = match (start, t) {
+            (_, 1) => None,
+            (0, _) => Some(causal_mask(t, self.words.weight().dtype(), ids.device())?),
+            _ => candle_core::bail!("several tokens can only be added to an empty cache"),
+        };
+        let mut x = self.embed(ids, start)?;
+        for ((layer, kept), image) in self.layers.iter().zip(&cache.layers).zip(&cross.layers) {
+            let (k, v) = layer.attention.keys_values(&x)?;
+            kept.0.slice_set(&k.contiguous()?, 2, start)?;
+            kept.1.slice_set(&v.contiguous()?, 2, start)?;
+            let k = kept.0.narrow(2, 0, end)?;
+            let v = kept.1.narrow(2, 0, end)?;
+            x = layer.forward(&x, (&k, &v), mask.as_ref(), Some(image))?;
+        }
+        cache.length = end;
+        Ok(x)
+    }
+
+    fn embed(&self, ids: &Tensor, start: usize) -> Result<Tensor> {
+        let t = ids.dim(1)?;
+        if start + t > self.max_positions {
+            candle_core::bail!("a text of {} tokens does not fit the model's {} positions", start + t, self.max_positions);
+        }
+        let positions = self.positions.weight().narrow(0, start, t)?;
+        self.layer_norm.forward(&self.words.forward(ids)?.broadcast_add(&positions)?)
+    }
+}
+
+impl Layer {
+    #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
+    fn load(config: &TextConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        let (d, ff) = (config.hidden_size, config.intermediate_size);
+        Ok(Self {
+            attention: Attention::load(config, d, vb.pp("attention"))?,
+            cross: Attention::load(config, config.encoder_hidden_size, vb.pp("crossattention"))?,
+            intermediate: Linear::load(d, ff, vb.pp("intermediate.dense"))?,
+            output: Linear::load(ff, d, vb.pp("output.dense"))?,
+            layer_norm: LayerNorm::load(d, config.layer_norm_eps, vb.pp("output.LayerNorm"))?,
+        })
+    }
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        (k, v): (&Tensor, &Tensor),
+        mask: Option<&Tensor>,
+        image: Option<&(Tensor, Tensor)>,
+    ) -> Result<Tensor> {
+        let mut x = self.attention.forward(x, k, v, mask)?;
+        if let Some((k, v)) = image {
+            // All texts of an image ask the same keys and values: they go in as one long query.
+            let (rows, t, d) = x.dims3()?;
+            let images = k.dim(0)?;
+            if rows % images != 0 {
+                candle_core::bail!("{rows} texts cannot be spread evenly over {images} images");
+            }
+            let queries = x.reshape((images, rows / images * t, d))?;
+            x = self.cross.forward(&queries, k, v, None)?.reshape((rows, t, d))?;
+        }
+        let hidden = self.intermediate.forward(&x)?.gelu_erf()?;
+        self.layer_norm.forward(&(self.output.forward(&hidden)? + x)?)
+    }
+}
+
+impl Attention {
+    #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
+    fn load(config: &TextConfig, source: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        let d = config.hidden_size;
+        Ok(Self {
+            heads: config.num_attention_heads,
+            query: Linear::load(d, d, vb.pp("self.query"))?,
+            key: Linear::load(source, d, vb.pp("self.key"))?,
+            value: Linear::load(source, d, vb.pp("self.value"))?,
+            dense: Linear::load(d, d, vb.pp("output.dense"))?,
+            layer_norm: LayerNorm::load(d, config.layer_norm_eps, vb.pp("output.LayerNorm"))?,
+        })
+    }
+
+    /// `(b, n, source)` to keys and values `(b, heads, n, w)`.
+    fn keys_values(&self, source: &Tensor) -> Result<(Tensor, Tensor)> {
+        Ok((split_heads(&self.key.forward(source)?, self.heads)?, split_heads(&self.value.forward(source)?, self.heads)?))
+    }
+
+    fn forward(&self, x: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        let q = split_heads(&self.query.forward(x)?, self.heads)?;
+        let mixed = self.dense.forward(&attention(&q, k, v, mask)?)?;
+        self.layer_norm.forward(&(mixed + x)?)
+    }
+}
+
+impl CrossCache {
+    /// The number of images.
+    ///
+    /// # Errors
+    /// The model has no layers.
+    pub fn images(&self) -> Result<usize> {
+        match self.layers.first() {
+            Some((k, _)) => k.dim(0),
+            None => candle_core::bail!("a text model without layers has no cross-attention"),
+        }
+    }
+
+    /// The cache of the images with these indices `(n)` (u32), in this order.
+    ///
+    /// # Errors
+    /// An index is out of range.
+    pub fn select(&self, images: &Tensor) -> Result<Self> {
+        Ok(Self { layers: select(&self.layers, images)? })
+    }
+}
+
+impl SelfCache {
+    /// The number of tokens in the cache.
+    #[must_use]
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// The cache of the rows with these indices `(n)` (u32), in this order.
+    ///
+    /// # Errors
+    /// An index is out of range.
+    pub fn select(&self, rows: &Tensor) -> Result<Self> {
+        Ok(Self { layers: select(&self.layers, rows)?, length: self.length })
+    }
+}
+
+fn select(layers: &[(Tensor, Tensor)], indices: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
+    layers
+        .iter()
+        .map(|(k, v)| Ok((k.contiguous()?.index_select(indices, 0)?, v.contiguous()?.index_select(indices, 0)?)))
+        .collect()
+}
+
+/// An additive mask `(b, 1, 1, t)` from a mask `(b, t)` that is 1 for tokens and 0 for padding (any number type).
+///
+/// # Errors
+/// The tensor library failed.
+pub fn padding_mask(mask: &Tensor, dtype: DType) -> Result<Tensor> {
+    let (b, t) = mask.dims2()?;
+    // (1 - mask) · MASKED
+    mask.to_dtype(DType::F32)?.affine(f64::from(-MASKED), f64::from(MASKED))?.to_dtype(dtype)?.reshape((b, 1, 1, t))
+}
+
+/// An additive mask `(1, 1, t, t)` that hides every later token.
+///
+/// # Errors
+/// The tensor library failed.
+pub fn causal_mask(t: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    let values: Vec<f32> = (0..t).flat_map(|row| (0..t).map(move |column| if column > row { MASKED } else { 0.0 })).collect();
+    Tensor::from_vec(values, (1, 1, t, t), device)?.to_dtype(dtype)
+}

@@ -1,0 +1,1 @@
+//! Training of MED: losses, optimiser, steps.
