@@ -130,7 +130,7 @@ impl Task {
     }
 }
 
-/// `value` with the keys of every object in order, whatever map serde_json was built with.
+/// `value` with the keys of every object in order, whatever map `serde_json` was built with.
 fn sorted(value: &Value) -> Value {
     match value {
         Value::Object(map) => {
