@@ -26,11 +26,7 @@ pub fn smoothed_cross_entropy(logits: &Tensor, targets: Vec<Option<u32>>, smooth
     }
     let count = targets.iter().flatten().count().max(1) as f32;
     if on_cpu(&[logits]) {
-        return logits.contiguous()?.apply_op1(CrossEntropy {
-            targets: targets.into(),
-            smoothing,
-            count,
-        });
+        return logits.contiguous()?.apply_op1(CrossEntropy { targets: targets.into(), smoothing, count });
     }
     let log_p = candle_nn::ops::log_softmax(logits, D::Minus1)?;
     let weights: Vec<f32> = targets.iter().map(|t| f32::from(u8::from(t.is_some())) / count).collect();

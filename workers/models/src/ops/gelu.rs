@@ -14,11 +14,7 @@ const STRIP: usize = 64;
 ///
 /// Only those of the tensor library.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    if on_cpu(&[x]) {
-        x.contiguous()?.apply_op1(Gelu)
-    } else {
-        x.gelu_erf()
-    }
+    if on_cpu(&[x]) { x.contiguous()?.apply_op1(Gelu) } else { x.gelu_erf() }
 }
 
 /// `(Φ(x), e^(−x²/2))`. Φ by Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7.

@@ -13,23 +13,14 @@ use super::{on_cpu, output, slice, tensor_like, with_slices};
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let width = x.dim(D::Minus1)?;
     if weight.dims() != [width] || bias.dims() != [width] {
-        candle_core::bail!(
-            "layer norm: weight {:?} and bias {:?} do not fit width {width}",
-            weight.dims(),
-            bias.dims()
-        );
+        candle_core::bail!("layer norm: weight {:?} and bias {:?} do not fit width {width}", weight.dims(), bias.dims());
     }
     if on_cpu(&[x, weight, bias]) {
-        return x
-            .contiguous()?
-            .apply_op3(&weight.contiguous()?, &bias.contiguous()?, LayerNorm { eps: eps as f32 });
+        return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LayerNorm { eps: eps as f32 });
     }
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-    centred
-        .broadcast_div(&(variance + eps)?.sqrt()?)?
-        .broadcast_mul(weight)?
-        .broadcast_add(bias)
+    centred.broadcast_div(&(variance + eps)?.sqrt()?)?.broadcast_mul(weight)?.broadcast_add(bias)
 }
 
 struct LayerNorm {
@@ -114,11 +105,7 @@ impl CustomOp3 for LayerNorm {
                 }
             });
             let for_bias = both.split_off(width);
-            Ok((
-                Some(tensor_like(for_x, x)?),
-                Some(tensor_like(both, weight)?),
-                Some(tensor_like(for_bias, bias)?),
-            ))
+            Ok((Some(tensor_like(for_x, x)?), Some(tensor_like(both, weight)?), Some(tensor_like(for_bias, bias)?)))
         })
     }
 }

@@ -86,14 +86,8 @@ impl CustomOp3 for Linear {
         let (outputs, inputs) = weight.dims2()?;
         let rows = x.elem_count() / inputs.max(1);
         let grad = grad.contiguous()?.reshape((rows, outputs))?;
-        let for_x = x
-            .track_op()
-            .then(|| grad.matmul(weight)?.reshape(x.shape()))
-            .transpose()?;
-        let for_weight = weight
-            .track_op()
-            .then(|| grad.t()?.matmul(&x.reshape((rows, inputs))?))
-            .transpose()?;
+        let for_x = x.track_op().then(|| grad.matmul(weight)?.reshape(x.shape())).transpose()?;
+        let for_weight = weight.track_op().then(|| grad.t()?.matmul(&x.reshape((rows, inputs))?)).transpose()?;
         let for_bias = bias
             .track_op()
             .then(|| {

@@ -13,8 +13,10 @@ mod gelu;
 mod kernel;
 mod layer_norm;
 mod linear;
+#[cfg(test)]
+mod tests;
 
-pub use attention::{Mask, attention, attention_packed};
+pub use attention::{attention, attention_packed};
 pub use cross_entropy::smoothed_cross_entropy;
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
@@ -24,9 +26,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
 /// Whether the one-pass CPU kernels apply to these tensors.
 fn on_cpu(tensors: &[&Tensor]) -> bool {
-    tensors
-        .iter()
-        .all(|tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32)
+    tensors.iter().all(|tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32)
 }
 
 /// The elements of a contiguous f32 argument of a custom operation.

@@ -1,0 +1,361 @@
+//! Multi-head scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762).
+//!
+//! Heads are read and written in place inside `(batch, tokens, heads · width)`, so nothing is transposed or copied, and the
+//! probabilities are never kept: the backward pass computes them again.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::kernel::{BLOCK_ROWS, Strided, exp, small_matmul, sum, vectorized};
+use super::{on_cpu, output, slice, tensor_like, with_slices};
+
+/// Numbers added to the scores before the softmax, `(batch or 1, 1, queries or 1, keys)`.
+#[derive(Clone)]
+struct Mask {
+    values: Arc<[f32]>,
+    /// Distance between batches; 0 where all batches share the mask.
+    batch: usize,
+    /// Distance between queries; 0 where all queries share the mask.
+    query: usize,
+}
+
+impl Mask {
+    fn new(mask: &Tensor, (batch, queries, keys): (usize, usize, usize)) -> Result<Self> {
+        let (b, h, q, k) = mask.dims4()?;
+        if (b != batch && b != 1) || h != 1 || (q != queries && q != 1) || k != keys {
+            candle_core::bail!("attention: mask {:?} for {batch} batches of {queries} queries and {keys} keys", mask.dims());
+        }
+        let values: Vec<f32> = mask.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        Ok(Self { values: values.into(), batch: if b == 1 { 0 } else { q * k }, query: if q == 1 { 0 } else { k } })
+    }
+}
+
+/// `softmax(q · kᵀ · scale) · v` for each head: `q` `(b, queries, heads · width)`, `k` and `v` `(b, keys, heads · width)`, the result
+/// shaped like `q`. `mask` is added to the scores before the softmax: `(b or 1, 1, queries or 1, keys)`, 0 where a key may be seen and a
+/// large negative number where not.
+///
+/// # Errors
+///
+/// Shapes that do not fit each other, the number of heads or the mask.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
+    let (batch, queries, total) = q.dims3()?;
+    let keys = k.dim(1)?;
+    let shape = Heads::new((batch, queries, keys, total), heads, scale, mask)?;
+    if k.dims() != [batch, keys, total] || v.dims() != k.dims() {
+        candle_core::bail!("attention: q {:?}, k {:?}, v {:?} do not fit", q.dims(), k.dims(), v.dims());
+    }
+    if on_cpu(&[q, k, v]) {
+        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention(shape));
+    }
+    composed(q, k, v, &shape, mask)
+}
+
+/// [`attention`] of a sequence to itself, from queries, keys and values side by side: `qkv` is `(b, tokens, 3 · heads · width)`, the
+/// result `(b, tokens, heads · width)`.
+///
+/// # Errors
+///
+/// As [`attention`].
+pub fn attention_packed(qkv: &Tensor, heads: usize, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
+    let (batch, tokens, triple) = qkv.dims3()?;
+    if triple % 3 != 0 {
+        candle_core::bail!("attention: width {triple} does not hold queries, keys and values");
+    }
+    let total = triple / 3;
+    let shape = Heads::new((batch, tokens, tokens, total), heads, scale, mask)?;
+    if on_cpu(&[qkv]) {
+        return qkv.contiguous()?.apply_op1(PackedAttention(shape));
+    }
+    let part = |index: usize| qkv.narrow(D::Minus1, index * total, total);
+    composed(&part(0)?, &part(1)?, &part(2)?, &shape, mask)
+}
+
+/// Attention from the tensor library's own operations, for devices without a kernel here.
+fn composed(q: &Tensor, k: &Tensor, v: &Tensor, shape: &Heads, mask: Option<&Tensor>) -> Result<Tensor> {
+    let split =
+        |x: &Tensor, tokens: usize| x.reshape((shape.batch, tokens, shape.heads, shape.width))?.transpose(1, 2)?.contiguous();
+    let (q, k, v) = (split(q, shape.queries)?, split(k, shape.keys)?, split(v, shape.keys)?);
+    let scores = (q.matmul(&k.t()?)? * f64::from(shape.scale))?;
+    let scores = match mask {
+        Some(mask) => scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?,
+        None => scores,
+    };
+    candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?.transpose(1, 2)?.reshape((
+        shape.batch,
+        shape.queries,
+        shape.heads * shape.width,
+    ))
+}
+
+/// Sizes of one attention.
+#[derive(Clone)]
+struct Heads {
+    batch: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    width: usize,
+    scale: f32,
+    mask: Option<Mask>,
+}
+
+/// Queries, keys or values: rows of stride `row`, batches of stride `batch`, all heads of a token in a row.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    elements: &'a [f32],
+    row: usize,
+    batch: usize,
+}
+
+impl<'a> Rows<'a> {
+    fn whole(elements: &'a [f32], tokens: usize, total: usize) -> Self {
+        Self { elements, row: total, batch: tokens * total }
+    }
+
+    #[inline(always)]
+    fn head(&self, batch: usize, head: usize, width: usize) -> &'a [f32] {
+        &self.elements[batch * self.batch + head * width..]
+    }
+}
+
+/// Where a gradient goes within one batch: which buffer, the offset of its first element, and the stride of its rows.
+type Target = (usize, usize, usize);
+
+impl Heads {
+    fn new(
+        (batch, queries, keys, total): (usize, usize, usize, usize),
+        heads: usize,
+        scale: f64,
+        mask: Option<&Tensor>,
+    ) -> Result<Self> {
+        if heads == 0 || total % heads != 0 {
+            candle_core::bail!("attention: width {total} does not split into {heads} heads");
+        }
+        Ok(Self {
+            batch,
+            queries,
+            keys,
+            heads,
+            width: total / heads,
+            scale: scale as f32,
+            mask: mask.map(|mask| Mask::new(mask, (batch, queries, keys))).transpose()?,
+        })
+    }
+
+    fn total(&self) -> usize {
+        self.heads * self.width
+    }
+
+    /// Writes `(width, keys)`, the transpose of one head's rows.
+    #[inline(always)]
+    fn transpose(&self, rows: &[f32], stride: usize, out: &mut [f32]) {
+        for key in 0..self.keys {
+            let row = &rows[key * stride..][..self.width];
+            for (column, value) in row.iter().enumerate() {
+                out[column * self.keys + key] = *value;
+            }
+        }
+    }
+
+    /// Writes the attention probabilities `(count, keys)` of the queries `first..first + count` of one head.
+    #[inline(always)]
+    fn probabilities(
+        &self,
+        batch: usize,
+        (first, count): (usize, usize),
+        queries: Strided<'_>,
+        keys_transposed: &[f32],
+        out: &mut [f32],
+    ) {
+        small_matmul((count, self.keys, self.width), queries, (keys_transposed, self.keys), (out, self.keys));
+        for (offset, row) in out.chunks_exact_mut(self.keys).take(count).enumerate() {
+            match &self.mask {
+                Some(mask) => {
+                    let added = &mask.values[batch * mask.batch + (first + offset) * mask.query..];
+                    for (score, added) in row.iter_mut().zip(added) {
+                        *score = *score * self.scale + added;
+                    }
+                }
+                None => {
+                    for score in row.iter_mut() {
+                        *score *= self.scale;
+                    }
+                }
+            }
+            let max = row.iter().fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max });
+            for score in row.iter_mut() {
+                *score = exp(*score - max);
+            }
+            let inverse = 1.0 / sum(row.len(), |i| row[i]);
+            for score in row.iter_mut() {
+                *score *= inverse;
+            }
+        }
+    }
+
+    fn forward(&self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>) -> Vec<f32> {
+        let total = self.total();
+        let mut out = vec![0.0; self.batch * self.queries * total];
+        out.par_chunks_mut((self.queries * total).max(1)).enumerate().for_each(|(batch, of_batch)| {
+            of_batch.par_chunks_mut(BLOCK_ROWS * total).enumerate().for_each(|(block, out)| {
+                let first = block * BLOCK_ROWS;
+                let count = out.len() / total;
+                let mut keys = vec![0.0; self.width * self.keys];
+                let mut weights = vec![0.0; count * self.keys];
+                vectorized(|| {
+                    for head in 0..self.heads {
+                        self.transpose(k.head(batch, head, self.width), k.row, &mut keys);
+                        let queries =
+                            Strided { elements: &q.head(batch, head, self.width)[first * q.row..], row: q.row, column: 1 };
+                        self.probabilities(batch, (first, count), queries, &keys, &mut weights);
+                        let weights = Strided { elements: &weights, row: self.keys, column: 1 };
+                        small_matmul(
+                            (count, self.width, self.keys),
+                            weights,
+                            (v.head(batch, head, self.width), v.row),
+                            (&mut out[head * self.width..], total),
+                        );
+                    }
+                });
+            });
+        });
+        out
+    }
+
+    /// Gradients of one batch's queries, keys and values, from the gradient `grad` of the result.
+    fn backward(&self, batch: usize, [q, k, v]: [Rows<'_>; 3], grad: Rows<'_>, targets: [Target; 3], buffers: &mut [&mut [f32]]) {
+        let (queries, keys, width) = (self.queries, self.keys, self.width);
+        let mut transposed = vec![0.0; width * keys];
+        let mut weights = vec![0.0; queries * keys];
+        let mut scores = vec![0.0; queries * keys];
+        vectorized(|| {
+            for head in 0..self.heads {
+                let (q_head, k_head, v_head) =
+                    (q.head(batch, head, width), k.head(batch, head, width), v.head(batch, head, width));
+                let grad_head = grad.head(batch, head, width);
+                let rows_of = |elements, row| Strided { elements, row, column: 1 };
+
+                self.transpose(k_head, k.row, &mut transposed);
+                self.probabilities(batch, (0, queries), rows_of(q_head, q.row), &transposed, &mut weights);
+                self.transpose(v_head, v.row, &mut transposed);
+                small_matmul((queries, keys, width), rows_of(grad_head, grad.row), (&transposed, keys), (&mut scores, keys));
+                // Through the softmax: dS = P ∘ (dP − Σ P ∘ dP), and through the scale.
+                for (dp, p) in scores.chunks_exact_mut(keys).zip(weights.chunks_exact(keys)) {
+                    let mean = sum(keys, |i| dp[i] * p[i]);
+                    for (dp, p) in dp.iter_mut().zip(p) {
+                        *dp = p * (*dp - mean) * self.scale;
+                    }
+                }
+
+                let columns_of = |elements| Strided { elements, row: 1, column: keys };
+                let mut write = |target: Target, size, a, b| {
+                    let (buffer, offset, stride) = target;
+                    small_matmul(size, a, b, (&mut buffers[buffer][offset + head * width..], stride));
+                };
+                write(targets[0], (queries, width, keys), rows_of(&scores, keys), (k_head, k.row));
+                write(targets[1], (keys, width, queries), columns_of(&scores), (q_head, q.row));
+                write(targets[2], (keys, width, queries), columns_of(&weights), (grad_head, grad.row));
+            }
+        });
+    }
+}
+
+struct Attention(Heads);
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let heads = &self.0;
+        let total = heads.total();
+        let out = heads.forward(
+            Rows::whole(slice(q, q_layout)?, heads.queries, total),
+            Rows::whole(slice(k, k_layout)?, heads.keys, total),
+            Rows::whole(slice(v, v_layout)?, heads.keys, total),
+        );
+        Ok(output(out, q_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let heads = &self.0;
+        let total = heads.total();
+        let grad = grad.contiguous()?;
+        with_slices(&[q, k, v, &grad], |slices| {
+            let [q_rows, grad_rows] = [slices[0], slices[3]].map(|x| Rows::whole(x, heads.queries, total));
+            let [k_rows, v_rows] = [slices[1], slices[2]].map(|x| Rows::whole(x, heads.keys, total));
+            let mut for_q = vec![0.0; slices[0].len()];
+            let mut for_k = vec![0.0; slices[1].len()];
+            let mut for_v = vec![0.0; slices[2].len()];
+            for_q
+                .par_chunks_mut((heads.queries * total).max(1))
+                .zip(for_k.par_chunks_mut((heads.keys * total).max(1)))
+                .zip(for_v.par_chunks_mut((heads.keys * total).max(1)))
+                .enumerate()
+                .for_each(|(batch, ((for_q, for_k), for_v))| {
+                    let targets = [(0, 0, total), (1, 0, total), (2, 0, total)];
+                    heads.backward(batch, [q_rows, k_rows, v_rows], grad_rows, targets, &mut [for_q, for_k, for_v]);
+                });
+            Ok((Some(tensor_like(for_q, q)?), Some(tensor_like(for_k, k)?), Some(tensor_like(for_v, v)?)))
+        })
+    }
+}
+
+struct PackedAttention(Heads);
+
+impl PackedAttention {
+    fn parts<'a>(&self, qkv: &'a [f32]) -> [Rows<'a>; 3] {
+        let total = self.0.total();
+        [0, 1, 2].map(|part| Rows {
+            elements: &qkv[(part * total).min(qkv.len())..],
+            row: 3 * total,
+            batch: 3 * total * self.0.queries,
+        })
+    }
+}
+
+impl CustomOp1 for PackedAttention {
+    fn name(&self) -> &'static str {
+        "packed-attention"
+    }
+
+    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let [q, k, v] = self.parts(slice(qkv, layout)?);
+        let shape = (self.0.batch, self.0.queries, self.0.total());
+        Ok(output(self.0.forward(q, k, v), shape))
+    }
+
+    fn bwd(&self, qkv: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let heads = &self.0;
+        let total = heads.total();
+        let grad = grad.contiguous()?;
+        with_slices(&[qkv, &grad], |slices| {
+            let parts = self.parts(slices[0]);
+            let grad_rows = Rows::whole(slices[1], heads.queries, total);
+            let mut out = vec![0.0; slices[0].len()];
+            out.par_chunks_mut((3 * total * heads.queries).max(1)).enumerate().for_each(|(batch, out)| {
+                let targets = [0, 1, 2].map(|part| (0, part * total, 3 * total));
+                heads.backward(batch, parts, grad_rows, targets, &mut [out]);
+            });
+            Ok(Some(tensor_like(out, qkv)?))
+        })
+    }
+}

@@ -1,0 +1,229 @@
+//! Each operation against its composed form, value and gradient, and its independence of the number of threads.
+
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+use super::{attention, attention_packed, gelu, layer_norm, linear, smoothed_cross_entropy};
+
+/// Deterministic numbers in ±`spread`.
+fn random(shape: &[usize], spread: f32, seed: u64) -> Tensor {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let count = shape.iter().product();
+    let values: Vec<f32> = (0..count).map(|_| (rng.next_u32() as f32 / u32::MAX as f32 * 2.0 - 1.0) * spread).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f32 {
+    assert_eq!(a.dims(), b.dims());
+    if a.elem_count() == 0 {
+        return 0.0;
+    }
+    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}
+
+/// Value and gradients of `Σ weights ∘ f(inputs)` for the fused and the composed form.
+fn compare(
+    inputs: &[Tensor],
+    tolerance: f32,
+    fused: impl Fn(&[Tensor]) -> Result<Tensor>,
+    composed: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
+    let run = |f: &dyn Fn(&[Tensor]) -> Result<Tensor>| {
+        let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+        let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+        let value = f(&tensors).unwrap();
+        let weights = random(value.dims(), 1.0, 99);
+        let grads = (&value * weights).unwrap().sum_all().unwrap().backward().unwrap();
+        let grads: Vec<Tensor> = tensors.iter().map(|t| grads.get(t).expect("a gradient").clone()).collect();
+        (value.detach(), grads)
+    };
+    let (value, grads) = run(&fused);
+    let (expected, expected_grads) = run(&composed);
+    assert!(distance(&value, &expected) <= tolerance, "value differs by {}", distance(&value, &expected));
+    for (index, (grad, expected)) in grads.iter().zip(&expected_grads).enumerate() {
+        let difference = distance(grad, expected);
+        assert!(difference <= tolerance * 4.0, "gradient of input {index} differs by {difference}");
+    }
+}
+
+#[test]
+fn linear_equals_its_composed_form() {
+    let inputs = [random(&[3, 50, 20], 1.0, 1), random(&[33, 20], 1.0, 2), random(&[33], 1.0, 3)];
+    compare(&inputs, 2e-5, |x| linear(&x[0], &x[1], Some(&x[2])), |x| x[0].broadcast_matmul(&x[1].t()?)?.broadcast_add(&x[2]));
+}
+
+#[test]
+fn linear_refuses_shapes_that_do_not_fit() {
+    let (x, w, b) = (random(&[2, 4], 1.0, 1), random(&[3, 5], 1.0, 2), random(&[3], 1.0, 3));
+    assert!(linear(&x, &w, Some(&b)).unwrap_err().to_string().contains("input width 4"));
+    let x = random(&[2, 5], 1.0, 1);
+    assert!(linear(&x, &w, Some(&random(&[4], 1.0, 3))).is_err());
+}
+
+#[test]
+fn layer_norm_equals_its_composed_form() {
+    let inputs = [random(&[2, 70, 24], 3.0, 1), random(&[24], 1.0, 2), random(&[24], 1.0, 3)];
+    compare(
+        &inputs,
+        2e-5,
+        |x| layer_norm(&x[0], &x[1], &x[2], 1e-5),
+        |x| {
+            let centred = x[0].broadcast_sub(&x[0].mean_keepdim(2)?)?;
+            let variance = centred.sqr()?.mean_keepdim(2)?;
+            centred.broadcast_div(&(variance + 1e-5)?.sqrt()?)?.broadcast_mul(&x[1])?.broadcast_add(&x[2])
+        },
+    );
+}
+
+#[test]
+fn gelu_equals_the_exact_form() {
+    compare(&[random(&[7, 300], 6.0, 1)], 2e-6, |x| gelu(&x[0]), |x| x[0].gelu_erf());
+}
+
+/// Attention from whole matrices, one head at a time.
+fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Option<&Tensor>) -> Result<Tensor> {
+    let width = q.dim(2)? / heads;
+    let outputs = (0..heads)
+        .map(|head| {
+            let [q, k, v] = [q, k, v].map(|x| x.narrow(2, head * width, width).and_then(|x| x.contiguous()));
+            let mut scores = (q?.matmul(&k?.t()?)? * 0.3)?;
+            if let Some(mask) = mask {
+                scores = scores.broadcast_add(&mask.squeeze(1)?)?;
+            }
+            candle_nn::ops::softmax(&scores, 2)?.matmul(&v?)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&outputs, 2)
+}
+
+#[test]
+fn attention_equals_plain_matrices_with_and_without_masks() {
+    let inputs = [random(&[2, 70, 24], 2.0, 1), random(&[2, 19, 24], 2.0, 2), random(&[2, 19, 24], 2.0, 3)];
+    let hidden = |keep: &dyn Fn(usize, usize) -> bool| -> Vec<f32> {
+        (0..2 * 19).map(|i| if keep(i / 19, i % 19) { 0.0 } else { -1e4 }).collect()
+    };
+    let padding = Tensor::from_vec(hidden(&|b, key| key < 19 - 5 * b), (2, 1, 1, 19), &Device::Cpu).unwrap();
+    let each_query = random(&[1, 1, 70, 19], 3.0, 4);
+    for mask in [None, Some(&padding), Some(&each_query)] {
+        compare(
+            &inputs,
+            5e-6,
+            |x| attention(&x[0], &x[1], &x[2], 3, 0.3, mask),
+            |x| plain_attention(&x[0], &x[1], &x[2], 3, mask),
+        );
+    }
+    // A hidden key has no influence at all.
+    let value = attention(&inputs[0], &inputs[1], &inputs[2], 3, 0.3, Some(&padding)).unwrap();
+    let cut = |x: &Tensor| x.narrow(0, 1, 1).unwrap().narrow(1, 0, 14).unwrap();
+    let shorter = attention(&inputs[0].narrow(0, 1, 1).unwrap(), &cut(&inputs[1]), &cut(&inputs[2]), 3, 0.3, None).unwrap();
+    assert_eq!(distance(&value.narrow(0, 1, 1).unwrap(), &shorter), 0.0);
+}
+
+#[test]
+fn packed_attention_equals_plain_matrices() {
+    compare(
+        &[random(&[3, 21, 36], 2.0, 1)],
+        5e-6,
+        |x| attention_packed(&x[0], 2, 0.3, None),
+        |x| {
+            let part = |i: usize| x[0].narrow(2, i * 12, 12);
+            plain_attention(&part(0)?, &part(1)?, &part(2)?, 2, None)
+        },
+    );
+}
+
+#[test]
+fn attention_refuses_shapes_that_do_not_fit() {
+    let (q, k) = (random(&[2, 4, 12], 1.0, 1), random(&[2, 5, 12], 1.0, 2));
+    assert!(attention(&q, &k, &k, 5, 1.0, None).is_err());
+    assert!(attention(&q, &k, &q, 3, 1.0, None).is_err());
+    assert!(attention(&q, &k, &k, 3, 1.0, Some(&random(&[2, 1, 4, 4], 1.0, 3))).is_err());
+    assert!(attention_packed(&random(&[2, 4, 13], 1.0, 1), 1, 1.0, None).is_err());
+}
+
+#[test]
+fn cross_entropy_equals_its_definition() {
+    let targets = vec![Some(3), None, Some(0), Some(10), None, Some(7)];
+    let smoothing = 0.1;
+    let kept: Vec<u32> = vec![0, 2, 3, 5];
+    let ids: Vec<u32> = targets.iter().flatten().copied().collect();
+    compare(
+        &[random(&[6, 11], 4.0, 1)],
+        2e-6,
+        |x| smoothed_cross_entropy(&x[0], targets.clone(), smoothing),
+        |x| {
+            let device = &Device::Cpu;
+            let log_p = candle_nn::ops::log_softmax(&x[0].index_select(&Tensor::new(kept.clone(), device)?, 0)?, 1)?;
+            let of_target = log_p.gather(&Tensor::new(ids.clone(), device)?.unsqueeze(1)?, 1)?.mean_all()?;
+            (of_target * -0.9)? - (log_p.mean_all()? * 0.1)?
+        },
+    );
+}
+
+#[test]
+fn cross_entropy_refuses_bad_targets_and_survives_none() {
+    let logits = random(&[2, 4], 1.0, 1);
+    assert!(smoothed_cross_entropy(&logits, vec![Some(4), None], 0.0).is_err());
+    assert!(smoothed_cross_entropy(&logits, vec![Some(1)], 0.0).is_err());
+    let none = smoothed_cross_entropy(&logits, vec![None, None], 0.1).unwrap();
+    assert_eq!(none.to_scalar::<f32>().unwrap(), 0.0);
+}
+
+/// Forward and backward of everything at once, on `threads` threads, as bytes.
+fn chain(threads: usize) -> Vec<u32> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| {
+        let x = Var::from_tensor(&random(&[5, 65, 32], 1.0, 1)).unwrap();
+        let w = Var::from_tensor(&random(&[96, 32], 0.3, 2)).unwrap();
+        let b = Var::from_tensor(&random(&[96], 0.3, 3)).unwrap();
+        let g = Var::from_tensor(&random(&[32], 1.0, 4)).unwrap();
+        let normed = layer_norm(x.as_tensor(), g.as_tensor(), &random(&[32], 1.0, 5), 1e-5).unwrap();
+        let qkv = gelu(&linear(&normed, w.as_tensor(), Some(b.as_tensor())).unwrap()).unwrap();
+        let mixed = attention_packed(&qkv, 4, 0.35, None).unwrap().reshape((5 * 65, 32)).unwrap();
+        let targets = (0..325).map(|i| (i % 7 != 0).then_some(i % 32)).collect();
+        let loss = smoothed_cross_entropy(&mixed, targets, 0.1).unwrap();
+        let grads = loss.backward().unwrap();
+        let mut bits = vec![loss.to_scalar::<f32>().unwrap().to_bits()];
+        for var in [&x, &w, &b, &g] {
+            let grad: Vec<f32> = grads.get(var.as_tensor()).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            bits.extend(grad.into_iter().map(f32::to_bits));
+        }
+        bits
+    })
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    let one = chain(1);
+    for threads in [2, 3, 5] {
+        assert!(chain(threads) == one, "{threads} threads differ from one");
+    }
+}
+
+#[test]
+fn other_number_types_take_the_composed_path() {
+    let to64 = |x: Tensor| x.to_dtype(DType::F64).unwrap();
+    let (x, w, b) = (random(&[2, 3, 8], 1.0, 1), random(&[8, 8], 1.0, 2), random(&[8], 1.0, 3));
+    let fused = [
+        linear(&x, &w, Some(&b)).unwrap(),
+        layer_norm(&x, &b, &b, 1e-5).unwrap(),
+        gelu(&x).unwrap(),
+        attention(&x, &x, &x, 2, 0.5, None).unwrap(),
+        smoothed_cross_entropy(&w, vec![Some(1); 8], 0.1).unwrap(),
+    ];
+    let (x, w, b) = (to64(x), to64(w), to64(b));
+    let composed = [
+        linear(&x, &w, Some(&b)).unwrap(),
+        layer_norm(&x, &b, &b, 1e-5).unwrap(),
+        gelu(&x).unwrap(),
+        attention(&x, &x, &x, 2, 0.5, None).unwrap(),
+        smoothed_cross_entropy(&w, vec![Some(1); 8], 0.1).unwrap(),
+    ];
+    for (index, (fused, composed)) in fused.iter().zip(&composed).enumerate() {
+        let difference = distance(&to64(fused.clone()).to_dtype(DType::F32).unwrap(), &composed.to_dtype(DType::F32).unwrap());
+        assert!(difference < 5e-6, "operation {index} differs by {difference}");
+    }
+}
