@@ -77,6 +77,14 @@ pub enum ModelError {
     /// A call does not fit the model: wrong sizes, lengths or settings.
     #[error("invalid input: {0}")]
     Input(String),
+    /// A training step cannot be made; the weights are as they were before it.
+    #[error("training stopped after step {step}: {reason}")]
+    Training {
+        /// Steps made so far.
+        step: u64,
+        /// Why there is no next one.
+        reason: String,
+    },
     /// The tensor library failed.
     #[error("tensor operation failed")]
     Tensor(#[from] candle_core::Error),

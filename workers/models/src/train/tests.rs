@@ -1,0 +1,211 @@
+//! A whole small model in training: gradients everywhere, learning, resuming.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use super::*;
+use crate::config::MedConfig;
+use crate::tokenizer::train_wordpiece;
+
+const TEXTS: [&str; 6] =
+    ["a red square", "a green square on black", "a blue circle", "two white dots", "a red line to the left", "nothing at all"];
+const SIDE: usize = 16;
+
+fn config(vocab: usize) -> MedConfig {
+    let mut config = MedConfig::tiny(vocab);
+    config.vision_config.hidden_size = 32;
+    config.vision_config.intermediate_size = 64;
+    config.vision_config.num_hidden_layers = 2;
+    config.vision_config.image_size = SIDE;
+    config.text_config.hidden_size = 24;
+    config.text_config.intermediate_size = 48;
+    config.text_config.num_hidden_layers = 2;
+    config.image_text_hidden_size = 16;
+    config
+}
+
+fn recipe(role: Role) -> Recipe {
+    Recipe {
+        role,
+        seed: 5,
+        schedule: Schedule { peak: 2e-3, floor: 1e-5, warmup_steps: 2, steps: 100 },
+        optimizer: AdamWConfig::default(),
+        label_smoothing: 0.1,
+        prompt: "a picture of ".to_owned(),
+        max_tokens: 24,
+        augmentation: Augmentation::default(),
+    }
+}
+
+fn trainer(recipe: Recipe) -> Trainer {
+    let mut texts = TEXTS.to_vec();
+    texts.push("a picture of");
+    let json = train_wordpiece(&texts, 120).unwrap();
+    Trainer::fresh(&config(120), json, recipe).unwrap()
+}
+
+/// One plain colour for each text.
+fn images() -> Vec<Vec<u8>> {
+    (0..TEXTS.len() as u8)
+        .map(|i| (0..SIDE * SIDE).flat_map(|_| [40 * i, 255 - 40 * i, if i % 2 == 0 { 200 } else { 10 }]).collect())
+        .collect()
+}
+
+fn examples<'a>(images: &'a [Vec<u8>], epoch: u64) -> Vec<Example<'a>> {
+    const NAMES: [&str; 6] = ["s0", "s1", "s2", "s3", "s4", "s5"];
+    images.iter().enumerate().map(|(i, pixels)| Example { sample_id: NAMES[i], epoch, text: TEXTS[i], pixels }).collect()
+}
+
+fn weights(trainer: &Trainer) -> BTreeMap<String, Vec<u32>> {
+    let bits = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect();
+    trainer.optimizer.slots().iter().map(|(name, slot)| (name.clone(), bits(slot.variable.as_tensor()))).collect()
+}
+
+#[test]
+fn every_variable_gets_a_finite_gradient_that_is_not_zero() {
+    let images = images();
+    for role in [Role::Captioner, Role::Filter, Role::Med] {
+        let trainer = trainer(recipe(role));
+        let (losses, total) = trainer.losses(&examples(&images, 0)).unwrap();
+        assert_eq!(losses.lm.is_some(), role != Role::Filter);
+        assert_eq!(losses.itm.is_some(), role != Role::Captioner);
+        let gradients = total.backward().unwrap();
+        for (name, slot) in trainer.optimizer.slots() {
+            let gradient = gradients.get(slot.variable.as_tensor()).unwrap_or_else(|| panic!("{role:?}: {name} has no gradient"));
+            let size: f32 = gradient.abs().unwrap().sum_all().unwrap().to_scalar().unwrap();
+            // Adding the same number to every key changes no softmax: the gradient of a key bias is zero but for rounding.
+            let is_key_bias = name.ends_with("self.key.bias");
+            assert!(size.is_finite() && (size > 0.0 || is_key_bias), "{role:?}: the gradient of {name} is {size}");
+        }
+    }
+}
+
+#[test]
+fn the_gradient_is_the_slope_of_the_loss() {
+    let images = images();
+    let trainer = trainer(recipe(Role::Med));
+    let batch = examples(&images, 0);
+    let (_, total) = trainer.losses(&batch).unwrap();
+    let gradients = total.backward().unwrap();
+    // A step against the gradient of one variable at a time must lower the loss by rate · |gradient|².
+    for name in [
+        "vision_model.encoder.layers.0.self_attn.qkv.weight",
+        "text_decoder.bert.encoder.layer.1.crossattention.self.value.weight",
+        "text_encoder.encoder.layer.0.attention.output.LayerNorm.weight",
+        "text_decoder.bert.embeddings.word_embeddings.weight",
+        "text_proj.weight",
+        "temperature",
+    ] {
+        let variable = &trainer.optimizer.slots()[name].variable;
+        let gradient = gradients.get(variable.as_tensor()).unwrap();
+        let square: f32 = gradient.sqr().unwrap().sum_all().unwrap().to_scalar().unwrap();
+        let before = variable.as_tensor().copy().unwrap();
+        let rate = f64::from(2e-3 / square.max(1e-12));
+        let loss_at = |sign: f64| -> f32 {
+            let moved = (gradient * (sign * rate)).and_then(|shift| &before + shift).unwrap();
+            variable.set(&moved).unwrap();
+            // Hard negatives are drawn by similarity; the draw is the same as long as the step is small.
+            trainer.losses(&batch).unwrap().1.to_scalar().unwrap()
+        };
+        let slope = (loss_at(0.5) - loss_at(-0.5)) / 2e-3;
+        variable.set(&before).unwrap();
+        assert!((slope - 1.0).abs() < 0.05, "{name}: the loss moves by {slope} of what the gradient says");
+    }
+}
+
+#[test]
+fn a_small_model_learns_its_batch() {
+    let images = images();
+    let mut trainer = trainer(Recipe { augmentation: Augmentation { min_area: 1.0, flip: false }, ..recipe(Role::Med) });
+    let first = trainer.step(&examples(&images, 0)).unwrap();
+    let mut last = first;
+    for epoch in 1..60 {
+        last = trainer.step(&examples(&images, epoch)).unwrap();
+    }
+    assert_eq!(last.step, 60);
+    let (first, last) = (first.losses, last.losses);
+    assert!(last.lm < first.lm.map(|lm| lm * 0.6), "{first:?} {last:?}");
+    assert!(last.itc < first.itc.map(|itc| itc * 0.5), "{first:?} {last:?}");
+    assert!(last.itm < first.itm, "{first:?} {last:?}");
+}
+
+#[test]
+fn a_resumed_run_ends_in_the_same_bits() {
+    let images = images();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state.safetensors");
+    for role in [Role::Captioner, Role::Filter, Role::Med] {
+        let mut straight = trainer(recipe(role));
+        let mut reports = Vec::new();
+        for epoch in 0..4 {
+            if epoch == 2 {
+                straight.save_state(&path).unwrap();
+            }
+            reports.push(straight.step(&examples(&images, epoch)).unwrap());
+        }
+        let mut resumed = trainer(recipe(role));
+        resumed.load_state(&path).unwrap();
+        assert_eq!(resumed.steps(), 2);
+        for epoch in 2..4 {
+            assert_eq!(resumed.step(&examples(&images, epoch)).unwrap(), reports[epoch as usize], "{role:?}");
+        }
+        assert!(weights(&straight) == weights(&resumed), "{role:?}: the weights differ");
+    }
+}
+
+#[test]
+fn a_state_of_another_run_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state.safetensors");
+    trainer(recipe(Role::Filter)).save_state(&path).unwrap();
+    for other in [recipe(Role::Captioner), Recipe { seed: 6, ..recipe(Role::Filter) }] {
+        let error = trainer(other).load_state(&path).unwrap_err().to_string();
+        assert!(error.contains("another model, tokenizer or recipe"), "{error}");
+    }
+    std::fs::write(&path, b"no tensors").unwrap();
+    assert!(trainer(recipe(Role::Filter)).load_state(&path).is_err());
+}
+
+#[test]
+fn a_saved_checkpoint_opens_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = images();
+    let mut full = trainer(recipe(Role::Med));
+    full.step(&examples(&images, 0)).unwrap();
+    let checkpoint = full.save_checkpoint(&dir.path().join("med"), Precision::F32).unwrap();
+    assert_eq!(checkpoint.parts(), Role::Med.parts());
+    // A filter made from it starts with the same shared weights and without the decoder's.
+    let filter = Trainer::from_checkpoint(&checkpoint, recipe(Role::Filter)).unwrap();
+    let (ours, theirs) = (weights(&filter), weights(&full));
+    assert!(ours.keys().all(|name| !name.starts_with("text_decoder")));
+    assert!(ours.iter().filter(|(name, _)| *name != "temperature").all(|(name, bits)| theirs[name] == *bits));
+    let half = full.save_checkpoint(&dir.path().join("half"), Precision::F16).unwrap();
+    assert_eq!(half.parts(), Role::Med.parts());
+    assert!(half.digest().unwrap() != checkpoint.digest().unwrap());
+}
+
+#[test]
+fn bad_batches_are_refused_and_change_nothing() {
+    let mut trainer = trainer(recipe(Role::Captioner));
+    let before = weights(&trainer);
+    assert!(trainer.step(&[]).is_err());
+    let short = Example { sample_id: "tiny", epoch: 0, text: "a red square", pixels: &[0; 30] };
+    assert!(trainer.step(&[short]).unwrap_err().to_string().contains("image tiny"));
+    assert!(weights(&trainer) == before);
+    assert_eq!(trainer.steps(), 0);
+}
+
+#[test]
+fn impossible_recipes_are_refused() {
+    let json = train_wordpiece(&TEXTS, 120).unwrap();
+    for bad in [
+        Recipe { max_tokens: 65, ..recipe(Role::Filter) },
+        Recipe { max_tokens: 5, ..recipe(Role::Captioner) },
+        Recipe { schedule: Schedule { peak: -1.0, floor: 0.0, warmup_steps: 0, steps: 9 }, ..recipe(Role::Filter) },
+    ] {
+        assert!(Trainer::fresh(&config(120), json.clone(), bad).is_err());
+    }
+}
