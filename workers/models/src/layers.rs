@@ -1,12 +1,13 @@
 //! The few layers that every transformer here is made of.
 //!
-//! Each layer has one `forward` for training and inference. candle's fused layer norm and softmax have no backward pass and
-//! lose the gradient without a word, so they run only where no gradient is tracked; otherwise composed operations do the work.
+//! Each layer has one `forward` for training and inference, made of the operations of [`crate::ops`], which all have a gradient.
 //!
 //! On the CPU, the row of a batch comes out bit for bit the same whatever other rows the batch has: see [`Linear::forward`].
 
 use candle_core::{D, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
+
+use crate::ops::{layer_norm, linear};
 
 /// Spread of freshly initialised weights (BLIP and BERT: normal, 0.02).
 const INIT_STD: f64 = 0.02;
@@ -50,21 +51,18 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         const SMALL_PRODUCT: usize = 256;
         let (outputs, inputs) = self.weight.dims2()?;
-        let rows = x.elem_count() / inputs;
-        let flat = x.reshape((rows, inputs))?;
-        let floor = (SMALL_PRODUCT / outputs + 1).max(2);
-        let weight = self.weight.t()?;
-        let fixed = !tracks(&[x, &self.weight]) && x.device().is_cpu();
-        let y = if fixed && rows < floor {
-            flat.pad_with_zeros(0, 0, floor - rows)?.matmul(&weight)?.narrow(0, 0, rows)?
-        } else {
-            flat.matmul(&weight)?
-        };
+        let rows = x.elem_count() / inputs.max(1);
+        let floor = (SMALL_PRODUCT / outputs.max(1) + 1).max(2);
+        let tracked = x.track_op() || self.weight.track_op();
+        if rows >= floor || tracked || !x.device().is_cpu() {
+            return linear(x, &self.weight, Some(&self.bias));
+        }
+        let padded = x.reshape((rows, inputs))?.pad_with_zeros(0, 0, floor - rows)?;
         let mut shape = x.dims().to_vec();
         if let Some(last) = shape.last_mut() {
             *last = outputs;
         }
-        y.broadcast_add(&self.bias)?.reshape(shape)
+        linear(&padded, &self.weight, Some(&self.bias))?.narrow(0, 0, rows)?.reshape(shape)
     }
 }
 
@@ -95,12 +93,7 @@ impl LayerNorm {
     /// # Errors
     /// The last dimension of `x` is not `size`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if !tracks(&[x, &self.weight]) {
-            return candle_nn::ops::layer_norm(&x.contiguous()?, &self.weight, &self.bias, self.eps as f32);
-        }
-        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-        centred.broadcast_div(&(variance + self.eps)?.sqrt()?)?.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)
+        layer_norm(x, &self.weight, &self.bias, self.eps)
     }
 }
 
@@ -135,54 +128,6 @@ impl Embedding {
         shape.push(self.weight.dim(1)?);
         self.weight.index_select(&ids.flatten_all()?, 0)?.reshape(shape)
     }
-}
-
-/// Softmax over the last dimension, with a gradient where one is tracked.
-///
-/// # Errors
-/// The tensor library failed.
-pub fn softmax(x: &Tensor) -> Result<Tensor> {
-    if !tracks(&[x]) {
-        return candle_nn::ops::softmax_last_dim(&x.contiguous()?);
-    }
-    // Softmax does not change when all inputs shift, so the maximum needs no gradient.
-    let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?;
-    let weights = shifted.exp()?;
-    weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)
-}
-
-/// `(b, n, heads·w)` to `(b, heads, n, w)`.
-pub(crate) fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
-    let (b, n, width) = x.dims3()?;
-    heads_first(&x.reshape((b, n, heads, width / heads))?)
-}
-
-/// `(b, n, heads, w)` to `(b, heads, n, w)`, copied only where the matrix product cannot read it in place.
-pub(crate) fn heads_first(x: &Tensor) -> Result<Tensor> {
-    let swapped = x.transpose(1, 2)?;
-    // One image has one batch stride, which the product takes as it is; more need a copy.
-    if swapped.dim(0)? == 1 && swapped.device().is_cpu() { Ok(swapped) } else { swapped.contiguous() }
-}
-
-/// Scaled dot-product attention: `softmax(q kᵀ / √w + mask) v`.
-///
-/// `q` `(b, h, n, w)`, `k` and `v` `(b, h, m, w)`, `mask` additive and broadcastable to `(b, h, n, m)`; returns `(b, n, h·w)`.
-///
-/// # Errors
-/// The shapes do not fit.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-    let (b, h, n, w) = q.dims4()?;
-    let scores = (q * (w as f64).powf(-0.5))?.matmul(&k.transpose(2, 3)?)?;
-    let scores = match mask {
-        Some(mask) => scores.broadcast_add(mask)?,
-        None => scores,
-    };
-    softmax(&scores)?.matmul(v)?.transpose(1, 2)?.reshape((b, n, h * w))
-}
-
-/// True if a gradient is tracked through any of these.
-fn tracks(tensors: &[&Tensor]) -> bool {
-    tensors.iter().any(|tensor| tensor.track_op())
 }
 
 /// The rows divided by their Euclidean length: `(.., w)` to the same shape.

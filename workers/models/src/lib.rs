@@ -5,11 +5,19 @@
 //! scored by it and how it is trained. It is synchronous and computes; it never knows where data comes from or goes to, what a
 //! task, a shard or a run is, and imports nothing of this workspace.
 
+pub mod checkpoint;
 pub mod config;
+pub mod device;
 pub mod error;
+pub mod generate;
 pub mod layers;
 pub mod med;
+pub mod ops;
 pub mod parameters;
+pub mod preprocess;
+pub mod random;
+pub mod sampling;
+pub mod score;
 pub mod text;
 pub mod tokenizer;
 pub mod train;

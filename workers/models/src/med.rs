@@ -3,10 +3,13 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, VarBuilder};
+use rayon::prelude::*;
 
 use crate::config::{MedConfig, TextConfig};
 use crate::error::{ModelError, Result};
 use crate::layers::{LayerNorm, Linear, l2_normalize};
+use crate::ops::gelu;
+use crate::preprocess::Pixels;
 use crate::text::{CrossCache, SelfCache, TextModel, causal_mask, padding_mask};
 use crate::vision::VisionModel;
 
@@ -118,6 +121,19 @@ impl Med {
     /// The images have another size than the config says.
     pub fn encode_image(&self, pixels: &Tensor) -> Result<Tensor> {
         Ok(self.vision.forward(&pixels.to_dtype(self.dtype)?)?)
+    }
+
+    /// [`Self::encode_image`] for prepared images. On a CPU each image is encoded by itself, several at a time, so that its states do not
+    /// depend on the others.
+    ///
+    /// # Errors
+    /// There is no image, or one has another size than the config says.
+    pub fn encode_images(&self, images: &[Pixels]) -> Result<Tensor> {
+        if !self.device.is_cpu() || images.len() < 2 {
+            return self.encode_image(&Pixels::stack(images, &self.device)?);
+        }
+        let states = images.par_iter().map(|image| self.encode_images(std::slice::from_ref(image)));
+        Ok(Tensor::cat(&states.collect::<Result<Vec<_>>>()?, 0)?)
     }
 
     /// ITC features `(b, p)` of image states `(b, n, d_v)`: class token, projected, of length 1.
@@ -244,7 +260,7 @@ impl Decoder {
 
     /// `(.., d)` to `(.., vocab)`.
     fn logits(&self, states: &Tensor) -> candle_core::Result<Tensor> {
-        let hidden = self.transform.forward(states)?.gelu_erf()?;
+        let hidden = gelu(&self.transform.forward(states)?)?;
         self.vocabulary.forward(&self.layer_norm.forward(&hidden)?)
     }
 }

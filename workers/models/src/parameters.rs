@@ -6,13 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
-use sha2::{Digest, Sha256};
 
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result};
 use crate::med::{Med, Parts};
+use crate::random::Stream;
 
 /// One tensor of a MED.
 #[derive(Debug, Clone)]
@@ -63,27 +61,11 @@ fn draw(parameter: &Parameter, seed: u64) -> Result<Vec<f32>> {
     match parameter.init {
         Init::Const(value) => Ok(vec![value as f32; count]),
         Init::Randn { mean, stdev } => {
-            let key = Sha256::new()
-                .chain_update(b"capfilt fresh weight\0")
-                .chain_update(seed.to_le_bytes())
-                .chain_update(parameter.name.as_bytes())
-                .finalize();
-            let mut rng = ChaCha8Rng::from_seed(key.into());
-            Ok((0..count).map(|_| (mean + stdev * normal(&mut rng)) as f32).collect())
+            let mut stream = Stream::new("fresh weight", seed, &[parameter.name.as_bytes()]);
+            Ok((0..count).map(|_| (mean + stdev * stream.normal()) as f32).collect())
         }
         Init::Uniform { .. } | Init::Kaiming { .. } => Err(ModelError::Config(format!("no way to draw {}", parameter.name))),
     }
-}
-
-/// A standard normal number (Box and Muller).
-fn normal(rng: &mut ChaCha8Rng) -> f64 {
-    let radius = (-2.0 * (1.0 - unit(rng)).ln()).sqrt();
-    radius * (std::f64::consts::TAU * unit(rng)).cos()
-}
-
-/// A number in [0, 1).
-fn unit(rng: &mut ChaCha8Rng) -> f64 {
-    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// A source of tensors that notes every request and answers with zeros that take no memory.

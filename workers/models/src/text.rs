@@ -10,7 +10,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::config::TextConfig;
-use crate::layers::{Embedding, LayerNorm, Linear, attention, split_heads};
+use crate::layers::{Embedding, LayerNorm, Linear};
+use crate::ops::{attention, gelu};
 
 /// Added to the score of a position that must not be seen (the value of BLIP).
 const MASKED: f32 = -10_000.0;
@@ -27,14 +28,14 @@ pub struct TextModel {
 
 /// Keys and values of the image states for every layer, computed once per image.
 ///
-/// Per layer `(images, heads, states, w)`. With `k` texts per image, the rows of the text batch are image-major: row `i·k + j` is
+/// Per layer `(images, states, d)`. With `k` texts per image, the rows of the text batch are image-major: row `i·k + j` is
 /// text `j` of image `i`.
 #[derive(Debug, Clone)]
 pub struct CrossCache {
     layers: Vec<(Tensor, Tensor)>,
 }
 
-/// Keys and values of the tokens so far, preallocated for the longest text: per layer `(rows, heads, max_length, w)`.
+/// Keys and values of the tokens so far, preallocated for the longest text: per layer `(rows, max_length, d)`.
 #[derive(Debug)]
 pub struct SelfCache {
     layers: Vec<(Tensor, Tensor)>,
@@ -54,6 +55,7 @@ struct Layer {
 #[derive(Debug, Clone)]
 struct Attention {
     heads: usize,
+    scale: f64,
     query: Linear,
     key: Linear,
     value: Linear,
@@ -97,7 +99,7 @@ impl TextModel {
 
     /// Ids `(rows, t)` to hidden states `(rows, t, d)`, whole sequences at once.
     ///
-    /// `mask` is additive and broadcastable to `(rows, heads, t, t)` (see [`padding_mask`] and [`causal_mask`]). With `cross` of
+    /// `mask` is additive and `(rows or 1, 1, t or 1, t)` (see [`padding_mask`] and [`causal_mask`]). With `cross` of
     /// `b` images, `rows` is `b·k`, image-major.
     ///
     /// # Errors
@@ -117,16 +119,8 @@ impl TextModel {
     /// The device has no memory for it.
     pub fn self_cache(&self, rows: usize, max_length: usize) -> Result<SelfCache> {
         let weight = self.words.weight();
-        let layers = self
-            .layers
-            .iter()
-            .map(|layer| {
-                let heads = layer.attention.heads;
-                let shape = (rows, heads, max_length, weight.dim(1)? / heads);
-                let zeros = || Tensor::zeros(shape, weight.dtype(), weight.device());
-                Ok((zeros()?, zeros()?))
-            })
-            .collect::<Result<_>>()?;
+        let zeros = || Tensor::zeros((rows, max_length, weight.dim(1)?), weight.dtype(), weight.device());
+        let layers = self.layers.iter().map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
         Ok(SelfCache { layers, length: 0 })
     }
 
@@ -146,10 +140,9 @@ impl TextModel {
         let mut x = self.embed(ids, start)?;
         for ((layer, kept), image) in self.layers.iter().zip(&cache.layers).zip(&cross.layers) {
             let (k, v) = layer.attention.keys_values(&x)?;
-            kept.0.slice_set(&k.contiguous()?, 2, start)?;
-            kept.1.slice_set(&v.contiguous()?, 2, start)?;
-            let k = kept.0.narrow(2, 0, end)?;
-            let v = kept.1.narrow(2, 0, end)?;
+            kept.0.slice_set(&k, 1, start)?;
+            kept.1.slice_set(&v, 1, start)?;
+            let (k, v) = (kept.0.narrow(1, 0, end)?, kept.1.narrow(1, 0, end)?);
             x = layer.forward(&x, (&k, &v), mask.as_ref(), Some(image))?;
         }
         cache.length = end;
@@ -197,7 +190,7 @@ impl Layer {
             let queries = x.reshape((images, rows / images * t, d))?;
             x = self.cross.forward(&queries, k, v, None)?.reshape((rows, t, d))?;
         }
-        let hidden = self.intermediate.forward(&x)?.gelu_erf()?;
+        let hidden = gelu(&self.intermediate.forward(&x)?)?;
         self.layer_norm.forward(&(self.output.forward(&hidden)? + x)?)
     }
 }
@@ -208,6 +201,7 @@ impl Attention {
         let d = config.hidden_size;
         Ok(Self {
             heads: config.num_attention_heads,
+            scale: ((d / config.num_attention_heads) as f64).powf(-0.5),
             query: Linear::load(d, d, vb.pp("self.query"))?,
             key: Linear::load(source, d, vb.pp("self.key"))?,
             value: Linear::load(source, d, vb.pp("self.value"))?,
@@ -216,30 +210,19 @@ impl Attention {
         })
     }
 
-    /// `(b, n, source)` to keys and values `(b, heads, n, w)`.
+    /// `(b, n, source)` to keys and values `(b, n, d)`.
     fn keys_values(&self, source: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok((split_heads(&self.key.forward(source)?, self.heads)?, split_heads(&self.value.forward(source)?, self.heads)?))
+        Ok((self.key.forward(source)?, self.value.forward(source)?))
     }
 
     fn forward(&self, x: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        let q = split_heads(&self.query.forward(x)?, self.heads)?;
-        let mixed = self.dense.forward(&attention(&q, k, v, mask)?)?;
+        let q = self.query.forward(x)?;
+        let mixed = self.dense.forward(&attention(&q, k, v, self.heads, self.scale, mask)?)?;
         self.layer_norm.forward(&(mixed + x)?)
     }
 }
 
 impl CrossCache {
-    /// The number of images.
-    ///
-    /// # Errors
-    /// The model has no layers.
-    pub fn images(&self) -> Result<usize> {
-        match self.layers.first() {
-            Some((k, _)) => k.dim(0),
-            None => candle_core::bail!("a text model without layers has no cross-attention"),
-        }
-    }
-
     /// The cache of the images with these indices `(n)` (u32), in this order.
     ///
     /// # Errors
@@ -266,10 +249,7 @@ impl SelfCache {
 }
 
 fn select(layers: &[(Tensor, Tensor)], indices: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
-    layers
-        .iter()
-        .map(|(k, v)| Ok((k.contiguous()?.index_select(indices, 0)?, v.contiguous()?.index_select(indices, 0)?)))
-        .collect()
+    layers.iter().map(|(k, v)| Ok((k.index_select(indices, 0)?, v.index_select(indices, 0)?))).collect()
 }
 
 /// An additive mask `(b, 1, 1, t)` from a mask `(b, t)` that is 1 for tokens and 0 for padding (any number type).

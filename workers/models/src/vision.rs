@@ -1,10 +1,11 @@
-//! The vision transformer of BLIP (pre-norm ViT with a class token), `vision_model.*` in the weight file.
+//! The vision transformer of BLIP (pre-norm, with a class token), `vision_model.*` in the weight file.
 
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::config::VisionConfig;
-use crate::layers::{INIT_WEIGHT, LayerNorm, Linear, attention, heads_first};
+use crate::layers::{INIT_WEIGHT, LayerNorm, Linear};
+use crate::ops::{attention_packed, gelu};
 
 /// Turns pixels into image states.
 #[derive(Debug, Clone)]
@@ -20,6 +21,7 @@ pub struct VisionModel {
 #[derive(Debug, Clone)]
 struct Block {
     heads: usize,
+    scale: f64,
     layer_norm1: LayerNorm,
     qkv: Linear,
     projection: Linear,
@@ -84,6 +86,7 @@ impl Block {
         let (d, eps) = (config.hidden_size, config.layer_norm_eps);
         Ok(Self {
             heads: config.num_attention_heads,
+            scale: ((d / config.num_attention_heads) as f64).powf(-0.5),
             layer_norm1: LayerNorm::load(d, eps, vb.pp("layer_norm1"))?,
             qkv: Linear::load(d, 3 * d, vb.pp("self_attn.qkv"))?,
             projection: Linear::load(d, d, vb.pp("self_attn.projection"))?,
@@ -95,12 +98,9 @@ impl Block {
 
     /// `(b, n, d)` to `(b, n, d)`.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, n, d) = x.dims3()?;
-        let qkv = self.qkv.forward(&self.layer_norm1.forward(x)?)?.reshape((b, n, 3, self.heads, d / self.heads))?;
-        let part = |i| heads_first(&qkv.narrow(2, i, 1)?.squeeze(2)?);
-        let mixed = attention(&part(0)?, &part(1)?, &part(2)?, None)?;
-        let x = (x + self.projection.forward(&mixed)?)?;
-        let hidden = self.fc1.forward(&self.layer_norm2.forward(&x)?)?.gelu_erf()?;
+        let qkv = self.qkv.forward(&self.layer_norm1.forward(x)?)?;
+        let x = (x + self.projection.forward(&attention_packed(&qkv, self.heads, self.scale, None)?)?)?;
+        let hidden = gelu(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
         x + self.fc2.forward(&hidden)?
     }
 }

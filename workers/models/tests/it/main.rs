@@ -1,0 +1,10 @@
+//! The models as their users see them: against golden outputs, against themselves, and given bad input.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod checkpoint;
+mod decoding;
+mod fixture;
+mod golden;
+mod gradients;
+mod scoring;
+mod text;
