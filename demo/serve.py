@@ -144,7 +144,7 @@ class Connection:
             lines = "".join(f'<p><a href="http://{host}/calendar.html?day={day + n}">day {day + n}</a></p>\n' for n in range(200)).encode()
             self.writer.write(f"{len(lines):x}\r\n".encode() + lines + b"\r\n")
             await self.writer.drain()
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.005)
             day += 200
 
     async def drip(self, path: str, keep: bool) -> bool:
