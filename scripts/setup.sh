@@ -56,8 +56,10 @@ if ! "$venv/bin/python" -c '' 2>/dev/null; then
   rm -rf "$venv"
   python3 -m venv "$venv"
 fi
-if ! cat scripts/requirements-demo.txt "$requirements" | cmp -s - "$venv/filled-$level"; then
+wanted() { cat scripts/requirements-demo.txt "scripts/requirements-$1.txt"; }
+if ! wanted "$level" | cmp -s - "$venv/filled-$level"; then
   say "installing the Python packages of $requirements into $venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
-  cat scripts/requirements-demo.txt "$requirements" >"$venv/filled-$level"
+  wanted "$level" >"$venv/filled-$level"
+  [ "$level" != test ] || wanted demo >"$venv/filled-demo" # the list for the tests holds the demo's
 fi
