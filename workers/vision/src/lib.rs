@@ -1,1 +1,17 @@
-//! Placeholder root while the crate is laid out.
+//! The caption and score stages: rows of images in, rows of texts or of scores out.
+//!
+//! Knows how rows become pixels and texts, and how a model is kept on its thread. Never knows what a tensor is, where rows come from or
+//! which texts are kept.
+
+mod caption;
+mod model;
+mod pixels;
+mod score;
+
+pub use caption::{CaptionConfig, CaptionStage};
+pub use capfilt_models::ModelError;
+pub use model::{CHECKPOINT_FILES, VisionWorkerConfig, check_checkpoint};
+pub use score::{ScoreConfig, ScoreStage};
+
+/// Raised whenever the same image and model would give other captions or scores than before.
+pub const STAGE_VERSION: u32 = 1;

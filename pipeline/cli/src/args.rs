@@ -1,0 +1,249 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use capfilt_coordinator::export;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+/// Makes vision-language training sets: gathers image-text pairs by query, captions and filters them (CapFilt), rebuilds the dataset,
+/// retrains the models, and goes round again.
+#[derive(Parser, Debug)]
+#[command(
+    name = "capfilt",
+    version,
+    max_term_width = 110,
+    after_help = "Exit codes: 0 done; 1 failed; 2 wrong arguments or config; 3 the store cannot be used or is not sound; \
+                  4 done, but some tasks were given up; 130 interrupted.\n\n\
+                  Start with:  capfilt doctor configs/demo.toml  and  capfilt run configs/demo.toml"
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+    /// Say more about what is going on (twice: even more)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    /// Write messages as JSON lines
+    #[arg(long, global = true)]
+    pub(crate) log_json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Verb {
+    /// Do everything that a config asks for and that is not done yet, in this process
+    Run(RunArgs),
+    /// Show what `run` would do, without doing it
+    Plan(PlanArgs),
+    /// Show how far a run is: stages, rounds, failures, history
+    Status(StatusArgs),
+    /// Look at dataset versions, compare and export them
+    #[command(subcommand)]
+    Dataset(DatasetVerb),
+    /// Look at models, and change which one plays a role
+    #[command(subcommand)]
+    Model(ModelVerb),
+    /// Check and clean the store
+    #[command(subcommand)]
+    Store(StoreVerb),
+    /// Check that this machine and a config are fit for a run
+    Doctor(DoctorArgs),
+}
+
+/// Which config, and what to change in it.
+#[derive(Args, Debug)]
+pub(crate) struct ConfigArgs {
+    /// The config, a TOML file; paths in it start from its folder
+    pub(crate) config: PathBuf,
+    /// Change a setting: `build.min_itm=0.6`, `run.rounds=3`, `models.captioner=promoted`; may be given many times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+    /// Show the plan only
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Try tasks again that were given up
+    #[arg(long)]
+    pub(crate) retry_failed: bool,
+    /// Write the result as JSON to standard output; progress goes to standard error
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+    /// Write JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+    /// Write JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+    /// Write JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Where the store is.
+#[derive(Args, Debug)]
+pub(crate) struct StoreArgs {
+    /// The store: a folder or a URL, or a config whose store is meant
+    #[arg(long, short, value_name = "STORE|CONFIG")]
+    pub(crate) store: String,
+    /// Write JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum DatasetVerb {
+    /// List datasets and their versions
+    List(StoreArgs),
+    /// Show one version: counts, funnel, settings, lineage
+    Show(DatasetArgs),
+    /// Show what moved between two versions
+    Diff(DiffArgs),
+    /// Copy a version out, with its images
+    Export(ExportArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DatasetArgs {
+    /// The dataset, `name` for the newest version or `name@3`
+    pub(crate) dataset: String,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DiffArgs {
+    /// The older version, `name@1`
+    pub(crate) from: String,
+    /// The newer version, `name@2`, or `name` for the newest
+    pub(crate) to: String,
+    /// Examples shown of what came and went
+    #[arg(long, default_value_t = 5)]
+    pub(crate) examples: usize,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ExportArgs {
+    /// The dataset, `name` for the newest version or `name@3`
+    pub(crate) dataset: String,
+    /// Where to; must not exist, or hold the same export
+    #[arg(long, short)]
+    pub(crate) out: PathBuf,
+    /// Formats
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "webdataset,parquet,blip")]
+    pub(crate) format: Vec<Format>,
+    /// Replace what is there
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Format {
+    /// Tar files for the Python `webdataset` package and its like
+    Webdataset,
+    /// Parquet that Hugging Face `datasets` opens with its image feature
+    Parquet,
+    /// BLIP's JSON list beside a folder of images
+    Blip,
+}
+
+impl Format {
+    /// The coordinator's name for it.
+    pub(crate) const fn into_export(self) -> export::Format {
+        match self {
+            Self::Webdataset => export::Format::Webdataset,
+            Self::Parquet => export::Format::Parquet,
+            Self::Blip => export::Format::Blip,
+        }
+    }
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum ModelVerb {
+    /// List the roles, who plays them, and their history
+    List(StoreArgs),
+    /// Show a model: its roles, config and metrics
+    Show(ModelArgs),
+    /// Let a model play a role
+    Promote(PromoteArgs),
+    /// Give a role back to the model that played it before
+    Rollback(RollbackArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ModelArgs {
+    /// A role (`captioner`, `filter`) or a digest, of which the first characters do
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PromoteArgs {
+    /// The role: `captioner` or `filter`
+    pub(crate) role: String,
+    /// A digest, of which the first characters do, or a folder with a checkpoint
+    pub(crate) model: String,
+    /// Why, for the history
+    #[arg(long, default_value = "by hand")]
+    pub(crate) reason: String,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RollbackArgs {
+    /// The role: `captioner` or `filter`
+    pub(crate) role: String,
+    /// Why, for the history
+    #[arg(long, default_value = "by hand")]
+    pub(crate) reason: String,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum StoreVerb {
+    /// Read every record and every object that a record names, and report what does not fit
+    Check(StoreArgs),
+    /// Remove objects that no record names
+    Sweep(SweepArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct SweepArgs {
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    /// Leave objects younger than this many hours: they may belong to a worker that is about to commit
+    #[arg(long, default_value_t = 24.0)]
+    pub(crate) grace_hours: f64,
+    /// Only count
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}

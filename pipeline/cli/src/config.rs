@@ -1,0 +1,428 @@
+//! The config of a run: one TOML file, joined from the settings of all crates.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use capfilt_coordinator::SqlConfig;
+use capfilt_coordinator::balance::BalanceConfig;
+use capfilt_coordinator::build::BuildConfig;
+use capfilt_coordinator::plan::{PlanConfig, StageParams};
+use capfilt_coordinator::retrain::RetrainConfig;
+use capfilt_crawler::{AnnotateConfig, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, QueryList, SourceConfig};
+use capfilt_runtime::WorkerConfig;
+use capfilt_schemas::{Digest, RunId, StageKind};
+use capfilt_trainer::{EvaluateConfig, TrainConfig};
+use capfilt_vision::{CaptionConfig, ScoreConfig, VisionWorkerConfig};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::args::Format;
+use crate::output::Failure;
+
+/// Everything a run can be told. What can change a byte of the result stands outside of `[worker]`; what only changes speed and route
+/// stands in it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RunConfig {
+    /// The run itself.
+    pub(crate) run: RunSection,
+    /// The query list.
+    pub(crate) queries: QueriesSection,
+    /// Sources of candidates.
+    #[serde(default)]
+    pub(crate) discover: DiscoverConfig,
+    #[serde(default)]
+    pub(crate) balance: BalanceConfig,
+    #[serde(default)]
+    pub(crate) fetch: FetchConfig,
+    /// Clean, human-annotated pairs that are mixed in.
+    #[serde(default)]
+    pub(crate) annotated: AnnotateConfig,
+    /// Pairs on which models are judged and which never get into a dataset.
+    #[serde(default)]
+    pub(crate) heldout: AnnotateConfig,
+    /// The models of the first round.
+    pub(crate) models: ModelsSection,
+    #[serde(default)]
+    pub(crate) caption: CaptionConfig,
+    #[serde(default)]
+    pub(crate) score: ScoreConfig,
+    #[serde(default)]
+    pub(crate) build: BuildConfig,
+    #[serde(default)]
+    pub(crate) retrain: RetrainConfig,
+    /// How each role is trained.
+    #[serde(default)]
+    pub(crate) train: BTreeMap<String, TrainSection>,
+    #[serde(default)]
+    pub(crate) evaluate: EvaluateConfig,
+    /// A copy of the last version, made when the run is over.
+    pub(crate) export: Option<ExportSection>,
+    #[serde(default)]
+    pub(crate) report: ReportSection,
+    #[serde(default)]
+    pub(crate) worker: WorkerSection,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RunSection {
+    /// The run's name.
+    pub(crate) name: RunId,
+    /// Where everything is kept: a folder or a URL.
+    pub(crate) store: String,
+    /// The name of the dataset; the run's own if not given.
+    pub(crate) dataset: Option<String>,
+    /// Which state of the web is meant: under the same name nothing is downloaded twice.
+    pub(crate) snapshot: String,
+    /// Rounds of caption, score, build and retrain.
+    #[serde(default = "one")]
+    pub(crate) rounds: u32,
+}
+
+const fn one() -> u32 {
+    1
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct QueriesSection {
+    /// A text file with one query a line, or a table; see the README.
+    pub(crate) path: PathBuf,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ModelsSection {
+    /// A checkpoint folder, or `promoted` for the model that plays the role in the store.
+    pub(crate) captioner: String,
+    /// As `captioner`.
+    pub(crate) filter: String,
+}
+
+/// `[train.<role>]`: the built-in trainer's settings, or a command and whatever settings it wants.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum TrainSection {
+    External(ExternalTrainer),
+    BuiltIn(Box<toml::Table>),
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ExternalTrainer {
+    /// Program and arguments; see ARCHITECTURE.md for what it is given and has to leave.
+    pub(crate) command: Vec<String>,
+    #[serde(flatten)]
+    pub(crate) settings: toml::Table,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ExportSection {
+    /// The folder; `{version}` in it stands for the version's number.
+    pub(crate) folder: String,
+    #[serde(default = "all_formats")]
+    pub(crate) formats: Vec<Format>,
+}
+
+fn all_formats() -> Vec<Format> {
+    vec![Format::Webdataset, Format::Parquet, Format::Blip]
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct ReportSection {
+    /// The HTML file; `{run}` in it stands for the run's name.
+    pub(crate) path: PathBuf,
+    /// Pairs shown in it.
+    pub(crate) samples: usize,
+}
+
+impl Default for ReportSection {
+    fn default() -> Self {
+        Self { path: PathBuf::from("capfilt-{run}.html"), samples: 48 }
+    }
+}
+
+/// What changes speed and route only.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct WorkerSection {
+    pub(crate) runtime: WorkerConfig,
+    pub(crate) crawler: CrawlerWorkerConfig,
+    pub(crate) vision: VisionWorkerConfig,
+    pub(crate) sql: SqlConfig,
+}
+
+impl WorkerSection {
+    pub(crate) fn work_dir(&self) -> PathBuf {
+        self.runtime.work_dir.clone()
+    }
+}
+
+/// The models of the first round.
+pub(crate) struct Models {
+    pub(crate) captioner: Digest,
+    pub(crate) filter: Digest,
+}
+
+impl RunConfig {
+    /// Reads a config, changes it by `set` (`key.path=value`), and makes its paths absolute: they start from the config's folder.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] names the file, the place in it and what is wrong.
+    pub(crate) fn load(path: &Path, set: &[String]) -> Result<Self, Failure> {
+        let usage = |what: String| Failure::Usage(format!("config `{}`: {what}", path.display()));
+        let text = std::fs::read_to_string(path).map_err(|e| usage(format!("cannot be read: {e}")))?;
+        // Read once as it stands, for the line and column in the message; then again with the changes.
+        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| usage(e.to_string().trim_end().to_owned()))?;
+        if set.is_empty() {
+            toml::from_str::<Self>(&text).map_err(|e| usage(e.to_string().trim_end().to_owned()))?;
+        }
+        for change in set {
+            apply(&mut table, change).map_err(Failure::Usage)?;
+        }
+        let mut config: Self = table.try_into().map_err(|e: toml::de::Error| usage(e.to_string().trim_end().to_owned()))?;
+        let folder = std::path::absolute(path).map_err(|e| usage(e.to_string()))?;
+        config.make_absolute(folder.parent().unwrap_or(&folder));
+        config.check().map_err(|f| usage(f.text()))?;
+        Ok(config)
+    }
+
+    fn make_absolute(&mut self, folder: &Path) {
+        let join = |path: &mut PathBuf| *path = clean(&folder.join(&path));
+        join(&mut self.queries.path);
+        join(&mut self.report.path);
+        join(&mut self.worker.runtime.work_dir);
+        for source in &mut self.discover.sources {
+            if let SourceConfig::List(list) = source {
+                join(&mut list.path);
+            }
+        }
+        for source in self.annotated.sources.iter_mut().chain(&mut self.heldout.sources) {
+            join(&mut source.annotations);
+            if let Some(images) = &mut source.images {
+                join(images);
+            }
+        }
+        let text = |value: &mut String| *value = clean(&folder.join(&*value)).display().to_string();
+        if !self.run.store.contains(':') {
+            text(&mut self.run.store);
+        }
+        for model in [&mut self.models.captioner, &mut self.models.filter] {
+            if *model != "promoted" {
+                text(model);
+            }
+        }
+        if let Some(export) = &mut self.export {
+            text(&mut export.folder);
+        }
+    }
+
+    fn check(&self) -> Result<(), Failure> {
+        let usage = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
+        self.discover.check().map_err(|e| usage(&e))?;
+        self.fetch.check().map_err(|e| usage(&e))?;
+        self.annotated.check().map_err(|e| usage(&e))?;
+        self.heldout.check().map_err(|e| usage(&e))?;
+        self.balance.validate().map_err(|e| usage(&e))?;
+        self.build.validate().map_err(|e| usage(&e))?;
+        self.worker.sql.validate().map_err(|e| usage(&e))?;
+        self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
+        if self.run.rounds == 0 {
+            return Err(Failure::Usage("`run.rounds` is 0; ask for at least one".to_owned()));
+        }
+        for role in self.train.keys() {
+            if !capfilt_store::ROLES.contains(&role.as_str()) {
+                return Err(Failure::Usage(format!("[train.{role}]: the roles are {}", capfilt_store::ROLES.join(" and "))));
+            }
+        }
+        self.train_params().map(|_| ())
+    }
+
+    /// The name under which dataset versions are kept.
+    pub(crate) fn dataset(&self) -> String {
+        self.run.dataset.clone().unwrap_or_else(|| self.run.name.to_string())
+    }
+
+    /// Checks that every file the config names is there and readable, and says what there is.
+    pub(crate) fn inputs(&self) -> Result<String, Failure> {
+        let queries = self.query_list()?;
+        for source in self.annotated.sources.iter().chain(&self.heldout.sources) {
+            source.digest().map_err(|e| Failure::Usage(e.to_string()))?;
+        }
+        Ok(format!(
+            "{} queries, {} sources, {} annotated and {} held-out sets",
+            queries.len(),
+            self.discover.sources.len(),
+            self.annotated.sources.len(),
+            self.heldout.sources.len()
+        ))
+    }
+
+    pub(crate) fn query_list(&self) -> Result<QueryList, Failure> {
+        QueryList::load(&self.queries.path).map_err(|e| Failure::Usage(e.to_string()))
+    }
+
+    fn train_params(&self) -> Result<BTreeMap<String, Value>, Failure> {
+        let mut params = BTreeMap::new();
+        for (role, section) in &self.train {
+            let usage = |e: &dyn std::fmt::Display| Failure::Usage(format!("[train.{role}]: {e}"));
+            let value = match section {
+                TrainSection::External(external) => {
+                    let mut value = json(external)?;
+                    value["role"] = role.as_str().into();
+                    value
+                }
+                TrainSection::BuiltIn(table) => {
+                    let mut table = (**table).clone();
+                    table.insert("role".to_owned(), toml::Value::String(role.clone()));
+                    let config: TrainConfig = table.try_into().map_err(|e: toml::de::Error| usage(&e))?;
+                    config.check().map_err(|e| usage(&e))?;
+                    json(&config)?
+                }
+            };
+            params.insert(role.clone(), value);
+        }
+        Ok(params)
+    }
+
+    /// What the planner needs. Reads the query list and the annotation files, for their digests.
+    pub(crate) fn plan(&self, models: Models) -> Result<PlanConfig, Failure> {
+        let queries = self.query_list()?;
+        let usage = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
+        let annotate = |config: &AnnotateConfig| -> Result<Vec<Value>, Failure> {
+            config.params().map_err(|e| usage(&e))?.iter().map(json).collect()
+        };
+        let stages = StageParams {
+            discover: self.discover.params(queries.digest(), &self.run.snapshot).iter().map(json).collect::<Result<_, _>>()?,
+            balance: json(&self.balance)?,
+            fetch: json(&self.fetch.params(&self.run.snapshot))?,
+            annotated: annotate(&self.annotated)?,
+            heldout: annotate(&self.heldout)?,
+            caption: json(&self.caption)?,
+            score: json(&self.score)?,
+            build: json(&self.build)?,
+            train: self.train_params()?,
+            evaluate: json(&self.evaluate)?,
+            versions: BTreeMap::from([
+                (StageKind::Discover, capfilt_crawler::STAGE_VERSION),
+                (StageKind::Fetch, capfilt_crawler::STAGE_VERSION),
+                (StageKind::Annotate, capfilt_crawler::STAGE_VERSION),
+                (StageKind::Balance, capfilt_coordinator::balance::STAGE_VERSION),
+                (StageKind::Caption, capfilt_vision::STAGE_VERSION),
+                (StageKind::Score, capfilt_vision::STAGE_VERSION),
+                (StageKind::Build, capfilt_coordinator::build::STAGE_VERSION),
+                (StageKind::Train, capfilt_trainer::STAGE_VERSION),
+                (StageKind::Evaluate, capfilt_trainer::STAGE_VERSION),
+            ]),
+        };
+        Ok(PlanConfig {
+            run: self.run.name.clone(),
+            dataset: self.dataset(),
+            rounds: self.run.rounds,
+            captioner: models.captioner,
+            filter: models.filter,
+            stages,
+            retrain: self.retrain.clone(),
+            max_attempts: self.worker.runtime.max_attempts,
+            sql: self.worker.sql.clone(),
+            work_dir: self.worker.work_dir(),
+        })
+    }
+}
+
+fn json<T: Serialize>(value: &T) -> Result<Value, Failure> {
+    serde_json::to_value(value).map_err(|e| Failure::Other(e.into()))
+}
+
+/// Sets `key.path=value` in `table`; the value is TOML, or text if it is none. A number in the path is a place in a list.
+fn apply(table: &mut toml::Table, change: &str) -> Result<(), String> {
+    let bad = |why: &str| format!("--set `{change}`: {why}");
+    let (path, value) = change.split_once('=').ok_or_else(|| bad("write key=value"))?;
+    let parsed = format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
+    let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_owned()));
+    let keys: Vec<&str> = path.trim().split('.').collect();
+    let Some((last, folders)) = keys.split_last().filter(|_| keys.iter().all(|k| !k.is_empty())) else {
+        return Err(bad("write the key as section.name"));
+    };
+    let mut root = toml::Value::Table(std::mem::take(table));
+    let mut place = Some(&mut root);
+    for key in folders {
+        place = match place {
+            Some(toml::Value::Table(t)) => {
+                Some(t.entry((*key).to_owned()).or_insert_with(|| toml::Value::Table(toml::Table::new())))
+            }
+            Some(toml::Value::Array(items)) => key.parse::<usize>().ok().and_then(|i| items.get_mut(i)),
+            _ => None,
+        };
+    }
+    let done = match place {
+        Some(toml::Value::Table(t)) => {
+            t.insert((*last).to_owned(), value);
+            true
+        }
+        Some(toml::Value::Array(items)) => {
+            let item = last.parse::<usize>().ok().and_then(|i| items.get_mut(i));
+            item.map(|i| *i = value).is_some()
+        }
+        _ => false,
+    };
+    if let toml::Value::Table(t) = root {
+        *table = t;
+    }
+    if done { Ok(()) } else { Err(bad("there is no such place in the config")) }
+}
+
+/// `path` without `.` and with `name/..` taken out, so that the same file has the same name however it was written.
+fn clean(path: &Path) -> PathBuf {
+    let mut out = PathBuf::new();
+    for part in path.components() {
+        match part {
+            std::path::Component::ParentDir => _ = out.pop(),
+            std::path::Component::CurDir => {}
+            part => out.push(part),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn after(text: &str, change: &str) -> Result<toml::Table, String> {
+        let mut table: toml::Table = text.parse().unwrap();
+        apply(&mut table, change).map(|()| table)
+    }
+
+    #[test]
+    fn settings_are_changed_from_the_command_line() {
+        let text = "[build]\nmin_itm = 0.5\n[[discover.sources]]\nkind = 'list'\n";
+        assert_eq!(after(text, "build.min_itm=0.6").unwrap()["build"]["min_itm"].as_float(), Some(0.6));
+        assert_eq!(after(text, "run.name=x-1").unwrap()["run"]["name"].as_str(), Some("x-1"));
+        assert_eq!(after(text, "run.rounds=3").unwrap()["run"]["rounds"].as_integer(), Some(3));
+        let url = after(text, "worker.crawler.proxy=http://127.0.0.1:8080").unwrap();
+        assert_eq!(url["worker"]["crawler"]["proxy"].as_str(), Some("http://127.0.0.1:8080"));
+        let listed = after(text, "discover.sources.0.url_col=u").unwrap();
+        assert_eq!(listed["discover"]["sources"][0]["url_col"].as_str(), Some("u"));
+        for bad in ["build", "=1", "build..x=1", "build.min_itm.deep=1", "discover.sources.7.kind=x"] {
+            assert!(after(text, bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_config_of_the_project_is_read() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+        let mut seen = 0;
+        for file in std::fs::read_dir(folder).unwrap() {
+            let path = file.unwrap().path();
+            if path.extension().is_some_and(|e| e == "toml") {
+                RunConfig::load(&path, &[]).map_err(|f| f.text()).unwrap();
+                seen += 1;
+            }
+        }
+        assert!(seen > 0);
+    }
+}

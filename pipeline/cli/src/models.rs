@@ -1,0 +1,139 @@
+//! `capfilt model …`
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use capfilt_schemas::{AliasEvent, Digest, StageKind};
+use capfilt_store::{ROLES, Store};
+use serde_json::json;
+
+use crate::args::ModelVerb;
+use crate::output::{Failure, bytes, moment, say, say_json, table};
+use crate::store::open;
+
+pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
+    match verb {
+        ModelVerb::List(args) => {
+            let store = open(&args).await?;
+            let mut events = Vec::new();
+            for role in ROLES {
+                events.extend(store.alias_events(role).await?);
+            }
+            if args.json {
+                say_json(&events)?;
+            } else if events.is_empty() {
+                say("no model plays a role yet");
+            } else {
+                say(&history(&events));
+            }
+        }
+        ModelVerb::Show(args) => {
+            let store = open(&args.store).await?;
+            show(&store, &args.model, args.store.json).await?;
+        }
+        ModelVerb::Promote(args) => {
+            let store = open(&args.store).await?;
+            let folder = Path::new(&args.model);
+            let model =
+                if folder.is_dir() { import(&store, folder).await? } else { resolve(&store, &args.model).await? };
+            let event = store.set_alias(&args.role, model, "promote", &args.reason, "", BTreeMap::new()).await?;
+            tell(&event, args.store.json)?;
+        }
+        ModelVerb::Rollback(args) => {
+            let store = open(&args.store).await?;
+            let events = store.alias_events(&args.role).await?;
+            let now = events.last().map(|e| e.model);
+            let before = events.iter().rev().find(|e| Some(e.model) != now);
+            let Some(before) = before else {
+                return Err(Failure::Usage(format!("no other model has played the role `{}` yet", args.role)));
+            };
+            let event =
+                store.set_alias(&args.role, before.model, "rollback", &args.reason, "", before.metrics.clone()).await?;
+            tell(&event, args.store.json)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Puts a checkpoint folder into the store and tells its digest.
+pub(crate) async fn import(store: &Store, folder: &Path) -> Result<Digest, Failure> {
+    capfilt_vision::check_checkpoint(folder).with_context(|| format!("`{}` is no usable checkpoint", folder.display()))?;
+    let mut files = BTreeMap::new();
+    for name in capfilt_vision::CHECKPOINT_FILES {
+        let path = folder.join(name);
+        let bytes = std::fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+        files.insert((*name).to_owned(), bytes);
+    }
+    Ok(store.put_model(&files).await?.digest)
+}
+
+/// The model that a role or the first characters of a digest mean.
+async fn resolve(store: &Store, name: &str) -> Result<Digest, Failure> {
+    if ROLES.contains(&name) {
+        let event = store.model_in_role(name).await?;
+        return event.map(|e| e.model).ok_or_else(|| Failure::Usage(format!("no model plays the role `{name}` yet")));
+    }
+    let mut known = BTreeSet::new();
+    for role in ROLES {
+        known.extend(store.alias_events(role).await?.into_iter().map(|e| e.model));
+    }
+    for commit in store.commits(StageKind::Train).await? {
+        known.extend(commit.outputs.iter().map(|o| o.digest));
+    }
+    let found: Vec<Digest> = known.into_iter().filter(|d| d.to_string().starts_with(name)).collect();
+    match found[..] {
+        [one] => Ok(one),
+        [] => Err(Failure::Usage(format!("no model `{name}` in the store; give a role, a digest or a checkpoint folder"))),
+        _ => Err(Failure::Usage(format!("`{name}` fits {} models; give more characters", found.len()))),
+    }
+}
+
+async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
+    let digest = resolve(store, name).await?;
+    let files = store.get_model(&digest).await?;
+    let mut events = Vec::new();
+    for role in ROLES {
+        events.extend(store.alias_events(role).await?.into_iter().filter(|e| e.model == digest));
+    }
+    let trained = store.commits(StageKind::Train).await?.into_iter().find(|c| c.outputs.iter().any(|o| o.digest == digest));
+    let config: serde_json::Value =
+        files.get("config.json").and_then(|b| serde_json::from_slice(b).ok()).unwrap_or_default();
+    if as_json {
+        let sizes: BTreeMap<_, _> = files.iter().map(|(n, b)| (n, b.len())).collect();
+        return say_json(&json!({
+            "digest": digest, "files": sizes, "config": config, "events": events,
+            "trained_by": trained.map(|c| c.task_id),
+        }));
+    }
+    say(&format!("model {digest}"));
+    match trained {
+        Some(c) => say(&format!("trained by task {} of run {}, {}", c.task_id, c.run, moment(c.committed_at_ms))),
+        None => say("imported"),
+    }
+    for (file, content) in &files {
+        say(&format!("  {file}  {}", bytes(content.len() as u64)));
+    }
+    if !events.is_empty() {
+        say(&history(&events));
+    }
+    Ok(())
+}
+
+fn tell(event: &AliasEvent, as_json: bool) -> Result<(), Failure> {
+    if as_json {
+        return say_json(event);
+    }
+    say(&format!("{} is now played by {} ({})", event.role, event.model.short(), event.action));
+    Ok(())
+}
+
+fn history(events: &[AliasEvent]) -> String {
+    let mut rows = vec![["role", "no", "model", "action", "when", "why"].map(str::to_owned).to_vec()];
+    for e in events {
+        let number = e.number.to_string();
+        rows.push(vec![e.role.clone(), number, e.model.short(), e.action.clone(), moment(e.created_at_ms), e.reason.clone()]);
+    }
+    table(&rows)
+}

@@ -1,0 +1,223 @@
+//! `capfilt run`: coordinator, queue and workers in one process.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use capfilt_coordinator::plan::Plan;
+use capfilt_coordinator::reconcile::{RunOutcome, TaskSink, reconcile};
+use capfilt_coordinator::report::{self, ReportInput};
+use capfilt_coordinator::export::{ExportConfig, export};
+use capfilt_runtime::{MemoryQueue, Stage, Telemetry, WorkQueue, Worker};
+use capfilt_schemas::{DatasetVersion, Task};
+use capfilt_store::{ROLES, Store};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::args::RunArgs;
+use crate::config::{Models, RunConfig};
+use crate::models;
+use crate::output::{self, Failure, count, duration, say, say_json, table};
+use crate::overview::show_plan;
+use crate::progress::{Bar, RunProgress};
+
+/// The embedded queue as the coordinator sees it.
+struct Sink(Arc<MemoryQueue>);
+
+#[async_trait]
+impl TaskSink for Sink {
+    async fn submit(&self, tasks: &[Task]) -> Result<(), String> {
+        self.0.enqueue(tasks).await.map_err(|e| e.to_string())
+    }
+}
+
+pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
+    let began = Instant::now();
+    let config = RunConfig::load(&args.config.config, &args.config.set)?;
+    if args.dry_run {
+        return show_plan(&config, args.json).await;
+    }
+    let store = Store::open(&config.run.store).await?;
+    let planned = config.plan(resolve_models(&config, &store, true).await?)?;
+    if args.retry_failed {
+        for failure in store.all_failures().await? {
+            store.forget_failures(&failure.task_id).await?;
+        }
+    }
+
+    let (queue, telemetry, stop) = (Arc::new(MemoryQueue::new()), Telemetry::default(), CancellationToken::new());
+    let worker = Worker::new(
+        store.clone(),
+        config.run.name.clone(),
+        Arc::clone(&queue) as Arc<dyn WorkQueue>,
+        stages(&config)?,
+        config.worker.runtime.clone(),
+        telemetry.clone(),
+    );
+    let working = tokio::spawn(worker.run(stop.clone()));
+    let progress = Arc::new(RunProgress::new(telemetry));
+    let latest: Arc<Mutex<Option<Plan>>> = Arc::default();
+    let watch = {
+        let latest = Arc::clone(&latest);
+        move |plan: &Plan| *latest.lock().unwrap_or_else(PoisonError::into_inner) = Some(plan.clone())
+    };
+    // Shown by a task of its own, so that bars move while the coordinator is busy with SQL.
+    let shown = Arc::clone(&progress);
+    let showing = tokio::spawn(async move {
+        loop {
+            let plan = latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if let Some(plan) = plan {
+                shown.show(&plan);
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    });
+    let sink = Sink(queue);
+    let outcome = tokio::select! {
+        outcome = reconcile(&store, &planned, &sink, &watch) => outcome?,
+        _ = tokio::signal::ctrl_c() => {
+            stop.cancel();
+            output::complain("interrupted; what is committed stays, run the same command to go on");
+            return Ok(ExitCode::from(output::INTERRUPTED));
+        }
+        ended = working => {
+            let why = ended.map_or_else(|e| e.to_string(), |r| r.map_or_else(|e| e.to_string(), |()| "it stopped".to_owned()));
+            return Err(Failure::Other(anyhow::anyhow!("the worker ended before the run: {why}")));
+        }
+    };
+    stop.cancel();
+    showing.abort();
+    progress.show(&outcome.plan);
+    progress.finish();
+    conclude(&config, &store, &outcome, began, args.json).await
+}
+
+/// The stages of this process's worker.
+fn stages(config: &RunConfig) -> Result<Vec<Arc<dyn Stage>>, Failure> {
+    let usage = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
+    let crawler = &config.worker.crawler;
+    let vision = &config.worker.vision;
+    let sets = config.annotated.sources.iter().chain(&config.heldout.sources).cloned();
+    Ok(vec![
+        Arc::new(capfilt_crawler::Discover::new(crawler, config.query_list()?, &config.discover).map_err(|e| usage(&e))?),
+        Arc::new(capfilt_crawler::Annotate::new(sets).map_err(|e| usage(&e))?),
+        Arc::new(capfilt_crawler::Fetch::new(crawler).map_err(|e| usage(&e))?),
+        Arc::new(capfilt_vision::CaptionStage::new(vision.clone())),
+        Arc::new(capfilt_vision::ScoreStage::new(vision.clone())),
+        Arc::new(capfilt_trainer::TrainStage::default()),
+        Arc::new(capfilt_trainer::EvaluateStage::default()),
+    ])
+}
+
+/// The models of the first round: checkpoint folders, put into the store if `write`, or whatever plays the role there.
+pub(crate) async fn resolve_models(config: &RunConfig, store: &Store, write: bool) -> Result<Models, Failure> {
+    let mut digests = Vec::new();
+    // A digest can be worked out without touching the store.
+    let aside = Store::open("memory:").await?;
+    for (role, model) in ROLES.iter().zip([&config.models.captioner, &config.models.filter]) {
+        if model == "promoted" {
+            let event = store.model_in_role(role).await?;
+            let event = event.ok_or_else(|| Failure::Usage(format!("models.{role} is `promoted`, but no model plays that role yet")))?;
+            digests.push(event.model);
+            continue;
+        }
+        let digest = models::import(if write { store } else { &aside }, Path::new(model)).await?;
+        if write && store.model_in_role(role).await?.is_none() {
+            let reason = format!("first model of run {}", config.run.name);
+            store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
+        }
+        digests.push(digest);
+    }
+    Ok(Models { captioner: digests[0], filter: digests[1] })
+}
+
+/// Report, export, and the last words.
+async fn conclude(config: &RunConfig, store: &Store, outcome: &RunOutcome, began: Instant, as_json: bool) -> Result<ExitCode, Failure> {
+    let report_path = PathBuf::from(config.report.path.display().to_string().replace("{run}", config.run.name.as_str()));
+    let input = ReportInput {
+        run: config.run.name.clone(),
+        dataset: config.dataset(),
+        min_itm: config.build.min_itm,
+        samples: config.report.samples,
+    };
+    report::write(store, &input, &report_path).await?;
+    let mut exported = None;
+    if let (Some(section), Some(version)) = (&config.export, &outcome.dataset) {
+        let folder = section.folder.replace("{version}", &version.version.to_string());
+        let settings = ExportConfig {
+            folder: folder.into(),
+            formats: section.formats.iter().map(|f| f.into_export()).collect(),
+            ..ExportConfig::default()
+        };
+        let bar = Bar::new("export", "pairs");
+        exported = Some(export(store, version, &settings, &|done, of| bar.set(done, of)).await?);
+        bar.finish();
+    }
+    let results = store.round_results(&config.run.name).await?;
+    let given_up = outcome.plan.dead.len();
+    if as_json {
+        say_json(&json!({
+            "run": config.run.name,
+            "complete": outcome.plan.complete,
+            "tasks_done": outcome.tasks_done,
+            "tasks_given_up": given_up,
+            "progress": outcome.plan.progress,
+            "dataset": outcome.dataset,
+            "results": results,
+            "report": report_path,
+            "export": exported,
+            "seconds": began.elapsed().as_secs_f64(),
+        }))?;
+    } else {
+        if outcome.tasks_done == 0 {
+            say("nothing to do: everything that this config asks for is done already");
+        }
+        if let Some(version) = &outcome.dataset {
+            say(&summary(version));
+        }
+        for result in results.iter().filter(|r| outcome.dataset.as_ref().is_some_and(|d| r.dataset.version <= d.version)) {
+            say(&format!("\nround {} on held-out pairs (dataset version {})", result.round, result.dataset.version));
+            let mut rows = vec![["metric", "in service", "challenger"].map(str::to_owned).to_vec()];
+            for (name, value) in &result.metrics {
+                let challenger = result.challenger_metrics.get(name).map_or_else(String::new, |v| format!("{v:.4}"));
+                rows.push(vec![name.clone(), format!("{value:.4}"), challenger]);
+            }
+            say(&table(&rows));
+            if !result.promoted.is_empty() {
+                say(&format!("promoted: {}", result.promoted.join(", ")));
+            }
+        }
+        if let Some(exported) = &exported {
+            say(&format!("\nexport  {exported}"));
+        }
+        say(&format!("report  {}", report_path.display()));
+        say(&format!("{} tasks done in {}", count(outcome.tasks_done), duration(began.elapsed().as_secs())));
+    }
+    if let Some(stuck) = &outcome.plan.stuck {
+        let why = last_failure(store, outcome).await?;
+        return Err(Failure::Other(anyhow::anyhow!("the run cannot go on: {stuck}{why}")));
+    }
+    if given_up > 0 {
+        output::complain(&format!("{given_up} tasks were given up; `capfilt status` says why, `--retry-failed` tries them again"));
+        return Ok(ExitCode::from(output::INCOMPLETE));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn last_failure(store: &Store, outcome: &RunOutcome) -> Result<String, Failure> {
+    let Some(task) = outcome.plan.dead.last() else { return Ok(String::new()) };
+    Ok(store.failures(task).await?.pop().map_or_else(String::new, |f| format!(": {}", f.error)))
+}
+
+fn summary(version: &DatasetVersion) -> String {
+    let mut lines = vec![format!("\ndataset {}@{}  {}", version.name, version.version, version.digest)];
+    let mut rows = vec![vec!["step".to_owned(), "pairs".to_owned()]];
+    rows.extend(version.funnel.steps.iter().map(|(step, n)| vec![step.clone(), count(*n)]));
+    lines.push(table(&rows));
+    if let Some(noise) = version.noise_ratio {
+        lines.push(format!("noise ratio: the filter removed {:.1}% of the texts it judged", noise * 100.0));
+    }
+    lines.join("\n")
+}

@@ -1,0 +1,396 @@
+//! What a run still has to do: expected tasks − committed tasks. Pure: facts in, plan out, no I/O.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+
+use capfilt_schemas::{Commit, DatasetVersion, Digest, Input, RoundRecord, RoundResult, RunId, StageKind, Table, Task, TaskId};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::SqlConfig;
+use crate::build::{BuildInputs, Triplet};
+use crate::retrain::{self, RetrainConfig};
+
+/// The settings of every stage of a run, as JSON that only the stage's own crate reads, and the versions of the stages' code.
+#[derive(Clone, Debug, Default)]
+pub struct StageParams {
+    /// One set for every source.
+    pub discover: Vec<Value>,
+    /// For `balance`.
+    pub balance: Value,
+    /// For `fetch`.
+    pub fetch: Value,
+    /// One set for every clean, human-annotated collection.
+    pub annotated: Vec<Value>,
+    /// One set for every held-out collection, on which models are judged.
+    pub heldout: Vec<Value>,
+    /// For `caption`.
+    pub caption: Value,
+    /// For `score`.
+    pub score: Value,
+    /// For `build`.
+    pub build: Value,
+    /// For `train`, by role.
+    pub train: BTreeMap<String, Value>,
+    /// For `evaluate`.
+    pub evaluate: Value,
+    /// The version of each stage's code; 1 where absent.
+    pub versions: BTreeMap<StageKind, u32>,
+}
+
+/// A run as the planner sees it.
+#[derive(Clone, Debug)]
+pub struct PlanConfig {
+    /// The run. Rounds are pinned under its name: see [`RoundRecord`].
+    pub run: RunId,
+    /// The name under which dataset versions are kept.
+    pub dataset: String,
+    /// Rounds of caption, score, build and retrain.
+    pub rounds: u32,
+    /// The captioner of the first round.
+    pub captioner: Digest,
+    /// The filter of the first round.
+    pub filter: Digest,
+    /// Stage settings.
+    pub stages: StageParams,
+    /// When to train and when to promote.
+    pub retrain: RetrainConfig,
+    /// Failed attempts after which a task is given up.
+    pub max_attempts: u32,
+    /// Memory and threads of the coordinator's queries.
+    pub sql: SqlConfig,
+    /// Folder for the files of external trainers; it may be lost at any time.
+    pub work_dir: PathBuf,
+}
+
+/// What the store says, as far as a plan depends on it.
+#[derive(Clone, Debug, Default)]
+pub struct Observation {
+    /// Tasks that are done.
+    pub commits: HashMap<TaskId, Commit>,
+    /// Metrics by the evaluate task that worked them out.
+    pub metrics: HashMap<TaskId, BTreeMap<String, f64>>,
+    /// Failed attempts of tasks: how many, and whether the last could be mended by a retry.
+    pub failures: HashMap<TaskId, (u32, bool)>,
+    /// The rounds that have started, first round first.
+    pub rounds: Vec<RoundRecord>,
+    /// The results written so far.
+    pub results: Vec<RoundResult>,
+}
+
+/// What the coordinator itself has to do. Each is safe to repeat.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Work off a task that needs SQL, or an external trainer.
+    Own(Task),
+    /// Fix the models of a round.
+    StartRound(RoundRecord),
+    /// Write down what a built round led to, and promote what is better.
+    FinishRound(Box<Finish>),
+}
+
+/// Everything that is known when a round is over.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finish {
+    /// The round and its models.
+    pub record: RoundRecord,
+    /// The commit of its build.
+    pub build: TaskId,
+    /// Metrics of the round's models.
+    pub metrics: BTreeMap<String, f64>,
+    /// Metrics of the challengers; empty when none were trained.
+    pub challenger_metrics: BTreeMap<String, f64>,
+    /// Role → challenger, for the roles in which it is better.
+    pub promoted: BTreeMap<String, Digest>,
+}
+
+/// How far a stage is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageProgress {
+    /// Tasks known to be needed so far.
+    pub tasks: u64,
+    /// Of these, done.
+    pub done: u64,
+    /// Of these, given up.
+    pub dead: u64,
+    /// Rows that go into those tasks, where known.
+    pub rows: u64,
+    /// Rows of the tasks that are done.
+    pub rows_done: u64,
+}
+
+/// What to do next.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    /// Tasks for workers.
+    pub tasks: Vec<Task>,
+    /// Things for the coordinator.
+    pub actions: Vec<Action>,
+    /// How far each stage is.
+    pub progress: BTreeMap<StageKind, StageProgress>,
+    /// Tasks that were given up.
+    pub dead: Vec<TaskId>,
+    /// The round at work; 0 before the first.
+    pub round: u32,
+    /// The newest build task that is done.
+    pub last_build: Option<TaskId>,
+    /// Whether nothing is left to do.
+    pub complete: bool,
+    /// Set when the run cannot go on: what failed.
+    pub stuck: Option<String>,
+}
+
+/// Some tasks, seen together.
+struct Settled<'a> {
+    commits: Vec<&'a Commit>,
+    /// Whether every task is done or given up.
+    all: bool,
+}
+
+/// A plan being made.
+struct Planner<'a> {
+    config: &'a PlanConfig,
+    seen: &'a Observation,
+    plan: Plan,
+}
+
+/// Works out what is left to do.
+#[must_use]
+pub fn plan(config: &PlanConfig, seen: &Observation) -> Plan {
+    let mut planner = Planner { config, seen, plan: Plan::default() };
+    planner.walk();
+    planner.plan
+}
+
+impl<'a> Planner<'a> {
+    fn walk(&mut self) {
+        let stages = &self.config.stages;
+        let annotated = self.each(StageKind::Annotate, &stages.annotated);
+        let heldout = self.each(StageKind::Annotate, &stages.heldout);
+        let found = self.each(StageKind::Discover, &stages.discover);
+        if !found.all {
+            return;
+        }
+        let mut candidates: Vec<Input> = found.commits.iter().flat_map(|c| c.as_inputs()).collect();
+        candidates.sort_unstable();
+        candidates.dedup();
+        let balance = self.task(StageKind::Balance, stages.balance.clone(), None, candidates);
+        let Some(balance) = self.own(balance) else { return };
+        let mut samples = Settled { commits: Vec::new(), all: true };
+        for selected in balance.outputs.iter().filter(|o| o.rows > 0) {
+            let fetch = self.task(StageKind::Fetch, stages.fetch.clone(), None, vec![selected.as_input()]);
+            self.settle(fetch, selected.rows, &mut samples);
+        }
+        for round in 1..=self.config.rounds {
+            self.plan.round = round;
+            let Some(record) = self.seen.rounds.iter().find(|r| r.round == round) else {
+                // Later rounds are started by the end of the one before.
+                if round == 1 {
+                    let (captioner, filter) = (self.config.captioner, self.config.filter);
+                    self.plan.actions.push(Action::StartRound(RoundRecord { round, captioner, filter }));
+                }
+                return;
+            };
+            if !self.round(record, &samples, &annotated, &heldout) {
+                return;
+            }
+        }
+        self.plan.complete = true;
+    }
+
+    /// Whether the round is over.
+    fn round(&mut self, record: &RoundRecord, samples: &Settled<'a>, annotated: &Settled<'a>, heldout: &Settled<'a>) -> bool {
+        let stages = &self.config.stages;
+        let mut scored = Settled { commits: Vec::new(), all: true };
+        let mut build_inputs = Vec::new();
+        for fetched in &samples.commits {
+            for shard in &fetched.outputs {
+                let caption =
+                    self.task(StageKind::Caption, stages.caption.clone(), Some(record.captioner), vec![shard.as_input()]);
+                let Some(captions) = self.settle(caption, shard.rows, &mut scored) else { continue };
+                let beside: Vec<Input> = [shard.as_input()].into_iter().chain(captions.as_inputs()).collect();
+                let score = self.task(StageKind::Score, stages.score.clone(), Some(record.filter), beside.clone());
+                if let Some(scores) = self.settle(score, shard.rows, &mut scored) {
+                    build_inputs.extend(beside.into_iter().chain(scores.as_inputs()));
+                }
+            }
+        }
+        let metrics = self.evaluate(record.captioner, record.filter, heldout);
+        if !(samples.all && scored.all && annotated.all && heldout.all) {
+            return false;
+        }
+        let clean = annotated.commits.iter().flat_map(|c| c.as_inputs());
+        build_inputs.extend(clean);
+        let mut params = json!({ "settings": stages.build.clone() });
+        // Held-out shards are inputs as well, told from the clean ones by their digests.
+        let held: Vec<Input> = heldout.commits.iter().flat_map(|c| c.as_inputs()).collect();
+        params["heldout"] = held.iter().map(|i| Value::from(i.digest.to_string())).collect();
+        build_inputs.extend(held);
+        let build = self.task(StageKind::Build, params, None, build_inputs);
+        let Some(built) = self.own(build) else { return false };
+
+        self.plan.last_build = Some(built.task_id);
+        let Some(metrics) = metrics else { return false };
+        let mut finish = Finish {
+            record: record.clone(),
+            build: built.task_id,
+            metrics,
+            challenger_metrics: BTreeMap::new(),
+            promoted: BTreeMap::new(),
+        };
+        // A round that another has followed was decided then; its models stay what they were.
+        let followed = self.seen.rounds.iter().any(|r| r.round > record.round);
+        if !followed && !self.challenge(&mut finish, built, heldout) {
+            return false;
+        }
+        let (next, version) = (record.round + 1, DatasetVersion::digest_of(&built.outputs));
+        let written = self.seen.results.iter().any(|r| r.round == record.round && r.dataset.digest == version);
+        if !written {
+            self.plan.actions.push(Action::FinishRound(Box::new(finish)));
+            return false;
+        }
+        if !followed && next <= self.config.rounds {
+            let pick = |role: &str, now: Digest| finish.promoted.get(role).copied().unwrap_or(now);
+            self.plan.actions.push(Action::StartRound(RoundRecord {
+                round: next,
+                captioner: pick(retrain::CAPTIONER, record.captioner),
+                filter: pick(retrain::FILTER, record.filter),
+            }));
+            return false;
+        }
+        true
+    }
+
+    /// Trains on what was built, if that is wanted and it is large enough, and holds the result against the round's models. `false`
+    /// while that goes on.
+    fn challenge(&mut self, finish: &mut Finish, built: &Commit, heldout: &Settled<'a>) -> bool {
+        let rows: u64 = built.outputs.iter().map(|o| o.rows).sum();
+        if !self.config.retrain.wanted(rows) {
+            return true;
+        }
+        let inputs: Vec<Input> = built.as_inputs().collect();
+        let mut challengers = BTreeMap::new();
+        let mut settled = true;
+        let roles = [(retrain::CAPTIONER, finish.record.captioner), (retrain::FILTER, finish.record.filter)];
+        for (role, champion) in roles {
+            let Some(params) = self.config.stages.train.get(role) else { continue };
+            let train = self.task(StageKind::Train, params.clone(), Some(champion), inputs.clone());
+            let mut one = Settled { commits: Vec::new(), all: true };
+            let external = params.get("command").is_some_and(|c| c.as_array().is_some_and(|c| !c.is_empty()));
+            let trained = if external { self.own(train) } else { self.settle(train, 0, &mut one) };
+            settled &= one.all && (!external || trained.is_some());
+            if let Some(model) = trained.and_then(|c| c.outputs.first()) {
+                challengers.insert(role.to_owned(), model.digest);
+            }
+        }
+        if !settled {
+            return false;
+        }
+        let pick = |role: &str, now: Digest| challengers.get(role).copied().unwrap_or(now);
+        let captioner = pick(retrain::CAPTIONER, finish.record.captioner);
+        let filter = pick(retrain::FILTER, finish.record.filter);
+        let Some(metrics) = self.evaluate(captioner, filter, heldout) else { return false };
+        finish.promoted =
+            challengers.into_iter().filter(|(role, _)| self.config.retrain.is_better(role, &finish.metrics, &metrics)).collect();
+        finish.challenger_metrics = metrics;
+        true
+    }
+
+    /// The metrics of two models on the held-out pairs; `None` while they are worked out.
+    fn evaluate(&mut self, captioner: Digest, filter: Digest, heldout: &Settled<'a>) -> Option<BTreeMap<String, f64>> {
+        if !heldout.all {
+            return None;
+        }
+        let inputs: Vec<Input> = heldout.commits.iter().flat_map(|c| c.as_inputs()).collect();
+        let mut metrics = BTreeMap::new();
+        let mut settled = true;
+        for (role, model) in [(retrain::CAPTIONER, captioner), (retrain::FILTER, filter)] {
+            if inputs.is_empty() {
+                break;
+            }
+            let mut params = self.config.stages.evaluate.clone();
+            params["role"] = role.into();
+            let task = self.task(StageKind::Evaluate, params, Some(model), inputs.clone());
+            let mut one = Settled { commits: Vec::new(), all: true };
+            if let Some(commit) = self.settle(task, 0, &mut one) {
+                let known = self.seen.metrics.get(&commit.task_id);
+                metrics.extend(known.into_iter().flatten().map(|(name, value)| (name.clone(), *value)));
+            }
+            settled &= one.all;
+        }
+        settled.then_some(metrics)
+    }
+
+    fn task(&self, stage: StageKind, params: Value, model: Option<Digest>, inputs: Vec<Input>) -> Task {
+        let stage_version = self.config.stages.versions.get(&stage).copied().unwrap_or(1);
+        Task { stage, stage_version, params, model, inputs }
+    }
+
+    fn each(&mut self, stage: StageKind, params: &[Value]) -> Settled<'a> {
+        let mut settled = Settled { commits: Vec::new(), all: true };
+        for p in params {
+            let task = self.task(stage, p.clone(), None, Vec::new());
+            self.settle(task, 0, &mut settled);
+        }
+        settled
+    }
+
+    /// Expects a worker's task: its commit if it is done; otherwise it is planned, unless it was given up.
+    fn settle(&mut self, task: Task, rows: u64, settled: &mut Settled<'a>) -> Option<&'a Commit> {
+        let commit = self.expect(&task, rows);
+        match commit {
+            Some(c) => settled.commits.push(c),
+            None if self.is_dead(&task) => self.plan.dead.push(task.id()),
+            None => {
+                settled.all = false;
+                self.plan.tasks.push(task);
+            }
+        }
+        commit
+    }
+
+    /// Expects a task of the coordinator's own. Nothing goes on without it.
+    fn own(&mut self, task: Task) -> Option<&'a Commit> {
+        let commit = self.expect(&task, 0);
+        if commit.is_none() {
+            if self.is_dead(&task) {
+                self.plan.dead.push(task.id());
+                self.plan.stuck = Some(format!("the {} task {} was given up", task.stage, task.id()));
+            } else {
+                self.plan.actions.push(Action::Own(task));
+            }
+        }
+        commit
+    }
+
+    fn expect(&mut self, task: &Task, rows: u64) -> Option<&'a Commit> {
+        let id = task.id();
+        let commit = self.seen.commits.get(&id);
+        let dead = commit.is_none() && self.is_dead(task);
+        let progress = self.plan.progress.entry(task.stage).or_default();
+        progress.tasks += 1;
+        progress.done += u64::from(commit.is_some());
+        progress.dead += u64::from(dead);
+        let written = commit.map_or(0, |c| c.outputs.iter().map(|o| o.rows).sum());
+        progress.rows_done += written;
+        progress.rows += if commit.is_some() { written } else { rows };
+        commit
+    }
+
+    fn is_dead(&self, task: &Task) -> bool {
+        let failed = self.seen.failures.get(&task.id());
+        failed.is_some_and(|(attempts, retryable)| !retryable || *attempts >= self.config.max_attempts)
+    }
+}
+
+/// The inputs of a build task, told apart as [`Planner::round`] put them together.
+pub(crate) fn build_inputs(task: &Task, candidates: u64, selected: u64) -> BuildInputs {
+    let held = task.params.get("heldout").and_then(Value::as_array);
+    let held: Vec<Digest> = held.into_iter().flatten().filter_map(|d| d.as_str()?.parse().ok()).collect();
+    let column = |table| task.inputs_of(table).collect::<Vec<_>>();
+    let (samples, captions, scores) = (column(Table::Samples), column(Table::Captions), column(Table::Scores));
+    let beside = samples.into_iter().zip(captions).zip(scores);
+    let triplets = beside.map(|((samples, captions), scores)| Triplet { samples, captions, scores }).collect();
+    let (heldout, annotated) = column(Table::Annotated).into_iter().partition(|d| held.contains(d));
+    BuildInputs { candidates, selected, triplets, annotated, heldout }
+}

@@ -1,0 +1,256 @@
+//! The planner against a model of the world: whatever is interrupted, repeated or delayed, the same work gets done once.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use capfilt_coordinator::SqlConfig;
+use capfilt_coordinator::plan::{Action, Observation, Plan, PlanConfig, StageParams, plan};
+use capfilt_coordinator::retrain::RetrainConfig;
+use capfilt_schemas::{Commit, DatasetRef, DatasetVersion, Digest, Output, RoundResult, RunId, StageKind, Task, TaskId};
+use proptest::prelude::*;
+use serde_json::json;
+
+fn config() -> PlanConfig {
+    let train = |role: &str| (role.to_owned(), json!({ "role": role }));
+    PlanConfig {
+        run: RunId::new("test").unwrap(),
+        dataset: "test".to_owned(),
+        rounds: 2,
+        captioner: Digest::of(b"captioner"),
+        filter: Digest::of(b"filter"),
+        stages: StageParams {
+            discover: vec![json!({"source": 1}), json!({"source": 2})],
+            balance: json!({}),
+            fetch: json!({}),
+            annotated: vec![json!({"set": "clean"})],
+            heldout: vec![json!({"set": "held"})],
+            caption: json!({}),
+            score: json!({}),
+            build: json!({"min_itm": 0.5}),
+            train: BTreeMap::from([train("captioner"), train("filter")]),
+            evaluate: json!({}),
+            versions: BTreeMap::new(),
+        },
+        retrain: RetrainConfig { enabled: true, min_pairs: 1, ..RetrainConfig::default() },
+        max_attempts: 3,
+        sql: SqlConfig::default(),
+        work_dir: "work".into(),
+    }
+}
+
+/// A store that works tasks off by their names alone.
+#[derive(Default)]
+struct World {
+    seen: Observation,
+    /// How often each task was worked on.
+    worked: BTreeMap<TaskId, u32>,
+    promotions: u32,
+}
+
+impl World {
+    fn work(&mut self, task: &Task) {
+        let id = task.id();
+        *self.worked.entry(id).or_default() += 1;
+        let shards = if task.stage == StageKind::Balance { 3 } else { 1 };
+        let outputs = (0..shards).map(|i| Output {
+            table: task.stage.output(),
+            digest: Digest::of(format!("{id}/{i}").as_bytes()),
+            rows: 10,
+            bytes: 100,
+        });
+        if task.stage == StageKind::Evaluate {
+            // A captioner that was trained is better than the first one, a filter is not.
+            let first = task.model == Some(Digest::of(b"captioner")) || task.model == Some(Digest::of(b"filter"));
+            let role = task.params["role"].as_str().unwrap();
+            let metrics = match role {
+                "captioner" => ("captioner/cider_d", if first { 0.1 } else { 0.2 }),
+                _ => ("filter/auroc", if first { 0.8 } else { 0.7 }),
+            };
+            self.seen.metrics.insert(id, BTreeMap::from([(metrics.0.to_owned(), metrics.1)]));
+        }
+        let commit = Commit {
+            task_id: id,
+            task: task.clone(),
+            run: RunId::new("test").unwrap(),
+            outputs: outputs.collect(),
+            counts: BTreeMap::new(),
+            facts: json!({}),
+            committed_at_ms: 0,
+            elapsed_ms: 0,
+        };
+        self.seen.commits.insert(id, commit);
+    }
+
+    fn act(&mut self, action: &Action) {
+        match action {
+            Action::Own(task) => self.work(task),
+            Action::StartRound(record) => {
+                if self.seen.rounds.iter().all(|r| r.round != record.round) {
+                    self.seen.rounds.push(record.clone());
+                }
+            }
+            Action::FinishRound(finish) => {
+                self.promotions += u32::try_from(finish.promoted.len()).unwrap();
+                let outputs = &self.seen.commits[&finish.build].outputs;
+                self.seen.results.push(RoundResult {
+                    round: finish.record.round,
+                    dataset: DatasetRef { version: 1, digest: DatasetVersion::digest_of(outputs) },
+                    metrics: finish.metrics.clone(),
+                    challenger_metrics: finish.challenger_metrics.clone(),
+                    promoted: finish.promoted.keys().cloned().collect(),
+                });
+            }
+        }
+    }
+
+    /// Works everything off, at each step only what `pick` allows.
+    fn run(&mut self, config: &PlanConfig, mut pick: impl FnMut() -> bool) -> Plan {
+        for _ in 0..2_000 {
+            let now = plan(config, &self.seen);
+            if now.complete || now.stuck.is_some() {
+                return now;
+            }
+            for task in &now.tasks {
+                if pick() {
+                    self.work(task);
+                }
+            }
+            for action in &now.actions {
+                if pick() {
+                    self.act(action);
+                }
+            }
+        }
+        panic!("the run never ends");
+    }
+
+    fn datasets(&self) -> BTreeSet<TaskId> {
+        self.of_stage(StageKind::Build)
+    }
+
+    fn of_stage(&self, stage: StageKind) -> BTreeSet<TaskId> {
+        self.seen.commits.values().filter(|c| c.task.stage == stage).map(|c| c.task_id).collect()
+    }
+}
+
+#[test]
+fn a_run_does_everything_once_and_then_nothing() {
+    let (config, mut world) = (config(), World::default());
+    let end = world.run(&config, || true);
+    assert!(end.complete);
+    assert!(world.worked.values().all(|n| *n == 1));
+    let count = |stage| world.of_stage(stage).len();
+    assert_eq!((count(StageKind::Discover), count(StageKind::Annotate), count(StageKind::Fetch)), (2, 2, 3));
+    // Round 2 has another captioner (promoted) and so other captions; the filter stayed, but has new captions to score.
+    assert_eq!((count(StageKind::Caption), count(StageKind::Score), count(StageKind::Build)), (6, 6, 2));
+    assert_eq!((count(StageKind::Train), world.promotions), (4, 1));
+    assert_ne!(world.seen.rounds[0].captioner, world.seen.rounds[1].captioner);
+    assert_eq!(world.seen.rounds[0].filter, world.seen.rounds[1].filter);
+    let again = plan(&config, &world.seen);
+    assert!(again.complete && again.tasks.is_empty() && again.actions.is_empty());
+    assert_eq!(again.last_build, end.last_build);
+}
+
+#[test]
+fn another_threshold_builds_again_and_computes_no_text_and_no_score() {
+    let (mut config, mut world) = (config(), World::default());
+    let first = world.run(&config, || true);
+    let (captions, scores) = (world.of_stage(StageKind::Caption), world.of_stage(StageKind::Score));
+    config.stages.build = json!({"min_itm": 0.7});
+    let second = world.run(&config, || true);
+    assert!(second.complete);
+    assert_eq!(world.of_stage(StageKind::Caption), captions);
+    assert_eq!(world.of_stage(StageKind::Score), scores);
+    assert_eq!(world.of_stage(StageKind::Build).len(), 4);
+    assert_ne!(first.last_build, second.last_build);
+    // Only the last round can still lead to other models.
+    assert_eq!(world.of_stage(StageKind::Train).len(), 6);
+    config.stages.build = json!({"min_itm": 0.5});
+    assert_eq!(world.run(&config, || true).last_build, first.last_build, "the old settings are still done");
+}
+
+#[test]
+fn a_further_round_goes_on_from_the_last() {
+    let (mut config, mut world) = (config(), World::default());
+    config.rounds = 1;
+    world.run(&config, || true);
+    let worked = world.worked.len();
+    config.rounds = 2;
+    assert!(world.run(&config, || true).complete);
+    assert!(world.worked.len() > worked);
+    let worked = world.worked.len();
+    // The second round promoted nothing: a third has the same models, and all its work is done.
+    config.rounds = 3;
+    assert!(world.run(&config, || true).complete);
+    assert_eq!(world.worked.len(), worked);
+    assert!(world.worked.values().all(|n| *n == 1));
+    assert_eq!(world.seen.rounds.len(), 3);
+}
+
+#[test]
+fn a_task_that_was_given_up_does_not_stop_the_rest() {
+    let (config, mut world) = (config(), World::default());
+    loop {
+        let now = plan(&config, &world.seen);
+        if now.complete {
+            assert!(!now.dead.is_empty());
+            break;
+        }
+        for task in &now.tasks {
+            // The first fetch task never succeeds.
+            if task.stage == StageKind::Fetch && world.of_stage(StageKind::Fetch).is_empty() && world.seen.failures.is_empty() {
+                world.seen.failures.insert(task.id(), (3, true));
+            } else if !world.seen.failures.contains_key(&task.id()) {
+                world.work(task);
+            }
+        }
+        now.actions.iter().for_each(|a| world.act(a));
+    }
+    assert_eq!(world.of_stage(StageKind::Fetch).len(), 2);
+    assert_eq!(world.datasets().len(), 2);
+}
+
+#[test]
+fn nothing_goes_on_without_the_coordinators_own_tasks() {
+    let (config, mut world) = (config(), World::default());
+    for _ in 0..50 {
+        let now = plan(&config, &world.seen);
+        now.tasks.iter().for_each(|t| world.work(t));
+        if let Some(Action::Own(balance)) = now.actions.first() {
+            world.seen.failures.insert(balance.id(), (1, false));
+        }
+    }
+    let end = plan(&config, &world.seen);
+    assert!(end.stuck.unwrap().contains("balance"));
+}
+
+#[test]
+fn without_retraining_both_rounds_use_the_same_models() {
+    let (mut config, mut world) = (config(), World::default());
+    config.retrain.enabled = false;
+    assert!(world.run(&config, || true).complete);
+    assert_eq!(world.of_stage(StageKind::Train).len(), 0);
+    assert_eq!(world.of_stage(StageKind::Caption).len(), 3, "the same models: the same captions");
+    assert_eq!(world.datasets().len(), 1);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn whatever_order_and_interruption_the_same_dataset_comes_out(seed in any::<u64>()) {
+        let config = config();
+        let mut straight = World::default();
+        let expected = straight.run(&config, || true).last_build;
+        let mut state = seed | 1;
+        let mut world = World::default();
+        let end = world.run(&config, || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % 3 == 0
+        });
+        prop_assert_eq!(end.last_build, expected);
+        prop_assert_eq!(world.datasets(), straight.datasets());
+        prop_assert_eq!(world.worked.keys().collect::<Vec<_>>(), straight.worked.keys().collect::<Vec<_>>());
+    }
+}

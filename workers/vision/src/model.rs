@@ -1,0 +1,103 @@
+//! The model that a stage works with: loaded once, kept on a thread of its own until another is asked for.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use capfilt_models::ModelError;
+use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::device::{DType, Device, device};
+use capfilt_models::preprocess::Preprocessor;
+use capfilt_runtime::{ModelThread, StageError, Work};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+
+/// `[worker.vision]`: what changes the speed of captioning and scoring, and not a byte of their output.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VisionWorkerConfig {
+    /// Where models run: `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
+}
+
+impl Default for VisionWorkerConfig {
+    fn default() -> Self {
+        Self { device: "cpu".to_owned() }
+    }
+}
+
+/// A loaded model and the image transform that belongs to it.
+pub(crate) struct Loaded<M> {
+    pub(crate) thread: ModelThread<M>,
+    pub(crate) preprocessor: Arc<Preprocessor>,
+}
+
+impl<M> Clone for Loaded<M> {
+    fn clone(&self) -> Self {
+        Self { thread: self.thread.clone(), preprocessor: Arc::clone(&self.preprocessor) }
+    }
+}
+
+/// Holds at most one model.
+pub(crate) struct ModelSlot<M> {
+    name: &'static str,
+    config: VisionWorkerConfig,
+    slot: Mutex<Option<(String, Loaded<M>)>>,
+}
+
+impl<M: 'static> ModelSlot<M> {
+    pub(crate) fn new(name: &'static str, config: VisionWorkerConfig) -> Self {
+        Self { name, config, slot: Mutex::new(None) }
+    }
+
+    /// The model that a task names, made by `make` from its checkpoint when another one (or none) was there.
+    pub(crate) async fn get(
+        &self,
+        work: &Work,
+        make: impl FnOnce(&Checkpoint, &Device) -> capfilt_models::Result<M> + Send + 'static,
+    ) -> Result<Loaded<M>, StageError> {
+        let digest = work.model()?;
+        let key = format!("{digest} {}", work.task.params);
+        let mut slot = self.slot.lock().await;
+        if let Some((_, loaded)) = slot.as_ref().filter(|(there, _)| *there == key) {
+            return Ok(loaded.clone());
+        }
+        *slot = None;
+        let folder = work.model_folder(&digest).await?;
+        let device_name = self.config.device.clone();
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let load = move || {
+            let load = || {
+                let checkpoint = Checkpoint::open(&folder)?;
+                let preprocessor = checkpoint.preprocessor()?;
+                Ok((make(&checkpoint, &device(&device_name)?)?, preprocessor))
+            };
+            let (model, preprocessor) = load().map_err(|e: ModelError| StageError::caused(e, false))?;
+            let _ = sender.send(preprocessor);
+            Ok(model)
+        };
+        let thread = ModelThread::spawn(self.name, load).await?;
+        let preprocessor = Arc::new(receiver.await.map_err(|_| StageError::Cancelled)?);
+        let loaded = Loaded { thread, preprocessor };
+        *slot = Some((key, loaded.clone()));
+        Ok(loaded)
+    }
+}
+
+/// The files of a checkpoint.
+pub const CHECKPOINT_FILES: &[&str] = &["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"];
+
+/// Checks that `folder` holds a usable checkpoint: every file, and every tensor in its place.
+///
+/// # Errors
+/// What is missing or does not fit, by name.
+pub fn check_checkpoint(folder: &Path) -> Result<(), ModelError> {
+    let checkpoint = Checkpoint::open(folder)?;
+    checkpoint.tokenizer()?;
+    checkpoint.preprocessor()?;
+    Ok(())
+}
+
+/// The number type in which models run on a device.
+pub(crate) fn dtype(device: &Device) -> DType {
+    if device.is_cpu() { DType::F32 } else { DType::BF16 }
+}
