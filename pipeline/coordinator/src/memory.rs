@@ -1,0 +1,138 @@
+//! How SQL operators share memory.
+
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use datafusion::common::resources_datafusion_err;
+use datafusion::error::Result;
+use datafusion::execution::memory_pool::{
+    FairSpillPool, GreedyMemoryPool, MemoryConsumer, MemoryLimit, MemoryPool, MemoryReservation,
+};
+
+/// Half for operators that can spill, shared fairly; a quarter for merging what sorts have spilled, shared fairly as well; a quarter
+/// for the rest.
+///
+/// In DataFusion's own fair pool the sorts may take everything, and a merge of spilled runs takes as much as it finds. The next
+/// merge, or the operator that joins the sorted partitions, then fails for want of a few batches, though each could have done
+/// with less.
+#[derive(Debug)]
+pub(crate) struct SharedPool {
+    limit: usize,
+    spilling: FairSpillPool,
+    merging: Merges,
+    others: GreedyMemoryPool,
+}
+
+/// Merges of spilled runs: no one may hold more than its share of those that are there.
+#[derive(Debug)]
+struct Merges {
+    limit: usize,
+    count: AtomicUsize,
+    pool: GreedyMemoryPool,
+}
+
+impl SharedPool {
+    pub(crate) fn new(bytes: usize) -> Self {
+        let quarter = bytes / 4;
+        Self {
+            limit: bytes,
+            spilling: FairSpillPool::new(bytes - 2 * quarter),
+            merging: Merges { limit: quarter, count: AtomicUsize::new(0), pool: GreedyMemoryPool::new(quarter) },
+            others: GreedyMemoryPool::new(quarter),
+        }
+    }
+
+    fn side(&self, consumer: &MemoryConsumer) -> &dyn MemoryPool {
+        if consumer.can_spill() {
+            &self.spilling
+        } else if consumer.name().starts_with("ExternalSorterMerge") {
+            &self.merging
+        } else {
+            &self.others
+        }
+    }
+}
+
+impl fmt::Display for SharedPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}, {}", self.spilling, self.merging, self.others)
+    }
+}
+
+impl MemoryPool for SharedPool {
+    fn name(&self) -> &'static str {
+        "shared"
+    }
+
+    fn register(&self, consumer: &MemoryConsumer) {
+        self.side(consumer).register(consumer);
+    }
+
+    fn unregister(&self, consumer: &MemoryConsumer) {
+        self.side(consumer).unregister(consumer);
+    }
+
+    fn grow(&self, reservation: &MemoryReservation, additional: usize) {
+        self.side(reservation.consumer()).grow(reservation, additional);
+    }
+
+    fn shrink(&self, reservation: &MemoryReservation, shrink: usize) {
+        self.side(reservation.consumer()).shrink(reservation, shrink);
+    }
+
+    fn try_grow(&self, reservation: &MemoryReservation, additional: usize) -> Result<()> {
+        self.side(reservation.consumer()).try_grow(reservation, additional)
+    }
+
+    fn reserved(&self) -> usize {
+        self.spilling.reserved() + self.merging.reserved() + self.others.reserved()
+    }
+
+    fn memory_limit(&self) -> MemoryLimit {
+        MemoryLimit::Finite(self.limit)
+    }
+}
+
+impl fmt::Display for Merges {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "merges of spilled runs: {}", self.pool)
+    }
+}
+
+impl MemoryPool for Merges {
+    fn name(&self) -> &'static str {
+        "merges"
+    }
+
+    fn register(&self, _: &MemoryConsumer) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn unregister(&self, _: &MemoryConsumer) {
+        self.count.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn grow(&self, reservation: &MemoryReservation, additional: usize) {
+        self.pool.grow(reservation, additional);
+    }
+
+    fn shrink(&self, reservation: &MemoryReservation, shrink: usize) {
+        self.pool.shrink(reservation, shrink);
+    }
+
+    fn try_grow(&self, reservation: &MemoryReservation, additional: usize) -> Result<()> {
+        let share = self.limit / self.count.load(Ordering::Relaxed).max(1);
+        if reservation.size() + additional > share {
+            return Err(resources_datafusion_err!(
+                "{} has {} bytes and asks for {additional}; its share is {share}",
+                reservation.consumer().name(),
+                reservation.size()
+            ));
+        }
+        self.pool.try_grow(reservation, additional)
+    }
+
+    fn reserved(&self) -> usize {
+        self.pool.reserved()
+    }
+}
