@@ -1,1 +1,24 @@
-//! Placeholder root while the crate is laid out.
+//! How candidates and images come from the web: queries, sources, matching, download. The only crate with an HTTP client.
+//!
+//! It knows HTTP, HTML, robots.txt, image formats and the manners of a crawler. It never learns what a model is, what a dataset is made
+//! of, or how tasks are handed out: it gives three stages ([`Discover`], [`Annotate`], [`Fetch`]) to whoever runs them. What a server
+//! or a file of the web does wrong is a row with a status, never an error.
+
+mod config;
+mod error;
+mod html;
+mod image;
+mod matcher;
+mod opt_out;
+mod queries;
+mod units;
+mod web;
+
+pub use config::{
+    AnnotateConfig, AnnotateParams, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, DiscoverParams, FetchConfig, FetchParams,
+    ImageConfig, ListConfig, ListFormat, PagesConfig, Side, SourceConfig, StoredFormat, WebConfig,
+};
+pub use error::CrawlError;
+pub use matcher::Matcher;
+pub use queries::{Query, QueryList};
+pub use web::Web;

@@ -1,0 +1,78 @@
+//! What can go wrong with a whole task. What goes wrong with one address or one row is a status, never this.
+
+use std::path::{Path, PathBuf};
+
+use capfilt_runtime::StageError;
+use capfilt_schemas::Digest;
+
+/// An error of the crawler.
+#[derive(Debug, thiserror::Error)]
+pub enum CrawlError {
+    /// A setting cannot be.
+    #[error("the setting `{setting}` cannot be used: {reason}")]
+    Config {
+        /// The setting's name in the config.
+        setting: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A local file cannot be read.
+    #[error("cannot read `{}`", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A local file is not what it should be.
+    #[error("cannot use `{}`: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// The task was planned with another file than the one at hand.
+    #[error("the task needs the {what} with digest {wanted}, but this worker has {found}; give it the file of the run's config")]
+    WrongFile {
+        /// `query list` or `annotations`.
+        what: &'static str,
+        /// The digest in the task.
+        wanted: Digest,
+        /// What there is.
+        found: String,
+    },
+    /// The query list cannot be turned into an automaton.
+    #[error("the query list cannot be compiled: {0}")]
+    Compile(String),
+    /// The HTTP client cannot be set up.
+    #[error("the http client cannot be set up: {0}")]
+    Client(String),
+}
+
+impl CrawlError {
+    pub(crate) fn format(path: &Path, reason: impl Into<String>) -> Self {
+        Self::Format { path: path.to_owned(), reason: reason.into() }
+    }
+
+    pub(crate) fn read(path: &Path, source: std::io::Error) -> Self {
+        Self::Read { path: path.to_owned(), source }
+    }
+
+    /// Whether the same call may succeed later.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Read { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
+            _ => false,
+        }
+    }
+}
+
+impl From<CrawlError> for StageError {
+    fn from(e: CrawlError) -> Self {
+        let retryable = e.is_retryable();
+        Self::caused(e, retryable)
+    }
+}

@@ -1,0 +1,92 @@
+//! The robots.txt of every site that is talked to: asked for once, before anything else, and kept.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use capfilt_schemas::FetchStatus;
+use tokio::sync::OnceCell;
+use url::Url;
+
+use super::rules::{MAX_BYTES, Rules};
+use super::{Failure, Want, Web};
+use crate::config::WebConfig;
+
+/// How long a robots.txt counts (RFC 9309, 2.4), and how long it counts that there was none to be had.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
+const KEPT_FAILURE: Duration = Duration::from_secs(600);
+/// Sites kept in memory before outdated ones are dropped.
+const KEPT_SITES: usize = 20_000;
+
+/// What is known of a site's robots.txt.
+#[derive(Clone)]
+pub(super) enum Site {
+    /// The rules, perhaps none.
+    Rules(Arc<Rules>),
+    /// The site did not answer, or only with errors: nothing may be asked for.
+    Closed(Failure),
+}
+
+struct Entry {
+    site: Arc<OnceCell<Site>>,
+    since: Instant,
+}
+
+#[derive(Default)]
+pub(super) struct Robots {
+    sites: Mutex<HashMap<String, Entry>>,
+}
+
+impl Robots {
+    /// The rules of the site of `url`. Whoever asks first fetches them; the others wait for it.
+    pub(super) async fn of(&self, web: &Web, url: &Url, config: &WebConfig) -> Site {
+        let key = format!("{} {}", config.token(), url.origin().ascii_serialization());
+        let cell = self.entry(key);
+        cell.get_or_init(|| Box::pin(fetch(web, url, config))).await.clone()
+    }
+
+    fn entry(&self, key: String) -> Arc<OnceCell<Site>> {
+        let mut sites = self.sites.lock().unwrap_or_else(PoisonError::into_inner);
+        if sites.len() >= KEPT_SITES {
+            sites.retain(|_, entry| !entry.is_outdated());
+        }
+        if sites.len() >= KEPT_SITES * 4 {
+            sites.clear();
+        }
+        let fresh = || Entry { site: Arc::default(), since: Instant::now() };
+        let entry = sites.entry(key).or_insert_with(fresh);
+        if entry.is_outdated() {
+            *entry = fresh();
+        }
+        Arc::clone(&entry.site)
+    }
+}
+
+impl Entry {
+    fn is_outdated(&self) -> bool {
+        let kept = match self.site.get() {
+            Some(Site::Closed(_)) => KEPT_FAILURE,
+            _ => KEPT,
+        };
+        self.since.elapsed() > kept
+    }
+}
+
+/// RFC 9309, 2.3.1: an answer of 4xx means that there are no rules; a server that fails, or cannot be reached, closes its site. So do
+/// 429 and an endless redirect. After a network failure the status tells what failed, so that a dead host is not taken for a closed one.
+async fn fetch(web: &Web, url: &Url, config: &WebConfig) -> Site {
+    let Ok(robots_url) = url.join("/robots.txt") else { return Site::Rules(Arc::default()) };
+    match web.ask(&robots_url, config, Want::Text, MAX_BYTES, false).await {
+        Ok(answer) => Site::Rules(Arc::new(Rules::parse(&answer.body, config.token()))),
+        Err(failure) if failure.status == FetchStatus::HttpClient => Site::Rules(Arc::default()),
+        Err(failure) => {
+            let status = match failure.status {
+                FetchStatus::Dns | FetchStatus::Connect | FetchStatus::Tls | FetchStatus::Timeout => failure.status,
+                _ => FetchStatus::Robots,
+            };
+            let reason = format!("robots.txt could not be had: {}", failure.reason);
+            tracing::debug!(site = %url.origin().ascii_serialization(), %reason, "site is closed");
+            Site::Closed(Failure::new(status, reason))
+        }
+    }
+}
