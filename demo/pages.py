@@ -112,7 +112,7 @@ def write_pages(site: Site, placements: list[Placement], prose: list[str], seed:
     site.rules["garage.test/robots.txt"] = {"status": 503, "times": 1, "retry_after": 1}
     for host, folders in ROBOTS.items():
         site.put(host, "/robots.txt", "User-agent: *\n" + "".join(f"Disallow: {folder}\n" for folder in folders))
-    site.put(START_HOST, "/index.html", "<!doctype html><title>start</title>" + "".join(f'<a href="http://{h}/">{h}</a>\n' for h in hosts))
+    site.put(START_HOST, "/index.html", "<!doctype html><title>index</title>" + "".join(f'<a href="http://{h}/">{h}</a>\n' for h in hosts))
 
 
 def disallowed(host: str, path: str) -> bool:

@@ -26,7 +26,7 @@ HOSTS = {
 }
 IMAGE_HOST = "cdn.test"
 MEMBERS_HOST = "members.test"  # closed to robots as a whole
-START_HOST = "start.test"
+START_HOST = "index.test"
 RIGHT = {"clean": 45, "described": 20, "decorated": 20, "keywords": 15}
 WRONG = {"mismatch": 42, "filename": 18, "boilerplate": 14, "seo": 14, "empty": 12}
 BOILERPLATE = (

@@ -25,4 +25,4 @@ step "the site is served at $proxy (an HTTP proxy for *.test)"
 
 started=$SECONDS
 "$target/debug/capfilt" run configs/demo.toml --set "worker.crawler.proxy=$proxy" "$@"
-step "the run took $((SECONDS - started)) s"
+step "the run took $((SECONDS - started)) s; its report is $PWD/$data/report.html"
