@@ -55,7 +55,7 @@ pub async fn write(store: &Store, input: &ReportInput, path: &Path) -> Result<()
 /// The report of a run as HTML.
 ///
 /// # Errors
-/// As [`write`], but for the file.
+/// As [`write()`], but for the file.
 pub async fn render(store: &Store, input: &ReportInput) -> Result<String> {
     let report = data::gather(store, input).await?;
     Ok(page::page(&report))

@@ -64,7 +64,7 @@ fn header(h: &mut Html, report: &Report) {
         (0, _) => h.raw(" <span class=\"badge plain\">no round yet</span>"),
         (1, 1) => h.raw(" <span class=\"badge good\">1 round finished</span>"),
         (b, f) if b == f => h.put(" <span class=\"badge good\">{} rounds finished</span>", &[&f]),
-        (b, _) => h.put(" <span class=\"badge bad\">round {} unfinished</span>", &[&b]),
+        (b, _) => h.put(" <span class=\"badge plain\">round {} unfinished</span>", &[&b]),
     };
     h.raw("</h1><dl class=\"facts\">");
     let mut fact = |name: &'static str, value: &dyn Display| {

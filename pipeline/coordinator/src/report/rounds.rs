@@ -187,7 +187,7 @@ pub(super) fn failures(h: &mut Html, report: &Report) {
         return;
     }
     let lost = report.failed.iter().filter(|f| !f.recovered).count();
-    let lead = format!("{} failed at least once; not done: {lost}.", tasks(report.failed.len()));
+    let lead = format!("{} failed at least once; not done: {lost}.", counted(report.failed.len(), "task"));
     open(h, "failures", "Failed tasks", &lead);
     h.raw("<div class=\"scroll\"><table><thead><tr><th>Task</th><th>State</th><th class=\"num\">Attempts</th><th>Last error</th></tr></thead><tbody>");
     for task in report.failed.iter().take(MAX_FAILED) {
@@ -207,8 +207,8 @@ pub(super) fn failures(h: &mut Html, report: &Report) {
     h.raw("</section>");
 }
 
-fn tasks(n: usize) -> String {
-    if n == 1 { "1 task".to_owned() } else { format!("{} tasks", count(n as u64)) }
+fn counted(n: usize, noun: &str) -> String {
+    format!("{} {noun}{}", count(n as u64), if n == 1 { "" } else { "s" })
 }
 
 /// Which models made what, and with which settings.
@@ -280,10 +280,7 @@ pub(super) fn events(h: &mut Html, report: &Report) {
     if report.events.is_empty() {
         return;
     }
-    h.put(
-        "\n<section id=\"events\"><details><summary><h2>History</h2> {}</summary>",
-        &[&format_args!("{} events", report.events.len())],
-    );
+    h.put("\n<section id=\"events\"><details><summary><h2>History</h2> {}</summary>", &[&counted(report.events.len(), "event")]);
     h.raw("<ol class=\"events\">");
     for event in &report.events {
         h.put("<li><time>{}</time><span>{}</span></li>", &[&date(event.at_ms), &event.message]);
