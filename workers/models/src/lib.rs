@@ -16,6 +16,7 @@ pub mod ops;
 pub mod parameters;
 pub mod preprocess;
 pub mod random;
+pub mod retrieval;
 pub mod sampling;
 pub mod score;
 pub mod text;

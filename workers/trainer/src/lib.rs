@@ -1,1 +1,21 @@
-//! Placeholder root while the crate is laid out.
+//! Training and judging models: the `train` and `evaluate` stages and the plain functions under them.
+//!
+//! This crate knows pairs of images and texts in memory, in which order a run draws them, what a finished model consists of, and how
+//! good it is on held-out pairs. It never knows tensors (they are `capfilt-models`' business), when a model should be trained, or
+//! which model is promoted.
+
+mod config;
+mod error;
+mod evaluate;
+pub mod metrics;
+mod pair;
+mod sampler;
+mod stage;
+mod train;
+
+pub use config::{Init, ModelSize, TrainConfig};
+pub use error::TrainerError;
+pub use evaluate::{EvaluateConfig, evaluate};
+pub use pair::{PairText, TrainPair};
+pub use stage::{EvaluateStage, STAGE_VERSION, TrainStage};
+pub use train::{Progress, train};

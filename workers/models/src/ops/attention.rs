@@ -6,9 +6,10 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::kernel::{BLOCK_ROWS, Strided, exp, small_matmul, sum, vectorized};
+use super::kernel::{BLOCK_ROWS, Left, exp, small_matmul, sum, vectorized};
 use super::{on_cpu, output, slice, tensor_like, with_slices};
 
 /// Numbers added to the scores before the softmax, `(batch or 1, 1, queries or 1, keys)`.
@@ -161,15 +162,16 @@ impl Heads {
 
     /// Writes the attention probabilities `(count, keys)` of the queries `first..first + count` of one head.
     #[inline(always)]
-    fn probabilities(
+    fn probabilities<S: Simd>(
         &self,
+        simd: S,
         batch: usize,
         (first, count): (usize, usize),
-        queries: Strided<'_>,
+        queries: Left<'_>,
         keys_transposed: &[f32],
         out: &mut [f32],
     ) {
-        small_matmul((count, self.keys, self.width), queries, (keys_transposed, self.keys), (out, self.keys));
+        small_matmul(simd, (count, self.keys, self.width), queries, (keys_transposed, self.keys), (out, self.keys));
         for (offset, row) in out.chunks_exact_mut(self.keys).take(count).enumerate() {
             match &self.mask {
                 Some(mask) => {
@@ -200,65 +202,105 @@ impl Heads {
         let mut out = vec![0.0; self.batch * self.queries * total];
         out.par_chunks_mut((self.queries * total).max(1)).enumerate().for_each(|(batch, of_batch)| {
             of_batch.par_chunks_mut(BLOCK_ROWS * total).enumerate().for_each(|(block, out)| {
-                let first = block * BLOCK_ROWS;
-                let count = out.len() / total;
-                let mut keys = vec![0.0; self.width * self.keys];
-                let mut weights = vec![0.0; count * self.keys];
-                vectorized(|| {
-                    for head in 0..self.heads {
-                        self.transpose(k.head(batch, head, self.width), k.row, &mut keys);
-                        let queries =
-                            Strided { elements: &q.head(batch, head, self.width)[first * q.row..], row: q.row, column: 1 };
-                        self.probabilities(batch, (first, count), queries, &keys, &mut weights);
-                        let weights = Strided { elements: &weights, row: self.keys, column: 1 };
-                        small_matmul(
-                            (count, self.width, self.keys),
-                            weights,
-                            (v.head(batch, head, self.width), v.row),
-                            (&mut out[head * self.width..], total),
-                        );
-                    }
-                });
+                let keys = &mut vec![0.0; self.width * self.keys];
+                let weights = &mut vec![0.0; out.len() / total * self.keys];
+                vectorized(Forward { heads: self, rows: [q, k, v], batch, first: block * BLOCK_ROWS, keys, weights, out });
             });
         });
         out
     }
 
     /// Gradients of one batch's queries, keys and values, from the gradient `grad` of the result.
-    fn backward(&self, batch: usize, [q, k, v]: [Rows<'_>; 3], grad: Rows<'_>, targets: [Target; 3], buffers: &mut [&mut [f32]]) {
-        let (queries, keys, width) = (self.queries, self.keys, self.width);
-        let mut transposed = vec![0.0; width * keys];
-        let mut weights = vec![0.0; queries * keys];
-        let mut scores = vec![0.0; queries * keys];
-        vectorized(|| {
-            for head in 0..self.heads {
-                let (q_head, k_head, v_head) =
-                    (q.head(batch, head, width), k.head(batch, head, width), v.head(batch, head, width));
-                let grad_head = grad.head(batch, head, width);
-                let rows_of = |elements, row| Strided { elements, row, column: 1 };
+    fn backward(&self, batch: usize, rows: [Rows<'_>; 3], grad: Rows<'_>, targets: [Target; 3], buffers: &mut [&mut [f32]]) {
+        let transposed = &mut vec![0.0; self.width * self.keys];
+        let weights = &mut vec![0.0; self.queries * self.keys];
+        let scores = &mut vec![0.0; self.queries * self.keys];
+        vectorized(Backward { heads: self, rows, batch, grad, transposed, weights, scores, targets, buffers });
+    }
+}
 
-                self.transpose(k_head, k.row, &mut transposed);
-                self.probabilities(batch, (0, queries), rows_of(q_head, q.row), &transposed, &mut weights);
-                self.transpose(v_head, v.row, &mut transposed);
-                small_matmul((queries, keys, width), rows_of(grad_head, grad.row), (&transposed, keys), (&mut scores, keys));
-                // Through the softmax: dS = P ∘ (dP − Σ P ∘ dP), and through the scale.
-                for (dp, p) in scores.chunks_exact_mut(keys).zip(weights.chunks_exact(keys)) {
-                    let mean = sum(keys, |i| dp[i] * p[i]);
-                    for (dp, p) in dp.iter_mut().zip(p) {
-                        *dp = p * (*dp - mean) * self.scale;
-                    }
+/// A block of queries against all keys, all heads.
+struct Forward<'a> {
+    heads: &'a Heads,
+    rows: [Rows<'a>; 3],
+    batch: usize,
+    /// First query of the block.
+    first: usize,
+    /// Room for one head's keys, transposed.
+    keys: &'a mut [f32],
+    /// Room for one head's probabilities.
+    weights: &'a mut [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Forward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { heads, rows: [q, k, v], batch, first, keys, weights, out } = self;
+        let (total, width) = (heads.total(), heads.width);
+        let count = out.len() / total;
+        for head in 0..heads.heads {
+            heads.transpose(k.head(batch, head, width), k.row, keys);
+            let queries = Left::ByRow(&q.head(batch, head, width)[first * q.row..], q.row);
+            heads.probabilities(simd, batch, (first, count), queries, keys, weights);
+            let values = (v.head(batch, head, width), v.row);
+            small_matmul(
+                simd,
+                (count, width, heads.keys),
+                Left::ByRow(weights, heads.keys),
+                values,
+                (&mut out[head * width..], total),
+            );
+        }
+    }
+}
+
+/// Gradients of one batch, all heads.
+struct Backward<'a, 'b> {
+    heads: &'a Heads,
+    rows: [Rows<'a>; 3],
+    batch: usize,
+    grad: Rows<'a>,
+    /// Room for one head's keys or values, transposed.
+    transposed: &'a mut [f32],
+    /// Room for one head's probabilities.
+    weights: &'a mut [f32],
+    /// Room for their gradient.
+    scores: &'a mut [f32],
+    targets: [Target; 3],
+    buffers: &'a mut [&'b mut [f32]],
+}
+
+impl WithSimd for Backward<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { heads, rows: [q, k, v], batch, grad, transposed, weights, scores, targets, buffers } = self;
+        let (queries, keys, width) = (heads.queries, heads.keys, heads.width);
+        for head in 0..heads.heads {
+            let [q_head, k_head, v_head, grad_head] = [q, k, v, grad].map(|rows| rows.head(batch, head, width));
+            heads.transpose(k_head, k.row, transposed);
+            heads.probabilities(simd, batch, (0, queries), Left::ByRow(q_head, q.row), transposed, weights);
+            heads.transpose(v_head, v.row, transposed);
+            small_matmul(simd, (queries, keys, width), Left::ByRow(grad_head, grad.row), (transposed, keys), (scores, keys));
+            // Through the softmax: dS = P ∘ (dP − Σ P ∘ dP), and through the scale.
+            for (dp, p) in scores.chunks_exact_mut(keys).zip(weights.chunks_exact(keys)) {
+                let mean = sum(keys, |i| dp[i] * p[i]);
+                for (dp, p) in dp.iter_mut().zip(p) {
+                    *dp = p * (*dp - mean) * heads.scale;
                 }
-
-                let columns_of = |elements| Strided { elements, row: 1, column: keys };
-                let mut write = |target: Target, size, a, b| {
-                    let (buffer, offset, stride) = target;
-                    small_matmul(size, a, b, (&mut buffers[buffer][offset + head * width..], stride));
-                };
-                write(targets[0], (queries, width, keys), rows_of(&scores, keys), (k_head, k.row));
-                write(targets[1], (keys, width, queries), columns_of(&scores), (q_head, q.row));
-                write(targets[2], (keys, width, queries), columns_of(&weights), (grad_head, grad.row));
             }
-        });
+            let [for_q, for_k, for_v] = targets.map(|(buffer, offset, row)| (buffer, offset + head * width, row));
+            let out = &mut buffers[for_q.0][for_q.1..];
+            small_matmul(simd, (queries, width, keys), Left::ByRow(scores, keys), (k_head, k.row), (out, for_q.2));
+            let out = &mut buffers[for_k.0][for_k.1..];
+            small_matmul(simd, (keys, width, queries), Left::ByColumn(scores, keys), (q_head, q.row), (out, for_k.2));
+            let out = &mut buffers[for_v.0][for_v.1..];
+            small_matmul(simd, (keys, width, queries), Left::ByColumn(weights, keys), (grad_head, grad.row), (out, for_v.2));
+        }
     }
 }
 

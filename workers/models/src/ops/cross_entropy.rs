@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
+use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 
-use super::kernel::{exp, for_row_blocks, sum, vectorized};
+use super::kernel::{RowKernel, exp, for_row_blocks, sum, vectorized};
 use super::{on_cpu, output, slice, tensor_like, with_slices};
 
 /// Mean over the rows of `logits` `(n, classes)` that have a target of
@@ -52,6 +53,49 @@ fn log_sum_exp(row: &[f32]) -> (f32, f32) {
     (max, sum(row.len(), |i| exp(row[i] - max)).ln())
 }
 
+struct RowLoss<'a> {
+    row: &'a [f32],
+    target: usize,
+    smoothing: f32,
+}
+
+impl NullaryFnOnce for RowLoss<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn call(self) -> f64 {
+        let Self { row, target, smoothing } = self;
+        let (max, log_sum) = log_sum_exp(row);
+        let normaliser = max + log_sum;
+        let mean = sum(row.len(), |i| row[i] - normaliser) / row.len() as f32;
+        -f64::from((1.0 - smoothing) * (row[target] - normaliser) + smoothing * mean)
+    }
+}
+
+struct Backward<'a> {
+    op: &'a CrossEntropy,
+    logits: &'a [f32],
+    classes: usize,
+    scale: f32,
+}
+
+impl RowKernel for Backward<'_> {
+    #[inline(always)]
+    fn rows(&self, first: usize, out: &mut [f32]) {
+        let smoothing = self.op.smoothing;
+        let even = smoothing / self.classes as f32;
+        for (offset, out) in out.chunks_exact_mut(self.classes).enumerate() {
+            let Some(target) = self.op.targets[first + offset] else { continue };
+            let row = &self.logits[(first + offset) * self.classes..][..self.classes];
+            let (max, log_sum) = log_sum_exp(row);
+            for (out, x) in out.iter_mut().zip(row) {
+                *out = self.scale * (exp(x - max - log_sum) - even);
+            }
+            out[target as usize] -= self.scale * (1.0 - smoothing);
+        }
+    }
+}
+
 impl CustomOp1 for CrossEntropy {
     fn name(&self) -> &'static str {
         "smoothed-cross-entropy"
@@ -63,15 +107,9 @@ impl CustomOp1 for CrossEntropy {
         let losses: Vec<f64> = logits
             .par_chunks_exact(classes)
             .zip(&*self.targets)
-            .map(|(row, target)| {
-                let Some(target) = *target else { return 0.0 };
-                vectorized(|| {
-                    let (max, log_sum) = log_sum_exp(row);
-                    let normaliser = max + log_sum;
-                    let mean = sum(classes, |i| row[i] - normaliser) / classes as f32;
-                    let of_target = row[target as usize] - normaliser;
-                    -f64::from((1.0 - self.smoothing) * of_target + self.smoothing * mean)
-                })
+            .map(|(row, target)| match *target {
+                Some(target) => vectorized(RowLoss { row, target: target as usize, smoothing: self.smoothing }),
+                None => 0.0,
             })
             .collect();
         let total: f64 = losses.iter().sum();
@@ -81,20 +119,9 @@ impl CustomOp1 for CrossEntropy {
     fn bwd(&self, logits: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (_, classes) = logits.dims2()?;
         let scale = grad.to_scalar::<f32>()? / self.count;
-        let even = self.smoothing / classes as f32;
         with_slices(&[logits], |slices| {
             let mut out = vec![0.0; slices[0].len()];
-            for_row_blocks(&mut out, classes, |first, block| {
-                for (index, out) in block.chunks_exact_mut(classes).enumerate() {
-                    let Some(target) = self.targets[first + index] else { continue };
-                    let row = &slices[0][(first + index) * classes..][..classes];
-                    let (max, log_sum) = log_sum_exp(row);
-                    for (out, x) in out.iter_mut().zip(row) {
-                        *out = scale * (exp(x - max - log_sum) - even);
-                    }
-                    out[target as usize] -= scale * (1.0 - self.smoothing);
-                }
-            });
+            for_row_blocks(&mut out, classes, &Backward { op: self, logits: slices[0], classes, scale });
             Ok(Some(tensor_like(out, logits)?))
         })
     }

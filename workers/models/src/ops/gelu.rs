@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
-use super::kernel::{exp, for_row_blocks};
+use super::kernel::{RowKernel, exp, for_row_blocks};
 use super::{on_cpu, output, slice, tensor_like, with_slices};
 
 /// Elements that one "row" of the element-wise loops holds.
@@ -28,6 +28,35 @@ fn normal(x: f32) -> (f32, f32) {
     (if x < 0.0 { tail } else { 1.0 - tail }, density)
 }
 
+struct Forward<'a>(&'a [f32]);
+
+impl RowKernel for Forward<'_> {
+    #[inline(always)]
+    fn rows(&self, first: usize, out: &mut [f32]) {
+        for (out, x) in out.iter_mut().zip(&self.0[first * STRIP..]) {
+            *out = x * normal(*x).0;
+        }
+    }
+}
+
+struct Backward<'a> {
+    xs: &'a [f32],
+    grads: &'a [f32],
+}
+
+impl RowKernel for Backward<'_> {
+    #[inline(always)]
+    fn rows(&self, first: usize, out: &mut [f32]) {
+        // d/dx x Φ(x) = Φ(x) + x φ(x), φ(x) = e^(−x²/2) / √(2π).
+        const DENSITY: f32 = 0.398_942_3;
+        let start = first * STRIP;
+        for ((out, x), grad) in out.iter_mut().zip(&self.xs[start..]).zip(&self.grads[start..]) {
+            let (cumulative, density) = normal(*x);
+            *out = grad * (cumulative + x * DENSITY * density);
+        }
+    }
+}
+
 struct Gelu;
 
 impl CustomOp1 for Gelu {
@@ -38,28 +67,16 @@ impl CustomOp1 for Gelu {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = slice(x, layout)?;
         let mut out = vec![0.0; x.len()];
-        for_row_blocks(&mut out, STRIP, |first, block| {
-            for (out, x) in block.iter_mut().zip(&x[first * STRIP..]) {
-                *out = x * normal(*x).0;
-            }
-        });
+        for_row_blocks(&mut out, STRIP, &Forward(x));
         Ok(output(out, layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        // d/dx x Φ(x) = Φ(x) + x φ(x), φ(x) = e^(−x²/2) / √(2π).
-        const DENSITY: f32 = 0.398_942_3;
         let grad = grad.contiguous()?;
         with_slices(&[x, &grad], |slices| {
             let (xs, grads) = (slices[0], slices[1]);
             let mut out = vec![0.0; xs.len()];
-            for_row_blocks(&mut out, STRIP, |first, block| {
-                let start = first * STRIP;
-                for ((out, x), grad) in block.iter_mut().zip(&xs[start..]).zip(&grads[start..]) {
-                    let (cumulative, density) = normal(*x);
-                    *out = grad * (cumulative + x * DENSITY * density);
-                }
-            });
+            for_row_blocks(&mut out, STRIP, &Backward { xs, grads });
             Ok(Some(tensor_like(out, x)?))
         })
     }

@@ -1,8 +1,9 @@
 //! Loops that the compiler can vectorise, and the fixed order of their sums.
 //!
-//! Plain multiplications and additions only, in an order written here: the result is the same on every CPU and for every number of
-//! threads. Functions are inlined into [`vectorized`] closures, which run with the widest vectors that the CPU has.
+//! Every sum runs in an order written here, so the result does not depend on the number of threads. What a kernel calls is marked `#[inline(always)]`, for only code inlined into the dispatch is compiled for the widest
+//! vectors that the CPU has.
 
+use pulp::{Arch, NullaryFnOnce, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Rows of a block: the unit of parallel work, fixed so that sums over blocks do not depend on the number of threads.
@@ -11,10 +12,21 @@ pub(super) const BLOCK_ROWS: usize = 64;
 /// Accumulators of a sum. Independent lanes let it vectorise without changing its order between CPUs.
 const LANES: usize = 16;
 
-/// Runs `work` compiled for the widest vector instructions of this CPU.
-#[inline(always)]
-pub(super) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
+/// Runs `kernel` compiled for the widest vector instructions of this CPU.
+pub(super) fn vectorized<K: WithSimd>(kernel: K) -> K::Output {
+    Arch::new().dispatch(kernel)
+}
+
+/// Work on blocks of rows. `#[inline(always)]` belongs on the implementation's function.
+pub(super) trait RowKernel: Sync {
+    /// Writes the rows `out`, of which the first is row `first` of the whole.
+    fn rows(&self, first: usize, out: &mut [f32]);
+}
+
+/// A sum over rows. `#[inline(always)]` belongs on the implementation's function.
+pub(super) trait RowSum: Sync {
+    /// Adds what row `row` has to `sums`.
+    fn add(&self, row: usize, sums: &mut [f32]);
 }
 
 /// `e^x`, to about one unit in the last place; 0 below -87 and the largest finite scale above 88.
@@ -59,24 +71,41 @@ pub(super) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     lanes[0]
 }
 
-/// Applies `work` to every block of rows of `out` in parallel; `work` gets the first row's number.
-pub(super) fn for_row_blocks(out: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+/// Applies a kernel to every block of rows of `out` in parallel.
+pub(super) fn for_row_blocks<K: RowKernel>(out: &mut [f32], width: usize, kernel: &K) {
+    struct Block<'a, K>(&'a K, usize, &'a mut [f32]);
+    impl<K: RowKernel> NullaryFnOnce for Block<'_, K> {
+        type Output = ();
+
+        #[inline(always)]
+        fn call(self) {
+            self.0.rows(self.1, self.2);
+        }
+    }
     out.par_chunks_mut(BLOCK_ROWS * width.max(1))
         .enumerate()
-        .for_each(|(block, rows)| vectorized(|| work(block * BLOCK_ROWS, rows)));
+        .for_each(|(block, rows)| vectorized(Block(kernel, block * BLOCK_ROWS, rows)));
 }
 
-/// Sums over the rows `0..rows` of what `add(row, sums)` adds into `sums`, a vector of `width`: block sums in parallel, then in order.
-pub(super) fn sum_over_rows(rows: usize, width: usize, add: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+/// The sum of a kernel over the rows `0..rows`, a vector of `width`: blocks in parallel, then their sums in order.
+pub(super) fn sum_over_rows<K: RowSum>(rows: usize, width: usize, kernel: &K) -> Vec<f32> {
+    struct Block<'a, K>(&'a K, std::ops::Range<usize>, &'a mut [f32]);
+    impl<K: RowSum> NullaryFnOnce for Block<'_, K> {
+        type Output = ();
+
+        #[inline(always)]
+        fn call(self) {
+            for row in self.1 {
+                self.0.add(row, self.2);
+            }
+        }
+    }
     let blocks: Vec<Vec<f32>> = (0..rows.div_ceil(BLOCK_ROWS))
         .into_par_iter()
         .map(|block| {
             let mut sums = vec![0.0; width];
-            vectorized(|| {
-                for row in block * BLOCK_ROWS..rows.min((block + 1) * BLOCK_ROWS) {
-                    add(row, &mut sums);
-                }
-            });
+            let range = block * BLOCK_ROWS..rows.min((block + 1) * BLOCK_ROWS);
+            vectorized(Block(kernel, range, &mut sums));
             sums
         })
         .collect();
@@ -89,60 +118,91 @@ pub(super) fn sum_over_rows(rows: usize, width: usize, add: impl Fn(usize, &mut 
     total
 }
 
-/// A matrix inside a slice: element `(i, j)` is at `i * row + j * column`.
+/// The left side of a small product, `m × k`.
 #[derive(Clone, Copy)]
-pub(super) struct Strided<'a> {
-    /// The elements, starting at `(0, 0)`.
-    pub(super) elements: &'a [f32],
-    /// Distance between rows.
-    pub(super) row: usize,
-    /// Distance between columns.
-    pub(super) column: usize,
+pub(super) enum Left<'a> {
+    /// Element `(i, l)` is at `i · stride + l`.
+    ByRow(&'a [f32], usize),
+    /// Element `(i, l)` is at `l · stride + i`: a matrix that is stored transposed.
+    ByColumn(&'a [f32], usize),
 }
 
-/// `c = a · b` for small matrices on one thread: `a` is `m × k` of any strides, `b` is `k × n` with rows of stride `b_row`, and `c` is
-/// `m × n` with rows of stride `c_row`.
+/// Rows of a tile. With [`TILE_VECTORS`] it makes eight sums that do not wait for each other: what hides the latency of two
+/// multiply-add units of four cycles.
+const TILE_ROWS: usize = 4;
+
+/// Vectors in a row of a tile.
+const TILE_VECTORS: usize = 2;
+
+/// `c = a · b` for small matrices on one thread: `a` is `m × k`, `b` is `k × n` with rows of stride `b_row`, and `c` is `m × n` with
+/// rows of stride `c_row`.
 #[inline(always)]
-pub(super) fn small_matmul(
+pub(super) fn small_matmul<S: Simd>(
+    simd: S,
     (m, n, k): (usize, usize, usize),
-    a: Strided<'_>,
+    a: Left<'_>,
+    b: (&[f32], usize),
+    (c, c_row): (&mut [f32], usize),
+) {
+    let columns = TILE_VECTORS * S::F32_LANES;
+    for j in (0..n).step_by(columns) {
+        let width = columns.min(n - j);
+        let whole = m - m % TILE_ROWS;
+        for i in (0..whole).step_by(TILE_ROWS) {
+            tile::<S, TILE_ROWS>(simd, (i, j, k), width, a, b, (c, c_row));
+        }
+        for i in whole..m {
+            tile::<S, 1>(simd, (i, j, k), width, a, b, (c, c_row));
+        }
+    }
+}
+
+/// `H` rows from `i` and `width` columns from `j` of a product.
+#[inline(always)]
+fn tile<S: Simd, const H: usize>(
+    simd: S,
+    (i, j, k): (usize, usize, usize),
+    width: usize,
+    a: Left<'_>,
     (b, b_row): (&[f32], usize),
     (c, c_row): (&mut [f32], usize),
 ) {
-    const ROWS: usize = 4;
-    const COLUMNS: usize = 16;
-    for i in (0..m).step_by(ROWS) {
-        let height = ROWS.min(m - i);
-        for j in (0..n).step_by(COLUMNS) {
-            let width = COLUMNS.min(n - j);
-            let mut tile = [[0.0f32; COLUMNS]; ROWS];
-            if height == ROWS && width == COLUMNS {
-                for l in 0..k {
-                    let b_part: &[f32; COLUMNS] = match b[l * b_row + j..][..COLUMNS].try_into() {
-                        Ok(part) => part,
-                        Err(_) => return,
-                    };
-                    for (r, line) in tile.iter_mut().enumerate() {
-                        let factor = a.elements[(i + r) * a.row + l * a.column];
-                        for (acc, value) in line.iter_mut().zip(b_part) {
-                            *acc += factor * value;
-                        }
-                    }
-                }
-            } else {
-                for l in 0..k {
-                    let b_part = &b[l * b_row + j..][..width];
-                    for (r, line) in tile.iter_mut().enumerate().take(height) {
-                        let factor = a.elements[(i + r) * a.row + l * a.column];
-                        for (acc, value) in line.iter_mut().zip(b_part) {
-                            *acc += factor * value;
-                        }
-                    }
-                }
+    let lanes = S::F32_LANES;
+    let mut sums = [[simd.splat_f32s(0.0); TILE_VECTORS]; H];
+    let mut add = |l: usize, factors: [f32; H]| {
+        let row = &b[l * b_row + j..][..width];
+        let (first, second) = row.split_at(lanes.min(width));
+        // A full vector is loaded whole; the end of a row lane by lane.
+        let right = [first, second].map(|part| match S::as_simd_f32s(part).0 {
+            [whole] => *whole,
+            _ => simd.partial_load_f32s(part),
+        });
+        for (sums, factor) in sums.iter_mut().zip(factors) {
+            let factor = simd.splat_f32s(factor);
+            for (sum, right) in sums.iter_mut().zip(right) {
+                *sum = simd.mul_add_f32s(factor, right, *sum);
             }
-            for (r, line) in tile.iter().enumerate().take(height) {
-                c[(i + r) * c_row + j..][..width].copy_from_slice(&line[..width]);
+        }
+    };
+    match a {
+        Left::ByRow(elements, stride) => {
+            let rows: [&[f32]; H] = std::array::from_fn(|r| &elements[(i + r) * stride..][..k]);
+            for l in 0..k {
+                add(l, rows.map(|row| row[l]));
             }
+        }
+        Left::ByColumn(elements, stride) => {
+            for l in 0..k {
+                let column = &elements[l * stride + i..][..H];
+                add(l, std::array::from_fn(|r| column[r]));
+            }
+        }
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        let row = &mut c[(i + r) * c_row + j..][..width];
+        let (first, second) = row.split_at_mut(lanes.min(width));
+        for (part, sum) in [first, second].into_iter().zip(sums) {
+            simd.partial_store_f32s(part, sum);
         }
     }
 }
@@ -169,23 +229,41 @@ mod tests {
         for n in [0, 1, 15, 16, 17, 100] {
             assert_eq!(sum(n, |i| i as f32), (0..n).sum::<usize>() as f32);
         }
-        let got = sum_over_rows(150, 3, |row, sums| sums[row % 3] += 1.0);
-        assert_eq!(got, [50.0, 50.0, 50.0]);
+        struct CountByRest;
+        impl RowSum for CountByRest {
+            fn add(&self, row: usize, sums: &mut [f32]) {
+                sums[row % 3] += 1.0;
+            }
+        }
+        assert_eq!(sum_over_rows(150, 3, &CountByRest), [50.0, 50.0, 50.0]);
     }
 
     #[test]
     fn small_matmul_equals_the_definition_for_ragged_sizes() {
-        for (m, n, k) in [(1, 1, 1), (4, 16, 8), (5, 17, 3), (7, 33, 9), (3, 15, 0)] {
-            // a is stored transposed: element (i, l) at l * m + i.
+        struct Product<'a>((usize, usize, usize), Left<'a>, &'a [f32], &'a mut [f32]);
+        impl WithSimd for Product<'_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, simd: S) {
+                small_matmul(simd, self.0, self.1, (self.2, self.0.1), (self.3, self.0.1));
+            }
+        }
+        for (m, n, k) in [(1, 1, 1), (4, 16, 8), (5, 17, 3), (7, 33, 9), (3, 15, 0), (9, 8, 4), (2, 24, 5)] {
             let a: Vec<f32> = (0..m * k).map(|x| (x % 7) as f32 - 3.0).collect();
             let b: Vec<f32> = (0..k * n).map(|x| (x % 5) as f32 - 2.0).collect();
-            let mut c = vec![f32::NAN; m * n];
-            let view = Strided { elements: &a, row: 1, column: m };
-            small_matmul((m, n, k), view, (&b, n), (&mut c, n));
-            for i in 0..m {
-                for j in 0..n {
-                    let expected: f32 = (0..k).map(|l| a[l * m + i] * b[l * n + j]).sum();
-                    assert_eq!(c[i * n + j], expected, "({m},{n},{k}) at ({i},{j})");
+            for transposed in [false, true] {
+                let (left, row, column) = match transposed {
+                    false => (Left::ByRow(&a, k), k, 1),
+                    true => (Left::ByColumn(&a, m), 1, m),
+                };
+                let mut c = vec![f32::NAN; m * n];
+                vectorized(Product((m, n, k), left, &b, &mut c));
+                for i in 0..m {
+                    for j in 0..n {
+                        let expected: f32 = (0..k).map(|l| a[i * row + l * column] * b[l * n + j]).sum();
+                        assert_eq!(c[i * n + j], expected, "({m},{n},{k}) at ({i},{j})");
+                    }
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
-use super::kernel::{for_row_blocks, sum, sum_over_rows};
+use super::kernel::{RowKernel, RowSum, for_row_blocks, sum, sum_over_rows};
 use super::{on_cpu, output, slice, tensor_like, with_slices};
 
 /// `(x − mean) / √(variance + eps) · weight + bias` over the last dimension; `weight` and `bias` have its size.
@@ -27,14 +27,81 @@ struct LayerNorm {
     eps: f32,
 }
 
-impl LayerNorm {
-    /// Mean and reciprocal standard deviation of one row.
+/// Mean and reciprocal standard deviation of one row.
+#[inline(always)]
+fn moments(row: &[f32], eps: f32) -> (f32, f32) {
+    let scale = 1.0 / row.len() as f32;
+    let mean = sum(row.len(), |i| row[i]) * scale;
+    let variance = sum(row.len(), |i| (row[i] - mean) * (row[i] - mean)) * scale;
+    (mean, 1.0 / (variance + eps).sqrt())
+}
+
+struct Forward<'a> {
+    eps: f32,
+    x: &'a [f32],
+    weight: &'a [f32],
+    bias: &'a [f32],
+}
+
+impl RowKernel for Forward<'_> {
     #[inline(always)]
-    fn moments(&self, row: &[f32]) -> (f32, f32) {
-        let scale = 1.0 / row.len() as f32;
-        let mean = sum(row.len(), |i| row[i]) * scale;
-        let variance = sum(row.len(), |i| (row[i] - mean) * (row[i] - mean)) * scale;
-        (mean, 1.0 / (variance + self.eps).sqrt())
+    fn rows(&self, first: usize, out: &mut [f32]) {
+        let width = self.weight.len();
+        for (row, out) in self.x[first * width..].chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            let (mean, inverse) = moments(row, self.eps);
+            for (((out, x), weight), bias) in out.iter_mut().zip(row).zip(self.weight).zip(self.bias) {
+                *out = (x - mean) * inverse * weight + bias;
+            }
+        }
+    }
+}
+
+struct Backward<'a> {
+    eps: f32,
+    x: &'a [f32],
+    weight: &'a [f32],
+    grad: &'a [f32],
+}
+
+impl<'a> Backward<'a> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> (&'a [f32], &'a [f32]) {
+        let width = self.weight.len();
+        (&self.x[row * width..][..width], &self.grad[row * width..][..width])
+    }
+}
+
+/// The gradient of `x`.
+impl RowKernel for Backward<'_> {
+    #[inline(always)]
+    fn rows(&self, first: usize, out: &mut [f32]) {
+        let weight = self.weight;
+        let width = weight.len();
+        let scale = 1.0 / width as f32;
+        for (offset, out) in out.chunks_exact_mut(width).enumerate() {
+            let (row, grad) = self.row(first + offset);
+            let (mean, inverse) = moments(row, self.eps);
+            let mean_grad = sum(width, |i| grad[i] * weight[i]) * scale;
+            let mean_projection = sum(width, |i| grad[i] * weight[i] * (row[i] - mean)) * inverse * scale;
+            for (((out, x), grad), weight) in out.iter_mut().zip(row).zip(grad).zip(weight) {
+                let normalised = (x - mean) * inverse;
+                *out = inverse * (grad * weight - mean_grad - normalised * mean_projection);
+            }
+        }
+    }
+}
+
+/// The gradients of weight and bias, side by side.
+impl RowSum for Backward<'_> {
+    #[inline(always)]
+    fn add(&self, row: usize, sums: &mut [f32]) {
+        let (row, grad) = self.row(row);
+        let (mean, inverse) = moments(row, self.eps);
+        let (for_weight, for_bias) = sums.split_at_mut(row.len());
+        for (((for_weight, for_bias), x), grad) in for_weight.iter_mut().zip(for_bias).zip(row).zip(grad) {
+            *for_weight += grad * (x - mean) * inverse;
+            *for_bias += grad;
+        }
     }
 }
 
@@ -55,14 +122,7 @@ impl CustomOp3 for LayerNorm {
         let (x, weight, bias) = (slice(x, x_layout)?, slice(weight, weight_layout)?, slice(bias, bias_layout)?);
         let width = weight.len();
         let mut out = vec![0.0; x.len()];
-        for_row_blocks(&mut out, width, |first, block| {
-            for (row, out) in x[first * width..].chunks_exact(width).zip(block.chunks_exact_mut(width)) {
-                let (mean, inverse) = self.moments(row);
-                for i in 0..width {
-                    out[i] = (row[i] - mean) * inverse * weight[i] + bias[i];
-                }
-            }
-        });
+        for_row_blocks(&mut out, width, &Forward { eps: self.eps, x, weight, bias });
         Ok(output(out, x_layout.shape().clone()))
     }
 
@@ -76,34 +136,13 @@ impl CustomOp3 for LayerNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
         with_slices(&[x, weight, &grad], |slices| {
-            let (xs, weights, grads) = (slices[0], slices[1], slices[2]);
+            let [x_rows, weights, grads] = [slices[0], slices[1], slices[2]];
             let width = weights.len();
-            let rows = xs.len() / width.max(1);
-            let mut for_x = vec![0.0; xs.len()];
-            for_row_blocks(&mut for_x, width, |first, block| {
-                for (index, out) in block.chunks_exact_mut(width).enumerate() {
-                    let start = (first + index) * width;
-                    let (row, grad) = (&xs[start..start + width], &grads[start..start + width]);
-                    let (mean, inverse) = self.moments(row);
-                    let scale = 1.0 / width as f32;
-                    let mean_grad = sum(width, |i| grad[i] * weights[i]) * scale;
-                    let mean_projection = sum(width, |i| grad[i] * weights[i] * (row[i] - mean)) * inverse * scale;
-                    for i in 0..width {
-                        let normalised = (row[i] - mean) * inverse;
-                        out[i] = inverse * (grad[i] * weights[i] - mean_grad - normalised * mean_projection);
-                    }
-                }
-            });
+            let backward = Backward { eps: self.eps, x: x_rows, weight: weights, grad: grads };
+            let mut for_x = vec![0.0; x_rows.len()];
+            for_row_blocks(&mut for_x, width, &backward);
             // One pass gives both parameter gradients: weights first, biases after them.
-            let mut both = sum_over_rows(rows, 2 * width, |row, sums| {
-                let (row, grad) = (&xs[row * width..(row + 1) * width], &grads[row * width..(row + 1) * width]);
-                let (mean, inverse) = self.moments(row);
-                let (for_weight, for_bias) = sums.split_at_mut(width);
-                for i in 0..width {
-                    for_weight[i] += grad[i] * (row[i] - mean) * inverse;
-                    for_bias[i] += grad[i];
-                }
-            });
+            let mut both = sum_over_rows(x_rows.len() / width.max(1), 2 * width, &backward);
             let for_bias = both.split_off(width);
             Ok((Some(tensor_like(for_x, x)?), Some(tensor_like(both, weight)?), Some(tensor_like(for_bias, bias)?)))
         })

@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
-use super::kernel::{for_row_blocks, sum_over_rows};
+use super::kernel::{RowKernel, RowSum, for_row_blocks, sum_over_rows};
 use super::{on_cpu, output, slice, with_slices};
 
 /// `x · weightᵀ + bias`: `x` is `(…, in)`, `weight` `(out, in)`, `bias` `(out)`, the result `(…, out)`.
@@ -37,6 +37,35 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     }
 }
 
+/// Adds the bias to every row.
+struct AddBias<'a>(&'a [f32]);
+
+impl RowKernel for AddBias<'_> {
+    #[inline(always)]
+    fn rows(&self, _first: usize, out: &mut [f32]) {
+        for row in out.chunks_exact_mut(self.0.len()) {
+            for (value, bias) in row.iter_mut().zip(self.0) {
+                *value += bias;
+            }
+        }
+    }
+}
+
+/// Sums each column.
+struct ColumnSums<'a> {
+    elements: &'a [f32],
+    width: usize,
+}
+
+impl RowSum for ColumnSums<'_> {
+    #[inline(always)]
+    fn add(&self, row: usize, sums: &mut [f32]) {
+        for (sum, value) in sums.iter_mut().zip(&self.elements[row * self.width..]) {
+            *sum += value;
+        }
+    }
+}
+
 struct Linear;
 
 impl CustomOp3 for Linear {
@@ -61,13 +90,7 @@ impl CustomOp3 for Linear {
             candle_core::bail!("linear: product of f32 matrices is not f32");
         };
         let bias = slice(bias, bias_layout)?;
-        for_row_blocks(&mut product, outputs, |_, block| {
-            for row in block.chunks_exact_mut(outputs) {
-                for (value, bias) in row.iter_mut().zip(bias) {
-                    *value += bias;
-                }
-            }
-        });
+        for_row_blocks(&mut product, outputs, &AddBias(bias));
         let mut shape = x_layout.dims().to_vec();
         if let Some(last) = shape.last_mut() {
             *last = outputs;
@@ -92,11 +115,7 @@ impl CustomOp3 for Linear {
             .track_op()
             .then(|| {
                 with_slices(&[&grad], |slices| {
-                    let sums = sum_over_rows(rows, outputs, |row, sums| {
-                        for (sum, value) in sums.iter_mut().zip(&slices[0][row * outputs..]) {
-                            *sum += value;
-                        }
-                    });
+                    let sums = sum_over_rows(rows, outputs, &ColumnSums { elements: slices[0], width: outputs });
                     Tensor::from_vec(sums, outputs, grad.device())
                 })
             })

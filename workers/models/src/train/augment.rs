@@ -2,6 +2,7 @@
 
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use image::RgbImage;
 
 use crate::error::{ModelError, Result};
 use crate::random::Stream;
@@ -48,7 +49,7 @@ impl Augmentation {
         let mirror = self.flip && stream.uniform() < 0.5;
 
         let mut out = match crop {
-            Some((left, top, width, height)) => resize(pixels, side, [left, top, width, height].map(|part| part * side as f64))?,
+            Some(part) => resize(pixels, (side as u32, side as u32), side, part.map(|edge| edge * side as f64))?,
             None => pixels.to_vec(),
         };
         if mirror {
@@ -64,7 +65,7 @@ impl Augmentation {
     }
 
     /// Left, top, width and height of the crop as shares of the side; `None` for the whole image.
-    fn crop(&self, stream: &mut Stream) -> Option<(f64, f64, f64, f64)> {
+    fn crop(&self, stream: &mut Stream) -> Option<[f64; 4]> {
         if self.min_area >= 1.0 {
             return None;
         }
@@ -73,19 +74,36 @@ impl Augmentation {
             let ratio = (MAX_RATIO.ln() * (2.0 * stream.uniform() - 1.0)).exp();
             let (width, height) = ((area * ratio).sqrt(), (area / ratio).sqrt());
             if width <= 1.0 && height <= 1.0 {
-                return Some((stream.uniform() * (1.0 - width), stream.uniform() * (1.0 - height), width, height));
+                return Some([stream.uniform() * (1.0 - width), stream.uniform() * (1.0 - height), width, height]);
             }
         }
         None
     }
 }
 
-fn resize(pixels: &[u8], side: usize, [left, top, width, height]: [f64; 4]) -> Result<Vec<u8>> {
-    let fail = |reason: String| ModelError::Image { width: side as u32, height: side as u32, reason };
+/// A decoded image resized straight to `side × side`, RGB8 row by row: what [`crate::train::Example`] takes. The same filter as
+/// [`crate::preprocess::Preprocessor`], so that a model is trained on what it will see.
+///
+/// # Errors
+///
+/// The image has no pixels.
+pub fn shrink(image: &RgbImage, side: usize) -> Result<Vec<u8>> {
+    let (width, height) = image.dimensions();
+    resize(image.as_raw(), (width, height), side, [0.0, 0.0, f64::from(width), f64::from(height)])
+}
+
+/// Left, top, width and height of `part` are in pixels of the source.
+fn resize(pixels: &[u8], (width, height): (u32, u32), side: usize, part: [f64; 4]) -> Result<Vec<u8>> {
+    let fail = |reason: String| ModelError::Image { width, height, reason };
+    if width == 0 || height == 0 {
+        return Err(fail("it is empty".to_owned()));
+    }
     let square = u32::try_from(side).map_err(|error| fail(error.to_string()))?;
-    let source = ImageRef::new(square, square, pixels, PixelType::U8x3).map_err(|error| fail(error.to_string()))?;
+    let source = ImageRef::new(width, height, pixels, PixelType::U8x3).map_err(|error| fail(error.to_string()))?;
     let mut target = Image::new(square, square, PixelType::U8x3);
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).crop(left, top, width, height);
+    let [left, top, part_width, part_height] = part;
+    let options =
+        ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).crop(left, top, part_width, part_height);
     Resizer::new().resize(&source, &mut target, &options).map_err(|error| fail(error.to_string()))?;
     Ok(target.into_vec())
 }

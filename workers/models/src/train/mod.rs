@@ -13,7 +13,7 @@ mod state;
 mod tests;
 mod trainer;
 
-pub use augment::Augmentation;
+pub use augment::{Augmentation, shrink};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use schedule::Schedule;
 pub use trainer::{Example, Losses, Precision, Recipe, Role, StepReport, Trainer};

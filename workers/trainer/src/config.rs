@@ -1,0 +1,238 @@
+//! Settings of a training run.
+
+use capfilt_models::config::{MedConfig, TextConfig};
+use capfilt_models::tokenizer::special;
+use capfilt_models::train::{AdamWConfig, Augmentation, Precision, Recipe, Role, Schedule};
+use serde::{Deserialize, Serialize};
+
+use crate::TrainerError;
+
+/// What a run starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Init {
+    /// Fresh weights: a new model learns more from a cleaner dataset than an old one does (BLIP, table 13).
+    Fresh,
+    /// The weights of the parent model; parts that it lacks are drawn afresh.
+    Parent,
+}
+
+/// Sizes of a fresh model; one width for images and texts, and feed-forward parts four times as wide.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelSize {
+    /// Side of its images in pixels.
+    pub image_size: usize,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+    /// Width of the hidden states (BLIP base: 768).
+    pub width: usize,
+    /// Attention heads (BLIP base: 12).
+    pub heads: usize,
+    /// Blocks of the vision transformer (BLIP base: 12).
+    pub vision_layers: usize,
+    /// Blocks of the text transformer (BLIP base: 12).
+    pub text_layers: usize,
+    /// Width of the contrastive space (BLIP base: 256).
+    pub projection: usize,
+    /// Longest text that it has positions for (BLIP base: 512).
+    pub positions: usize,
+}
+
+impl Default for ModelSize {
+    /// About two million weights: trains in minutes on two CPU cores.
+    fn default() -> Self {
+        let tiny = MedConfig::tiny(special::TOKENS.len());
+        Self {
+            image_size: tiny.vision_config.image_size,
+            patch_size: tiny.vision_config.patch_size,
+            width: tiny.vision_config.hidden_size,
+            heads: tiny.vision_config.num_attention_heads,
+            vision_layers: tiny.vision_config.num_hidden_layers,
+            text_layers: tiny.text_config.num_hidden_layers,
+            projection: tiny.image_text_hidden_size,
+            positions: tiny.text_config.max_position_embeddings,
+        }
+    }
+}
+
+impl ModelSize {
+    /// The architecture, with the vocabulary and special tokens of `parent`, or of a vocabulary of `vocab_size` made by
+    /// [`train_wordpiece`](capfilt_models::tokenizer::train_wordpiece).
+    pub(crate) fn config(&self, parent: Option<&MedConfig>, vocab_size: usize) -> MedConfig {
+        let mut config = MedConfig::tiny(vocab_size);
+        if let Some(parent) = parent {
+            let theirs = &parent.text_config;
+            config.text_config = TextConfig {
+                vocab_size: theirs.vocab_size,
+                bos_token_id: theirs.bos_token_id,
+                pad_token_id: theirs.pad_token_id,
+                sep_token_id: theirs.sep_token_id,
+                enc_token_id: theirs.enc_token_id,
+                ..config.text_config
+            };
+        }
+        let vision = &mut config.vision_config;
+        (vision.image_size, vision.patch_size) = (self.image_size, self.patch_size);
+        (vision.hidden_size, vision.intermediate_size) = (self.width, 4 * self.width);
+        (vision.num_attention_heads, vision.num_hidden_layers) = (self.heads, self.vision_layers);
+        let text = &mut config.text_config;
+        (text.hidden_size, text.intermediate_size) = (self.width, 4 * self.width);
+        (text.num_attention_heads, text.num_hidden_layers) = (self.heads, self.text_layers);
+        text.max_position_embeddings = self.positions;
+        config.image_text_hidden_size = self.projection;
+        config
+    }
+}
+
+/// Everything but the pairs that decides what a run ends in, and how often it saves its state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// `captioner` (LM loss), `filter` (ITC and ITM losses) or `med` (all three).
+    pub role: Role,
+    /// `fresh` or `parent`.
+    pub init: Init,
+    /// Size of a fresh model.
+    pub model: ModelSize,
+    /// Size of the vocabulary that a fresh model without parent learns from its texts. With a parent, its tokenizer is kept.
+    pub vocab_size: usize,
+    /// Steps of the run. Exactly one of `steps` and `epochs` is set.
+    pub steps: Option<u64>,
+    /// Length of the run in passes over the pairs.
+    pub epochs: Option<f64>,
+    /// Pairs in a step.
+    pub batch: usize,
+    /// Highest learning rate.
+    pub peak_lr: f64,
+    /// Learning rate at the start of the warm-up and at the end.
+    pub min_lr: f64,
+    /// Steps in which the learning rate rises.
+    pub warmup_steps: u64,
+    /// Decoupled weight decay of matrices and embeddings.
+    pub weight_decay: f64,
+    /// Decay of the two moments of `AdamW`.
+    pub betas: [f64; 2],
+    /// Largest norm of the gradients.
+    pub clip: f64,
+    /// Keys all randomness.
+    pub seed: u64,
+    /// Label smoothing of the LM loss.
+    pub label_smoothing: f32,
+    /// What a captioner is given before it writes.
+    pub prompt: String,
+    /// Tokens of a text at most.
+    pub max_tokens: usize,
+    /// How often a human-annotated pair is drawn for one draw of another.
+    pub human_weight: f64,
+    /// Least share of the image's area that a random crop keeps; 1 switches cropping off.
+    pub crop_min_area: f64,
+    /// Whether half of the images are mirrored. Wrong wherever texts say left or right.
+    pub flip: bool,
+    /// Steps after which the state is saved, rounded up to whole log lines; 0 never saves.
+    pub checkpoint_every: u64,
+    /// Steps that one line of the training log sums up.
+    pub log_every: u64,
+    /// How the finished weights are stored.
+    pub precision: Precision,
+}
+
+impl Default for TrainConfig {
+    /// BLIP's settings where it has them (`configs/pretrain.yaml`, `models/blip_pretrain.py`).
+    fn default() -> Self {
+        Self {
+            role: Role::Captioner,
+            init: Init::Fresh,
+            model: ModelSize::default(),
+            vocab_size: 2_000,
+            steps: None,
+            epochs: None,
+            batch: 64,
+            peak_lr: 3e-4,
+            min_lr: 1e-6,
+            warmup_steps: 100,
+            weight_decay: 0.05,
+            betas: [0.9, 0.999],
+            clip: 1.0,
+            seed: 0,
+            label_smoothing: 0.1,
+            prompt: "a picture of ".to_owned(),
+            max_tokens: 30,
+            human_weight: 1.0,
+            crop_min_area: 0.5,
+            flip: false,
+            checkpoint_every: 500,
+            log_every: 10,
+            precision: Precision::F16,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Checks the settings that do not depend on the pairs.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainerError::Config`] names the first setting that makes no sense.
+    pub fn check(&self) -> Result<(), TrainerError> {
+        let fail = |what: String| Err(TrainerError::Config(what));
+        if self.steps.is_some() == self.epochs.is_some() {
+            return fail("set exactly one of `steps` and `epochs`".to_owned());
+        }
+        if self.steps == Some(0) || self.epochs.is_some_and(|epochs| !(epochs.is_finite() && epochs > 0.0)) {
+            return fail("a run needs more than 0 `steps` or `epochs`".to_owned());
+        }
+        let contrasts = self.role != Role::Captioner;
+        if self.batch < if contrasts { 2 } else { 1 } {
+            return fail(format!("`batch` {} is too small; contrastive losses need at least 2 pairs", self.batch));
+        }
+        if self.log_every == 0 {
+            return fail("`log_every` is 0; every log line sums up at least one step".to_owned());
+        }
+        let finite = [
+            ("weight_decay", self.weight_decay, 0.0..=1.0),
+            ("beta 1", self.betas[0], 0.0..=0.9999),
+            ("beta 2", self.betas[1], 0.0..=0.99999),
+            ("clip", self.clip, 1e-6..=1e6),
+            ("label_smoothing", f64::from(self.label_smoothing), 0.0..=0.9),
+            ("human_weight", self.human_weight, 0.0..=1e6),
+            ("crop_min_area", self.crop_min_area, 0.01..=1.0),
+        ];
+        if let Some((name, value, range)) = finite.iter().find(|(_, value, range)| !range.contains(value)) {
+            return fail(format!("`{name}` is {value}, allowed is {} to {}", range.start(), range.end()));
+        }
+        Ok(())
+    }
+
+    /// Steps of a run over `pairs` pairs.
+    pub(crate) fn total_steps(&self, pairs: usize) -> u64 {
+        match (self.steps, self.epochs) {
+            (Some(steps), _) => steps,
+            (None, epochs) => (epochs.unwrap_or(1.0) * pairs as f64 / self.batch as f64).ceil().max(1.0) as u64,
+        }
+    }
+
+    /// Steps between two saved states: whole log lines.
+    pub(crate) fn save_every(&self) -> u64 {
+        self.checkpoint_every.next_multiple_of(self.log_every)
+    }
+
+    /// The recipe of a run of `steps` steps. A warm-up longer than a tenth of a short run is cut to that.
+    pub(crate) fn recipe(&self, steps: u64) -> Recipe {
+        Recipe {
+            role: self.role,
+            seed: self.seed,
+            schedule: Schedule { peak: self.peak_lr, floor: self.min_lr, warmup_steps: self.warmup_steps.min(steps / 10), steps },
+            optimizer: AdamWConfig {
+                betas: self.betas,
+                weight_decay: self.weight_decay,
+                clip: self.clip,
+                ..AdamWConfig::default()
+            },
+            label_smoothing: self.label_smoothing,
+            prompt: self.prompt.clone(),
+            max_tokens: self.max_tokens,
+            augmentation: Augmentation { min_area: self.crop_min_area, flip: self.flip },
+        }
+    }
+}

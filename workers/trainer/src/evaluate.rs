@@ -1,0 +1,223 @@
+//! How good a model is on held-out pairs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::device::{DType, Device};
+use capfilt_models::generate::Captioner;
+use capfilt_models::med::Med;
+use capfilt_models::preprocess::Pixels;
+use capfilt_models::random::Stream;
+use capfilt_models::retrieval::retrieval_scores;
+use capfilt_models::sampling::Sampling;
+use capfilt_models::score::{FilterScorer, ItmToken};
+use capfilt_models::tokenizer::{MAX_WORDS, TextTokenizer, clean_caption};
+use image::RgbImage;
+use serde::{Deserialize, Serialize};
+
+use crate::metrics::{CaptionCase, Confusion, Relevance, auroc, bleu, cider_d, recall, rouge_l};
+use crate::sampler::below;
+use crate::{TrainPair, TrainerError};
+
+/// Settings of an evaluation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvaluateConfig {
+    /// What a captioner is given before it writes; as in its training.
+    pub prompt: String,
+    /// Tokens of a caption at most, prompt included.
+    pub max_length: usize,
+    /// First token of a text for the matching head; as in training.
+    pub first_token: ItmToken,
+    /// Matching probability from which a pair counts as kept.
+    pub min_itm: f32,
+    /// Best candidates by contrastive similarity that the matching head ranks again.
+    pub rerank: usize,
+    /// Keys the choice of wrong captions.
+    pub seed: u64,
+}
+
+impl Default for EvaluateConfig {
+    fn default() -> Self {
+        Self { prompt: "a picture of ".to_owned(), max_length: 20, first_token: ItmToken::Enc, min_itm: 0.5, rerank: 32, seed: 0 }
+    }
+}
+
+/// Metrics of a model on held-out pairs, in the order of their names: `captioner/…` if it has a decoder, `filter/…` if it has an
+/// encoder. All are in `0..=1` but CIDEr-D, which is in `0..=10`; higher is better for each.
+///
+/// Captions are written greedily. The filter's area under the ROC curve sets each image's own captions against as many captions of
+/// other images, drawn by key; a caption that any image of the pair's concept shares word by word is never drawn as wrong for it.
+/// The pairs' pixels must be as large as the model's images.
+///
+/// # Errors
+///
+/// No pairs, an image without captions, or a failing model.
+pub fn evaluate(
+    checkpoint: &Checkpoint,
+    pairs: &[TrainPair],
+    config: &EvaluateConfig,
+) -> Result<Vec<(String, f64)>, TrainerError> {
+    if pairs.is_empty() {
+        return Err(TrainerError::NoPairs { purpose: "judge by", reason: "the held-out set is empty".to_owned() });
+    }
+    let (med, tokenizer) = (checkpoint.med(&Device::Cpu, DType::F32)?, checkpoint.tokenizer()?);
+    let preprocessor = checkpoint.preprocessor()?;
+    let side = preprocessor.side() as u32;
+    let pixels = pairs
+        .iter()
+        .map(|pair| {
+            let image = RgbImage::from_raw(side, side, pair.pixels.to_vec()).ok_or_else(|| TrainerError::NoPairs {
+                purpose: "judge by",
+                reason: format!("image {} is not {side}x{side}", pair.sample_id),
+            })?;
+            Ok(preprocessor.prepare(&image)?)
+        })
+        .collect::<Result<Vec<Pixels>, TrainerError>>()?;
+    let set = HeldOut { pairs, pixels };
+
+    let mut metrics = BTreeMap::new();
+    let parts = med.parts();
+    if parts.decoder {
+        set.judge_captioner(&med, &tokenizer, config, &mut metrics)?;
+    }
+    if parts.encoder {
+        set.judge_matching(&med, &tokenizer, config, &mut metrics)?;
+        set.judge_retrieval(&med, &tokenizer, config, &mut metrics)?;
+    }
+    Ok(metrics.into_iter().collect())
+}
+
+type Metrics = BTreeMap<String, f64>;
+
+struct HeldOut<'a> {
+    pairs: &'a [TrainPair],
+    pixels: Vec<Pixels>,
+}
+
+impl HeldOut<'_> {
+    fn judge_captioner(
+        &self,
+        med: &Med,
+        tokenizer: &TextTokenizer,
+        config: &EvaluateConfig,
+        metrics: &mut Metrics,
+    ) -> Result<(), TrainerError> {
+        let greedy = Sampling {
+            temperature: 0.0,
+            repetition_penalty: 1.0,
+            min_length: 0,
+            max_length: config.max_length,
+            prompt: config.prompt.clone(),
+            ..Sampling::default()
+        };
+        let captioner = Captioner::new(med.clone(), tokenizer.clone(), greedy)?;
+        let keys: Vec<&str> = self.pairs.iter().map(|pair| pair.sample_id.as_str()).collect();
+        let written = captioner.caption(&self.pixels, &keys, config.seed)?;
+        let cases = self
+            .pairs
+            .iter()
+            .zip(written)
+            .map(|(pair, captions)| {
+                let references: Vec<&str> = pair.texts.iter().map(|text| text.text.as_str()).collect();
+                CaptionCase::from_text(captions.first().map_or("", String::as_str), &references)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let mean = |scores: Vec<f64>| scores.iter().sum::<f64>() / scores.len().max(1) as f64;
+        metrics.insert("captioner/bleu_4".to_owned(), bleu(&cases)[3]);
+        metrics.insert("captioner/cider_d".to_owned(), mean(cider_d(&cases)));
+        metrics.insert("captioner/rouge_l".to_owned(), mean(rouge_l(&cases)));
+        Ok(())
+    }
+
+    fn judge_matching(
+        &self,
+        med: &Med,
+        tokenizer: &TextTokenizer,
+        config: &EvaluateConfig,
+        metrics: &mut Metrics,
+    ) -> Result<(), TrainerError> {
+        let scorer = FilterScorer::new(med.clone(), tokenizer.clone(), config.first_token)?;
+        // Own captions first, wrong ones after them.
+        let texts: Vec<Vec<&str>> = (0..self.pairs.len())
+            .map(|i| {
+                let own = self.pairs[i].texts.iter().map(|text| text.text.as_str());
+                own.chain(self.wrong_captions(i, config.seed)).collect()
+            })
+            .collect();
+        let scored = scorer.score(&self.pixels, &texts)?;
+        let (mut itm, mut itc, mut right) = (Vec::new(), Vec::new(), Vec::new());
+        for (pair, scores) in self.pairs.iter().zip(scored) {
+            for (place, score) in scores.iter().enumerate() {
+                itm.push(score.itm);
+                itc.push(score.itc);
+                right.push(place < pair.texts.len());
+            }
+        }
+        let kept = Confusion::at(config.min_itm, &itm, &right);
+        let found = [
+            ("filter/auroc", auroc(&itm, &right)),
+            ("filter/auroc_itc", auroc(&itc, &right)),
+            ("filter/precision", kept.precision()),
+            ("filter/recall", kept.recall()),
+        ];
+        metrics.extend(found.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+        Ok(())
+    }
+
+    /// As many captions of other images as pair `i` has of its own, or fewer if there are not as many.
+    fn wrong_captions(&self, i: usize, seed: u64) -> Vec<&str> {
+        const ATTEMPTS: usize = 50;
+        let own: BTreeSet<String> = self.pairs[i].texts.iter().map(|text| clean_caption(&text.text, MAX_WORDS)).collect();
+        let mut stream = Stream::new("wrong captions", seed, &[self.pairs[i].sample_id.as_bytes()]);
+        let mut wrong = Vec::new();
+        for _ in 0..ATTEMPTS {
+            if wrong.len() == self.pairs[i].texts.len() {
+                break;
+            }
+            let other = &self.pairs[below(&mut stream, self.pairs.len())];
+            if other.texts.iter().any(|text| own.contains(&clean_caption(&text.text, MAX_WORDS))) {
+                continue;
+            }
+            if !other.texts.is_empty() {
+                wrong.push(other.texts[below(&mut stream, other.texts.len())].text.as_str());
+            }
+        }
+        wrong
+    }
+
+    fn judge_retrieval(
+        &self,
+        med: &Med,
+        tokenizer: &TextTokenizer,
+        config: &EvaluateConfig,
+        metrics: &mut Metrics,
+    ) -> Result<(), TrainerError> {
+        // Images may share a caption: it is one text with several right images.
+        let mut numbers = BTreeMap::new();
+        for text in self.pairs.iter().flat_map(|pair| &pair.texts) {
+            numbers.insert(clean_caption(&text.text, MAX_WORDS), 0);
+        }
+        for (number, place) in numbers.values_mut().enumerate() {
+            *place = number;
+        }
+        let texts_of_image = self
+            .pairs
+            .iter()
+            .map(|pair| {
+                let texts: BTreeSet<usize> =
+                    pair.texts.iter().filter_map(|text| numbers.get(&clean_caption(&text.text, MAX_WORDS)).copied()).collect();
+                texts.into_iter().collect()
+            })
+            .collect();
+        let relevance = Relevance::new(texts_of_image, numbers.len())?;
+        let texts: Vec<&String> = numbers.keys().collect();
+        let scores = retrieval_scores(med, tokenizer, &self.pixels, &texts, config.rerank)?;
+        let found = recall(&scores.texts_of_image, &scores.images_of_text, &relevance)?;
+        for (place, k) in [1, 5, 10].into_iter().enumerate() {
+            metrics.insert(format!("filter/tr_at_{k}"), found.text_at[place]);
+            metrics.insert(format!("filter/ir_at_{k}"), found.image_at[place]);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,46 @@
+//! Pairs in memory.
+
+use std::sync::Arc;
+
+use capfilt_models::train::shrink;
+use capfilt_schemas::Origin;
+use image::RgbImage;
+
+use crate::TrainerError;
+
+/// A text of an image and where it came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PairText {
+    /// The text as it is stored; models clean it themselves.
+    pub text: String,
+    /// Who wrote it.
+    pub origin: Origin,
+}
+
+/// One image with its texts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrainPair {
+    /// Keys every random choice about the pair.
+    pub sample_id: String,
+    /// At least one text.
+    pub texts: Vec<PairText>,
+    /// RGB8, square, `side × side`, row by row.
+    pub pixels: Arc<[u8]>,
+}
+
+impl TrainPair {
+    /// A pair from a decoded image, resized straight to `side × side` as models see it.
+    ///
+    /// # Errors
+    ///
+    /// The image has no pixels.
+    pub fn new(sample_id: String, texts: Vec<PairText>, image: &RgbImage, side: usize) -> Result<Self, TrainerError> {
+        Ok(Self { sample_id, texts, pixels: shrink(image, side)?.into() })
+    }
+
+    /// Whether a person annotated the image.
+    #[must_use]
+    pub fn is_human(&self) -> bool {
+        self.texts.iter().any(|text| text.origin == Origin::Human)
+    }
+}

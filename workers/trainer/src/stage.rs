@@ -1,0 +1,190 @@
+//! The `train` and `evaluate` stages: rows of a dataset version or of held-out pairs in, the files of a model or metrics out.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray};
+use arrow::datatypes::UInt32Type;
+use capfilt_models::checkpoint::Checkpoint;
+use capfilt_runtime::{RowStream, Stage, StageError, Work, rows};
+use capfilt_schemas::{Digest, FetchStatus, Origin, StageKind, Table, column};
+use capfilt_store::{Store, model_rows};
+use futures::{StreamExt, TryStreamExt, stream};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::{EvaluateConfig, Init, PairText, TrainConfig, TrainPair, TrainerError, evaluate, train};
+
+/// Raised whenever the same dataset and settings would give another model, or the same model other metrics.
+pub const STAGE_VERSION: u32 = 1;
+
+/// Rows of image shards read at a time.
+const BATCH: usize = 256;
+
+/// Trains a model on a dataset version. The task's model is the one in service: its tokenizer is kept, and its weights are the start if
+/// the settings say so.
+#[derive(Default)]
+pub struct TrainStage;
+
+/// The parameters of an evaluate task.
+#[derive(Serialize, Deserialize)]
+struct EvaluateParams {
+    role: String,
+    #[serde(flatten)]
+    config: serde_json::Map<String, serde_json::Value>,
+}
+
+/// Measures a model in a role on held-out pairs.
+#[derive(Default)]
+pub struct EvaluateStage;
+
+impl Stage for TrainStage {
+    fn kind(&self) -> StageKind {
+        StageKind::Train
+    }
+
+    fn process(&self, work: Work, input: RowStream) -> RowStream {
+        let files = async move {
+            let config: TrainConfig = work.params()?;
+            let parent = match work.task.model {
+                Some(model) => Some(Checkpoint::open(&work.model_folder(&model).await?).map_err(fail)?),
+                None => None,
+            };
+            let side = match &parent {
+                Some(parent) if config.init == Init::Parent => parent.config().vision_config.image_size,
+                _ => config.model.image_size,
+            };
+            let pairs = dataset_pairs(&work.store, input, side).await?;
+            let scratch = work.scratch()?;
+            // Dropped with this future: a training that nobody waits for any more stops at its next log line.
+            let _stop = work.cancel.clone().drop_guard();
+            let progress = work.clone();
+            let run = move || {
+                train(&pairs, &config, parent.as_ref(), &scratch, |p| {
+                    progress.progress(p.line.step, p.steps, "steps");
+                    if progress.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                })
+            };
+            let files =
+                tokio::task::spawn_blocking(run).await.map_err(|e| StageError::Panicked(e.to_string()))?.map_err(caused)?;
+            let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
+            Ok::<_, StageError>(stream::iter(parts.into_iter().map(Ok)))
+        };
+        stream::once(files).try_flatten().boxed()
+    }
+}
+
+impl Stage for EvaluateStage {
+    fn kind(&self) -> StageKind {
+        StageKind::Evaluate
+    }
+
+    fn process(&self, work: Work, input: RowStream) -> RowStream {
+        rows(async move {
+            let params: EvaluateParams = work.params()?;
+            let config: EvaluateConfig = serde_json::from_value(params.config.into())?;
+            let checkpoint = Checkpoint::open(&work.model_folder(&work.model()?).await?).map_err(fail)?;
+            let side = checkpoint.preprocessor().map_err(fail)?.side();
+            let pairs = heldout_pairs(input, side).await?;
+            let judge = move || evaluate(&checkpoint, &pairs, &config);
+            let metrics =
+                tokio::task::spawn_blocking(judge).await.map_err(|e| StageError::Panicked(e.to_string()))?.map_err(caused)?;
+            // A checkpoint may hold both roles; only the one that is asked about counts.
+            let of_role = |name: &str| name.split('/').next() == Some(params.role.as_str());
+            let (names, values): (Vec<_>, Vec<_>) = metrics.into_iter().filter(|(name, _)| of_role(name)).unzip();
+            let columns: Vec<ArrayRef> = vec![Arc::new(StringArray::from(names)), Arc::new(Float64Array::from(values))];
+            Ok(RecordBatch::try_new(Table::Evaluations.schema(), columns)?)
+        })
+    }
+}
+
+fn fail(e: capfilt_models::ModelError) -> StageError {
+    StageError::caused(e, false)
+}
+
+fn caused(e: TrainerError) -> StageError {
+    let retryable = e.is_retryable();
+    StageError::caused(e, retryable)
+}
+
+/// What a dataset version says about the images of one shard: row → sample id and texts.
+type Wanted = BTreeMap<u32, (String, Vec<PairText>)>;
+
+/// The pairs of a dataset version at `side × side` pixels, an item an image, in the order of (shard, row).
+async fn dataset_pairs(store: &Store, mut input: RowStream, side: usize) -> Result<Vec<TrainPair>, StageError> {
+    let mut shards = BTreeMap::<(Table, Digest), Wanted>::new();
+    while let Some(batch) = input.next().await {
+        let batch = batch?;
+        let text = |name: &str| column_of(&batch, name).map(|c| c.as_string::<i32>().clone());
+        let (ids, texts, origins) = (text(column::SAMPLE_ID)?, text(column::TEXT)?, text(column::ORIGIN)?);
+        let (places, numbers) = (text(column::SHARD)?, column_of(&batch, column::ROW)?.as_primitive::<UInt32Type>().clone());
+        for i in 0..batch.num_rows() {
+            let origin = Origin::parse(origins.value(i));
+            let shard = places.value(i).parse::<Digest>().ok();
+            let (Some(origin), Some(shard)) = (origin, shard) else {
+                return Err(StageError::Input(format!("row {i} of the dataset has no known origin or no shard")));
+            };
+            let table = if origin == Origin::Human { Table::Annotated } else { Table::Samples };
+            let wanted = shards.entry((table, shard)).or_default();
+            let entry = wanted.entry(numbers.value(i)).or_insert_with(|| (ids.value(i).to_owned(), Vec::new()));
+            entry.1.push(PairText { text: texts.value(i).to_owned(), origin });
+        }
+    }
+    let mut pairs = Vec::new();
+    for ((table, shard), mut wanted) in shards {
+        let mut row = 0;
+        for batch in store.read_shard(table, &shard, BATCH).await? {
+            let batch = batch?;
+            let here: Vec<(usize, (String, Vec<PairText>))> =
+                (0..batch.num_rows()).filter_map(|i| Some((i, wanted.remove(&(row + i as u32))?))).collect();
+            row += batch.num_rows() as u32;
+            if !here.is_empty() {
+                pairs.extend(tokio::task::block_in_place(|| decode(&batch, here, side))?);
+            }
+        }
+        if let Some(beyond) = wanted.keys().next() {
+            return Err(StageError::Input(format!(
+                "the dataset names row {beyond} of the {table} shard {shard}, which has {row}"
+            )));
+        }
+    }
+    Ok(pairs)
+}
+
+/// The held-out pairs with an image, in the order of their shards.
+async fn heldout_pairs(mut input: RowStream, side: usize) -> Result<Vec<TrainPair>, StageError> {
+    let mut pairs = Vec::new();
+    while let Some(batch) = input.next().await {
+        let batch = batch?;
+        let ids = column_of(&batch, column::SAMPLE_ID)?.as_string::<i32>().clone();
+        let statuses = column_of(&batch, column::STATUS)?.as_string::<i32>().clone();
+        let captions = column_of(&batch, column::CAPTIONS)?.as_list::<i32>().clone();
+        let texts = |i: usize| {
+            let texts = captions.value(i);
+            let human = |t: &str| PairText { text: t.to_owned(), origin: Origin::Human };
+            texts.as_string::<i32>().iter().flatten().map(human).collect::<Vec<_>>()
+        };
+        let here = (0..batch.num_rows())
+            .filter(|i| statuses.value(*i) == FetchStatus::Ok.as_str() && !captions.value(*i).is_empty())
+            .map(|i| (i, (ids.value(i).to_owned(), texts(i))))
+            .collect();
+        pairs.extend(tokio::task::block_in_place(|| decode(&batch, here, side))?);
+    }
+    Ok(pairs)
+}
+
+fn decode(batch: &RecordBatch, rows: Vec<(usize, (String, Vec<PairText>))>, side: usize) -> Result<Vec<TrainPair>, StageError> {
+    let images = column_of(batch, column::IMAGE)?.as_binary::<i32>().clone();
+    rows.into_par_iter()
+        .map(|(i, (sample_id, texts))| {
+            let image = image::load_from_memory(images.value(i))
+                .map_err(|e| StageError::Input(format!("the stored image of sample {sample_id} cannot be decoded: {e}")))?;
+            TrainPair::new(sample_id, texts, &image.into_rgb8(), side).map_err(caused)
+        })
+        .collect()
+}
+
+fn column_of<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef, StageError> {
+    batch.column_by_name(name).ok_or_else(|| StageError::Input(format!("the input has no column `{name}`")))
+}

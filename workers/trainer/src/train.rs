@@ -1,0 +1,221 @@
+//! One training run: from pairs to the files of a model.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::tokenizer::{MAX_WORDS, clean_caption, train_wordpiece};
+use capfilt_models::train::{Example, Losses, StepReport, Trainer};
+use serde::{Deserialize, Serialize};
+
+use crate::sampler::Sampler;
+use crate::{Init, TrainConfig, TrainPair, TrainerError};
+
+/// Name of the training log among the files of a model.
+const LOG: &str = "training_log.jsonl";
+/// Name of the settings among the files of a model.
+const SETTINGS: &str = "training.json";
+
+/// One line of the training log: means over the steps since the line before.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Steps made.
+    pub step: u64,
+    /// Mean losses.
+    pub losses: Losses,
+    /// Learning rate of the last step.
+    pub rate: f64,
+    /// Mean norm of the gradients before clipping.
+    pub gradient_norm: f64,
+    /// Contrastive temperature after the last step.
+    pub temperature: Option<f32>,
+}
+
+/// Where a run is, told after every log line.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress<'a> {
+    /// The newest line of the log.
+    pub line: &'a LogLine,
+    /// Steps of the whole run.
+    pub steps: u64,
+    /// Pairs a second since this process took up the run. Not in the log, which holds only what is the same on every machine.
+    pub pairs_per_second: f64,
+}
+
+/// Trains one model and returns its files, name → bytes: the checkpoint, the training log and the settings.
+///
+/// The result depends on the pairs as a set, the settings and the parent alone. `resume_dir` takes the state of the unfinished run;
+/// called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may stop the run by
+/// [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (see [`TrainConfig::image_size`]).
+///
+/// # Errors
+///
+/// Settings that make no sense, no pairs, a failing model or file system, or [`TrainerError::Stopped`].
+pub fn train(
+    pairs: &[TrainPair],
+    config: &TrainConfig,
+    parent: Option<&Checkpoint>,
+    resume_dir: &Path,
+    mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()>,
+) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
+    config.check()?;
+    let steps = config.total_steps(pairs.len());
+    let mut sampler = Sampler::new(pairs, config.human_weight, config.seed)?;
+    let mut trainer = start(pairs, config, parent, steps)?;
+    let state = resume_dir.join("state.safetensors");
+    if state.exists() {
+        trainer.load_state(&state)?;
+    }
+    let mut log = Log::open(resume_dir.join(LOG), trainer.steps())?;
+
+    let (began, first) = (Instant::now(), trainer.steps());
+    let mut window = Window::default();
+    while trainer.steps() < steps {
+        let step = trainer.steps();
+        let batch = config.batch as u64;
+        let examples: Vec<Example<'_>> = (step * batch..(step + 1) * batch)
+            .map(|number| {
+                let draw = sampler.draw(number, pairs);
+                let pair = &pairs[draw.pair];
+                let text = pair.texts[draw.text].text.as_str();
+                Example { sample_id: &pair.sample_id, epoch: draw.epoch, text, pixels: &pair.pixels }
+            })
+            .collect();
+        window.add(&trainer.step(&examples)?);
+        let done = trainer.steps();
+        if done % config.log_every == 0 || done == steps {
+            let line = std::mem::take(&mut window).line();
+            log.write(&line)?;
+            if config.checkpoint_every > 0 && done % config.save_every() == 0 && done < steps {
+                log.flush()?;
+                trainer.save_state(&state)?;
+            }
+            let pairs_per_second = ((done - first) * batch) as f64 / began.elapsed().as_secs_f64();
+            if progress(Progress { line: &line, steps, pairs_per_second }).is_break() {
+                return Err(TrainerError::Stopped { step: done });
+            }
+        }
+    }
+    log.flush()?;
+    let files = files(&trainer, config, &resume_dir.join("checkpoint"), &log.path)?;
+    Ok(files)
+}
+
+/// A trainer at step 0.
+fn start(pairs: &[TrainPair], config: &TrainConfig, parent: Option<&Checkpoint>, steps: u64) -> Result<Trainer, TrainerError> {
+    let recipe = config.recipe(steps);
+    match (config.init, parent) {
+        (Init::Parent, Some(parent)) => Ok(Trainer::from_checkpoint(parent, recipe)?),
+        (Init::Parent, None) => Err(TrainerError::Config("`init = \"parent\"` needs a parent model".to_owned())),
+        (Init::Fresh, Some(parent)) => {
+            let tokenizer = parent.tokenizer()?.json().to_owned();
+            let vocabulary = parent.config().text_config.vocab_size;
+            Ok(Trainer::fresh(&config.model.config(Some(parent.config()), vocabulary), tokenizer, recipe)?)
+        }
+        (Init::Fresh, None) => {
+            let texts = pairs.iter().flat_map(|pair| &pair.texts).map(|text| clean_caption(&text.text, MAX_WORDS));
+            let texts: Vec<String> = texts.chain([config.prompt.clone()]).collect();
+            let tokenizer = train_wordpiece(&texts, config.vocab_size)?;
+            Ok(Trainer::fresh(&config.model.config(None, config.vocab_size), tokenizer, recipe)?)
+        }
+    }
+}
+
+/// The files of the finished model, written to `folder` on the way.
+fn files(trainer: &Trainer, config: &TrainConfig, folder: &Path, log: &Path) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
+    let fail = |path: &Path| {
+        let path = path.to_owned();
+        move |source| TrainerError::Io { path, source }
+    };
+    if folder.exists() {
+        std::fs::remove_dir_all(folder).map_err(fail(folder))?;
+    }
+    trainer.save_checkpoint(folder, config.precision)?;
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).map_err(fail(folder))? {
+        let entry = entry.map_err(fail(folder))?;
+        let bytes = std::fs::read(entry.path()).map_err(fail(&entry.path()))?;
+        files.insert(entry.file_name().to_string_lossy().into_owned(), bytes);
+    }
+    files.insert(LOG.to_owned(), std::fs::read(log).map_err(fail(log))?);
+    let mut settings = serde_json::to_vec_pretty(config).map_err(|error| TrainerError::Config(error.to_string()))?;
+    settings.push(b'\n');
+    files.insert(SETTINGS.to_owned(), settings);
+    Ok(files)
+}
+
+/// Sums over the steps of one log line.
+#[derive(Default)]
+struct Window {
+    steps: u32,
+    sums: [Option<f64>; 3],
+    gradient_norm: f64,
+    last: Option<StepReport>,
+}
+
+impl Window {
+    fn add(&mut self, report: &StepReport) {
+        let losses = report.losses;
+        for (sum, loss) in self.sums.iter_mut().zip([losses.lm, losses.itc, losses.itm]) {
+            if let Some(loss) = loss {
+                *sum = Some(sum.unwrap_or(0.0) + f64::from(loss));
+            }
+        }
+        self.gradient_norm += report.gradient_norm;
+        self.steps += 1;
+        self.last = Some(*report);
+    }
+
+    fn line(self) -> LogLine {
+        let steps = f64::from(self.steps.max(1));
+        let [lm, itc, itm] = self.sums.map(|sum| sum.map(|sum| (sum / steps) as f32));
+        let last = self.last;
+        LogLine {
+            step: last.map_or(0, |last| last.step),
+            losses: Losses { lm, itc, itm },
+            rate: last.map_or(0.0, |last| last.rate),
+            gradient_norm: self.gradient_norm / steps,
+            temperature: last.and_then(|last| last.temperature),
+        }
+    }
+}
+
+/// The training log of a run that may have been stopped.
+struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    /// Opens the log and keeps its lines up to `step`: those after it will be written again.
+    fn open(path: PathBuf, step: u64) -> Result<Self, TrainerError> {
+        let fail = |source| TrainerError::Io { path: path.clone(), source };
+        let mut kept = String::new();
+        if step > 0 && path.exists() {
+            for line in BufReader::new(File::open(&path).map_err(fail)?).lines() {
+                let line = line.map_err(fail)?;
+                match serde_json::from_str::<LogLine>(&line) {
+                    Ok(parsed) if parsed.step <= step => kept.extend([line.as_str(), "\n"]),
+                    _ => break,
+                }
+            }
+        }
+        std::fs::write(&path, kept).map_err(fail)?;
+        let file = OpenOptions::new().append(true).open(&path).map_err(fail)?;
+        Ok(Self { path, file })
+    }
+
+    fn write(&mut self, line: &LogLine) -> Result<(), TrainerError> {
+        let mut text = serde_json::to_string(line).map_err(|error| TrainerError::Config(error.to_string()))?;
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(|source| TrainerError::Io { path: self.path.clone(), source })
+    }
+
+    fn flush(&mut self) -> Result<(), TrainerError> {
+        self.file.sync_data().map_err(|source| TrainerError::Io { path: self.path.clone(), source })
+    }
+}

@@ -1,0 +1,198 @@
+//! Whole small runs: training, resuming, judging.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::train::{Precision, Role};
+use capfilt_schemas::Origin;
+use capfilt_trainer::{EvaluateConfig, Init, ModelSize, PairText, TrainConfig, TrainPair, TrainerError, evaluate, train};
+
+const SIDE: usize = 16;
+const COLOURS: [(&str, [u8; 3]); 4] =
+    [("red", [230, 20, 20]), ("green", [20, 200, 30]), ("blue", [20, 30, 230]), ("white", [250, 250, 250])];
+const SHAPES: [&str; 3] = ["bar", "column", "square"];
+
+/// A shape in a colour on black, with some grain so that no two are the same.
+fn pair(colour: usize, shape: usize, copy: usize, origin: Origin) -> TrainPair {
+    let (name, rgb) = COLOURS[colour];
+    let inside = |x: usize, y: usize| match shape {
+        0 => (6..10).contains(&y),
+        1 => (6..10).contains(&x),
+        _ => (4..12).contains(&x) && (4..12).contains(&y),
+    };
+    let pixels: Vec<u8> = (0..SIDE * SIDE)
+        .flat_map(|i| {
+            let grain = ((i * 31 + copy * 17) % 13) as u8;
+            if inside(i % SIDE, i / SIDE) { rgb.map(|c| c.saturating_sub(grain)) } else { [grain; 3] }
+        })
+        .collect();
+    let text = format!("a {name} {}", SHAPES[shape]);
+    TrainPair {
+        sample_id: format!("{name}-{}-{copy}", SHAPES[shape]),
+        texts: vec![PairText { text, origin }],
+        pixels: pixels.into(),
+    }
+}
+
+fn pairs(copies: std::ops::Range<usize>, origin: Origin) -> Vec<TrainPair> {
+    copies.flat_map(|copy| (0..12).map(move |i| pair(i % 4, i / 4, copy, origin))).collect()
+}
+
+fn config(role: Role) -> TrainConfig {
+    TrainConfig {
+        role,
+        model: ModelSize {
+            image_size: SIDE,
+            patch_size: 4,
+            width: 32,
+            heads: 2,
+            vision_layers: 2,
+            text_layers: 2,
+            projection: 16,
+            positions: 24,
+        },
+        vocab_size: 100,
+        steps: Some(120),
+        batch: 16,
+        peak_lr: 3e-3,
+        warmup_steps: 10,
+        prompt: String::new(),
+        max_tokens: 12,
+        checkpoint_every: 20,
+        log_every: 10,
+        precision: Precision::F32,
+        ..TrainConfig::default()
+    }
+}
+
+type Files = BTreeMap<String, Vec<u8>>;
+
+fn run(pairs: &[TrainPair], config: &TrainConfig, parent: Option<&Checkpoint>, dir: &Path) -> Files {
+    train(pairs, config, parent, dir, |_| ControlFlow::Continue(())).unwrap()
+}
+
+fn open(files: &Files, dir: &Path) -> Checkpoint {
+    std::fs::create_dir_all(dir).unwrap();
+    for (name, bytes) in files {
+        std::fs::write(dir.join(name), bytes).unwrap();
+    }
+    Checkpoint::open(dir).unwrap()
+}
+
+fn metrics(checkpoint: &Checkpoint, pairs: &[TrainPair]) -> BTreeMap<String, f64> {
+    let config = EvaluateConfig { prompt: String::new(), rerank: 6, ..EvaluateConfig::default() };
+    evaluate(checkpoint, pairs, &config).unwrap().into_iter().collect()
+}
+
+#[test]
+fn a_captioner_and_a_filter_learn_colours_and_shapes() {
+    let dir = tempfile::tempdir().unwrap();
+    let training = pairs(0..8, Origin::Human);
+    let held_out = pairs(8..10, Origin::Human);
+    for (role, name) in [(Role::Captioner, "captioner"), (Role::Filter, "filter"), (Role::Med, "med")] {
+        let folder = dir.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let files = run(&training, &config(role), None, &folder);
+        let found = metrics(&open(&files, &folder.join("model")), &held_out);
+        println!("{name}: {found:?}");
+        assert_eq!(found.contains_key("captioner/cider_d"), role != Role::Filter);
+        assert_eq!(found.contains_key("filter/auroc"), role != Role::Captioner);
+        if role != Role::Filter {
+            assert!(found["captioner/rouge_l"] > 0.85, "{found:?}");
+        }
+        if role != Role::Captioner {
+            assert!(found["filter/auroc"] > 0.9 && found["filter/ir_at_5"] > 0.8, "{found:?}");
+        }
+        let log = String::from_utf8(files["training_log.jsonl"].clone()).unwrap();
+        assert_eq!(log.lines().count(), 12);
+    }
+}
+
+#[test]
+fn a_stopped_run_goes_on_to_the_same_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let training = pairs(0..3, Origin::Web);
+    let config = TrainConfig { steps: Some(60), ..config(Role::Filter) };
+    let folder = |name: &str| {
+        let folder = dir.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    };
+    let straight = run(&training, &config, None, &folder("straight"));
+    // Stopped after a saved state, and between two.
+    for stop in [20, 50] {
+        let resumed = folder(&format!("resumed-{stop}"));
+        let halt = |p: capfilt_trainer::Progress<'_>| {
+            if p.line.step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let error = train(&training, &config, None, &resumed, halt).unwrap_err();
+        assert!(matches!(error, TrainerError::Stopped { step } if step == stop) && error.is_retryable());
+        let files = run(&training, &config, None, &resumed);
+        assert!(files == straight, "stopped at {stop}: {:?}", files.keys().filter(|k| files[*k] != straight[*k]));
+    }
+    // The order of the pairs makes no difference either.
+    let mut reversed = training;
+    reversed.reverse();
+    assert!(run(&reversed, &config, None, &folder("reversed")) == straight);
+}
+
+#[test]
+fn a_parent_gives_its_tokenizer_and_on_request_its_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = |name: &str| {
+        let folder = dir.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    };
+    let training = pairs(0..3, Origin::Human);
+    let first = run(&training, &TrainConfig { steps: Some(10), ..config(Role::Filter) }, None, &folder("first"));
+    let parent = open(&first, &folder("parent"));
+    let fresh = TrainConfig { steps: Some(1), seed: 9, vocab_size: 40, ..config(Role::Filter) };
+    let from_fresh = run(&training, &fresh, Some(&parent), &folder("fresh"));
+    assert_eq!(from_fresh["tokenizer.json"], first["tokenizer.json"]);
+    assert_ne!(from_fresh["model.safetensors"], first["model.safetensors"]);
+
+    // One tiny step from the parent's weights stays beside them: the parent's metrics hold.
+    let onward = TrainConfig { init: Init::Parent, peak_lr: 1e-7, min_lr: 0.0, ..fresh.clone() };
+    let held_out = pairs(8..9, Origin::Human);
+    let child = open(&run(&training, &onward, Some(&parent), &folder("onward")), &folder("child"));
+    let (before, after) = (metrics(&parent, &held_out), metrics(&child, &held_out));
+    assert!((before["filter/auroc"] - after["filter/auroc"]).abs() < 1e-3, "{before:?} {after:?}");
+
+    let orphan = train(&training, &onward, None, &folder("orphan"), |_| ControlFlow::Continue(()));
+    assert!(orphan.unwrap_err().to_string().contains("needs a parent"));
+}
+
+#[test]
+fn bad_settings_and_sets_are_refused_before_any_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let training = pairs(0..1, Origin::Human);
+    let refused = |config: TrainConfig, pairs: &[TrainPair]| {
+        train(pairs, &config, None, dir.path(), |_| ControlFlow::Continue(())).unwrap_err().to_string()
+    };
+    let base = config(Role::Filter);
+    assert!(refused(TrainConfig { epochs: Some(1.0), ..base.clone() }, &training).contains("exactly one"));
+    assert!(refused(TrainConfig { steps: None, ..base.clone() }, &training).contains("exactly one"));
+    assert!(refused(TrainConfig { batch: 1, ..base.clone() }, &training).contains("`batch`"));
+    assert!(refused(TrainConfig { clip: f64::NAN, ..base.clone() }, &training).contains("`clip`"));
+    assert!(refused(base.clone(), &[]).contains("no pairs"));
+    let mut misshapen = training.clone();
+    misshapen[0].pixels = vec![0; 12].into();
+    assert!(train(&misshapen, &base, None, dir.path(), |_| ControlFlow::Continue(())).is_err());
+    let unknown = serde_json::from_str::<TrainConfig>(r#"{"role": "filter", "peak_learning_rate": 1}"#);
+    assert!(unknown.unwrap_err().to_string().contains("peak_learning_rate"));
+}
+
+#[test]
+fn judging_nothing_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let training = pairs(0..1, Origin::Human);
+    let files = run(&training, &TrainConfig { steps: Some(1), ..config(Role::Filter) }, None, dir.path());
+    let checkpoint = open(&files, &dir.path().join("model"));
+    assert!(evaluate(&checkpoint, &[], &EvaluateConfig::default()).unwrap_err().to_string().contains("held-out"));
+    let mut wrong_size = training;
+    wrong_size[0].pixels = vec![0; 30].into();
+    assert!(evaluate(&checkpoint, &wrong_size, &EvaluateConfig::default()).is_err());
+}
