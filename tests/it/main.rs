@@ -1,4 +1,9 @@
 //! The system as its user sees it.
-#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods, missing_docs)]
 
 mod architecture;
+mod bad_input;
+mod crash;
+mod exports;
+mod run;
+mod world;

@@ -8,7 +8,7 @@ use capfilt_coordinator::balance::BalanceConfig;
 use capfilt_coordinator::build::BuildConfig;
 use capfilt_coordinator::plan::{PlanConfig, StageParams};
 use capfilt_coordinator::retrain::RetrainConfig;
-use capfilt_crawler::{AnnotateConfig, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, QueryList, SourceConfig};
+use capfilt_crawler::{Annotate, AnnotateConfig, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, QueryList, SourceConfig};
 use capfilt_runtime::WorkerConfig;
 use capfilt_schemas::{Digest, RunId, StageKind};
 use capfilt_trainer::{EvaluateConfig, TrainConfig};
@@ -248,9 +248,7 @@ impl RunConfig {
     /// Checks that every file the config names is there and readable, and says what there is.
     pub(crate) fn inputs(&self) -> Result<String, Failure> {
         let queries = self.query_list()?;
-        for source in self.annotated.sources.iter().chain(&self.heldout.sources) {
-            source.digest().map_err(|e| Failure::Usage(e.to_string()))?;
-        }
+        self.annotate_stage()?;
         Ok(format!(
             "{} queries, {} sources, {} annotated and {} held-out sets",
             queries.len(),
@@ -262,6 +260,13 @@ impl RunConfig {
 
     pub(crate) fn query_list(&self) -> Result<QueryList, Failure> {
         QueryList::load(&self.queries.path).map_err(|e| Failure::Usage(e.to_string()))
+    }
+
+    /// The stage that reads the clean and the held-out sets.
+    pub(crate) fn annotate_stage(&self) -> Result<Annotate, Failure> {
+        let mut all = self.annotated.clone();
+        all.sources.extend(self.heldout.sources.iter().cloned());
+        Ok(Annotate::new(&all).map_err(|e| Failure::Usage(e.to_string()))?.0)
     }
 
     fn train_params(&self) -> Result<BTreeMap<String, Value>, Failure> {
@@ -292,7 +297,7 @@ impl RunConfig {
         let queries = self.query_list()?;
         let usage = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
         let annotate = |config: &AnnotateConfig| -> Result<Vec<Value>, Failure> {
-            config.params().map_err(|e| usage(&e))?.iter().map(json).collect()
+            Annotate::new(config).map_err(|e| usage(&e))?.1.iter().map(json).collect()
         };
         let stages = StageParams {
             discover: self.discover.params(queries.digest(), &self.run.snapshot).iter().map(json).collect::<Result<_, _>>()?,
@@ -306,9 +311,9 @@ impl RunConfig {
             train: self.train_params()?,
             evaluate: json(&self.evaluate)?,
             versions: BTreeMap::from([
-                (StageKind::Discover, capfilt_crawler::STAGE_VERSION),
-                (StageKind::Fetch, capfilt_crawler::STAGE_VERSION),
-                (StageKind::Annotate, capfilt_crawler::STAGE_VERSION),
+                (StageKind::Discover, capfilt_crawler::DISCOVER_VERSION),
+                (StageKind::Fetch, capfilt_crawler::FETCH_VERSION),
+                (StageKind::Annotate, capfilt_crawler::ANNOTATE_VERSION),
                 (StageKind::Balance, capfilt_coordinator::balance::STAGE_VERSION),
                 (StageKind::Caption, capfilt_vision::STAGE_VERSION),
                 (StageKind::Score, capfilt_vision::STAGE_VERSION),

@@ -2,8 +2,9 @@
 
 use std::process::ExitCode;
 
-use capfilt_coordinator::diff::diff;
-use capfilt_coordinator::export::{ExportConfig, export};
+use capfilt_coordinator::SqlConfig;
+use capfilt_coordinator::diff::{DatasetDiff, Moved, diff};
+use capfilt_coordinator::export::{ExportConfig, ExportSummary, export};
 use capfilt_schemas::DatasetVersion;
 use capfilt_store::Store;
 
@@ -103,8 +104,26 @@ async fn compare(args: &DiffArgs) -> Result<(), Failure> {
     if args.store.json {
         return say_json(&found);
     }
-    say(&found.to_string());
+    say(&moves(&found));
     Ok(())
+}
+
+fn moves(found: &DatasetDiff) -> String {
+    let mut lines = vec![format!("{} → {}: {} texts stayed", found.from, found.to, count(found.kept))];
+    for change in &found.settings {
+        let value = |v: &Option<serde_json::Value>| v.as_ref().map_or_else(|| "unset".to_owned(), ToString::to_string);
+        lines.push(format!("setting {}: {} → {}", change.name, value(&change.before), value(&change.after)));
+    }
+    for (sign, side) in [("+", &found.added), ("-", &found.removed)] {
+        for (origin, Moved { texts, examples }) in side {
+            lines.push(format!("{sign} {} {origin} texts", count(*texts)));
+            for e in examples {
+                let itm = e.itm.map_or_else(String::new, |i| format!("  itm {i:.3}"));
+                lines.push(format!("    {}{itm}  {}", e.text, e.url));
+            }
+        }
+    }
+    lines.join("\n")
 }
 
 async fn copy_out(args: ExportArgs) -> Result<(), Failure> {
@@ -117,11 +136,19 @@ async fn copy_out(args: ExportArgs) -> Result<(), Failure> {
         ..ExportConfig::default()
     };
     let bar = Bar::new("export", "pairs");
-    let summary = export(&store, &version, &config, &|done, of| bar.set(done, of)).await?;
+    let of = version.shards.iter().map(|s| s.rows).sum();
+    let summary = export(&store, &SqlConfig::default(), &version, &config, |done| bar.set(done, of)).await?;
     bar.finish();
     if args.store.json {
         return say_json(&summary);
     }
-    say(&summary.to_string());
+    say(&exported(&summary));
     Ok(())
+}
+
+/// What an export did, in one line.
+pub(crate) fn exported(summary: &ExportSummary) -> String {
+    let manifest = &summary.manifest;
+    let there = if summary.already_there { " (was there already)" } else { "" };
+    format!("{}: {} pairs of {} images{there}", summary.folder.display(), count(manifest.pairs), count(manifest.images))
 }

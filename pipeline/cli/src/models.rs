@@ -36,8 +36,7 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
         ModelVerb::Promote(args) => {
             let store = open(&args.store).await?;
             let folder = Path::new(&args.model);
-            let model =
-                if folder.is_dir() { import(&store, folder).await? } else { resolve(&store, &args.model).await? };
+            let model = if folder.is_dir() { import(&store, folder).await? } else { resolve(&store, &args.model).await? };
             let event = store.set_alias(&args.role, model, "promote", &args.reason, "", BTreeMap::new()).await?;
             tell(&event, args.store.json)?;
         }
@@ -49,8 +48,7 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
             let Some(before) = before else {
                 return Err(Failure::Usage(format!("no other model has played the role `{}` yet", args.role)));
             };
-            let event =
-                store.set_alias(&args.role, before.model, "rollback", &args.reason, "", before.metrics.clone()).await?;
+            let event = store.set_alias(&args.role, before.model, "rollback", &args.reason, "", before.metrics.clone()).await?;
             tell(&event, args.store.json)?;
         }
     }
@@ -98,8 +96,7 @@ async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
         events.extend(store.alias_events(role).await?.into_iter().filter(|e| e.model == digest));
     }
     let trained = store.commits(StageKind::Train).await?.into_iter().find(|c| c.outputs.iter().any(|o| o.digest == digest));
-    let config: serde_json::Value =
-        files.get("config.json").and_then(|b| serde_json::from_slice(b).ok()).unwrap_or_default();
+    let config: serde_json::Value = files.get("config.json").and_then(|b| serde_json::from_slice(b).ok()).unwrap_or_default();
     if as_json {
         let sizes: BTreeMap<_, _> = files.iter().map(|(n, b)| (n, b.len())).collect();
         return say_json(&json!({

@@ -177,7 +177,12 @@ impl Shown {
         let rate = if done > first && seconds > 0.5 { (done - first) as f64 / seconds } else { 0.0 };
         let mut message = String::new();
         if rate > 0.0 && pending {
-            #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "whole seconds are shown")]
+            #[expect(
+                clippy::cast_precision_loss,
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "whole seconds are shown"
+            )]
             let left = (of.saturating_sub(done) as f64 / rate) as u64;
             message = format!("{rate:.1}/s, {} left", duration(left));
         }

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use capfilt_coordinator::export::{ExportConfig, export};
 use capfilt_coordinator::plan::Plan;
 use capfilt_coordinator::reconcile::{RunOutcome, TaskSink, reconcile};
 use capfilt_coordinator::report::{self, ReportInput};
-use capfilt_coordinator::export::{ExportConfig, export};
+use capfilt_crawler::{Discover, Fetch, Matcher, Web};
 use capfilt_runtime::{MemoryQueue, Stage, Telemetry, WorkQueue, Worker};
 use capfilt_schemas::{DatasetVersion, Task};
 use capfilt_store::{ROLES, Store};
@@ -18,10 +19,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::args::RunArgs;
 use crate::config::{Models, RunConfig};
-use crate::models;
 use crate::output::{self, Failure, count, duration, say, say_json, table};
 use crate::overview::show_plan;
 use crate::progress::{Bar, RunProgress};
+use crate::{dataset, models};
 
 /// The embedded queue as the coordinator sees it.
 struct Sink(Arc<MemoryQueue>);
@@ -96,14 +97,13 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
 
 /// The stages of this process's worker.
 fn stages(config: &RunConfig) -> Result<Vec<Arc<dyn Stage>>, Failure> {
-    let usage = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
-    let crawler = &config.worker.crawler;
     let vision = &config.worker.vision;
-    let sets = config.annotated.sources.iter().chain(&config.heldout.sources).cloned();
+    let web = Web::new(&config.worker.crawler).map_err(|e| Failure::Usage(e.to_string()))?;
+    let matcher = Arc::new(Matcher::new(&config.query_list()?).map_err(|e| Failure::Usage(e.to_string()))?);
     Ok(vec![
-        Arc::new(capfilt_crawler::Discover::new(crawler, config.query_list()?, &config.discover).map_err(|e| usage(&e))?),
-        Arc::new(capfilt_crawler::Annotate::new(sets).map_err(|e| usage(&e))?),
-        Arc::new(capfilt_crawler::Fetch::new(crawler).map_err(|e| usage(&e))?),
+        Arc::new(Discover::new(web.clone(), matcher)),
+        Arc::new(config.annotate_stage()?),
+        Arc::new(Fetch::new(web)),
         Arc::new(capfilt_vision::CaptionStage::new(vision.clone())),
         Arc::new(capfilt_vision::ScoreStage::new(vision.clone())),
         Arc::new(capfilt_trainer::TrainStage::default()),
@@ -119,7 +119,8 @@ pub(crate) async fn resolve_models(config: &RunConfig, store: &Store, write: boo
     for (role, model) in ROLES.iter().zip([&config.models.captioner, &config.models.filter]) {
         if model == "promoted" {
             let event = store.model_in_role(role).await?;
-            let event = event.ok_or_else(|| Failure::Usage(format!("models.{role} is `promoted`, but no model plays that role yet")))?;
+            let event =
+                event.ok_or_else(|| Failure::Usage(format!("models.{role} is `promoted`, but no model plays that role yet")))?;
             digests.push(event.model);
             continue;
         }
@@ -134,12 +135,18 @@ pub(crate) async fn resolve_models(config: &RunConfig, store: &Store, write: boo
 }
 
 /// Report, export, and the last words.
-async fn conclude(config: &RunConfig, store: &Store, outcome: &RunOutcome, began: Instant, as_json: bool) -> Result<ExitCode, Failure> {
+async fn conclude(
+    config: &RunConfig,
+    store: &Store,
+    outcome: &RunOutcome,
+    began: Instant,
+    as_json: bool,
+) -> Result<ExitCode, Failure> {
     let report_path = PathBuf::from(config.report.path.display().to_string().replace("{run}", config.run.name.as_str()));
     let input = ReportInput {
         run: config.run.name.clone(),
         dataset: config.dataset(),
-        min_itm: config.build.min_itm,
+        min_itm: config.build.min_itm as f32,
         samples: config.report.samples,
     };
     report::write(store, &input, &report_path).await?;
@@ -152,7 +159,8 @@ async fn conclude(config: &RunConfig, store: &Store, outcome: &RunOutcome, began
             ..ExportConfig::default()
         };
         let bar = Bar::new("export", "pairs");
-        exported = Some(export(store, version, &settings, &|done, of| bar.set(done, of)).await?);
+        let of = version.shards.iter().map(|s| s.rows).sum();
+        exported = Some(export(store, &config.worker.sql, version, &settings, |done| bar.set(done, of)).await?);
         bar.finish();
     }
     let results = store.round_results(&config.run.name).await?;
@@ -190,7 +198,7 @@ async fn conclude(config: &RunConfig, store: &Store, outcome: &RunOutcome, began
             }
         }
         if let Some(exported) = &exported {
-            say(&format!("\nexport  {exported}"));
+            say(&format!("\nexport  {}", dataset::exported(exported)));
         }
         say(&format!("report  {}", report_path.display()));
         say(&format!("{} tasks done in {}", count(outcome.tasks_done), duration(began.elapsed().as_secs())));
@@ -200,7 +208,9 @@ async fn conclude(config: &RunConfig, store: &Store, outcome: &RunOutcome, began
         return Err(Failure::Other(anyhow::anyhow!("the run cannot go on: {stuck}{why}")));
     }
     if given_up > 0 {
-        output::complain(&format!("{given_up} tasks were given up; `capfilt status` says why, `--retry-failed` tries them again"));
+        output::complain(&format!(
+            "{given_up} tasks were given up; `capfilt status` says why, `--retry-failed` tries them again"
+        ));
         return Ok(ExitCode::from(output::INCOMPLETE));
     }
     Ok(ExitCode::SUCCESS)

@@ -40,7 +40,7 @@ pub(crate) async fn train(store: &Store, config: &PlanConfig, task: &Task) -> Re
     std::fs::create_dir_all(&output).map_err(io)?;
     let version = version_of(store, config, task).await?;
     let settings = ExportConfig { folder: data.clone(), ..ExportConfig::default() };
-    export(store, &version, &settings, &|_, _| {}).await?;
+    export(store, &config.sql, &version, &settings, |_| {}).await?;
     if let Some(model) = task.model {
         store.write_model(&model, &champion).await?;
     }

@@ -5,9 +5,13 @@
 //! stage crate, and never looks into pixels.
 
 pub mod balance;
+pub mod bench;
 pub mod build;
 mod dedup;
+pub mod diff;
 mod error;
+pub mod export;
+mod external;
 mod memory;
 pub mod plan;
 pub mod reconcile;

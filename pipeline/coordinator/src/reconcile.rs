@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use arrow::array::AsArray;
 use arrow::datatypes::Float64Type;
 use async_trait::async_trait;
-use capfilt_schemas::{Commit, DatasetRef, DatasetVersion, Lineage, Output, RoundResult, StageKind, Table, Task, TaskId};
+use capfilt_schemas::{Commit, DatasetRef, DatasetVersion, Lineage, Output, RoundResult, StageKind, StatusCounts, Table, Task, TaskId};
 use capfilt_store::{CommitResult, Store, now_ms};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
 
 use crate::plan::{Action, Finish, Observation, Plan, PlanConfig, build_inputs, plan};
-use crate::{CoordinatorError, balance, build};
+use crate::{CoordinatorError, balance, build, external};
 
 /// How often the store is looked at while workers are busy.
 const TICK: Duration = Duration::from_millis(300);
@@ -190,6 +190,10 @@ async fn work(store: &Store, config: &PlanConfig, task: &Task, now: &Plan) -> Re
             facts["funnel"] = serde_json::to_value(&made.funnel)?;
             facts["noise_ratio"] = json!(made.noise_ratio);
             (made.shards, made.counts, facts)
+        }
+        StageKind::Train => {
+            let model = external::train(store, config, task).await?;
+            (vec![model], StatusCounts::from([("ok".to_owned(), 1)]), json!({}))
         }
         other => return Err(CoordinatorError::Task(format!("the coordinator does no {other} tasks"))),
     };

@@ -17,7 +17,7 @@ pub use check::{CheckReport, Finding, SweepReport};
 pub use commit::CommitResult;
 pub use error::StoreError;
 pub use ledger::RunEvent;
-pub use registry::{MODEL_PART_BYTES, ROLES};
+pub use registry::{MODEL_PART_BYTES, ROLES, model_rows};
 pub use shard::{ShardWriter, read_parquet};
 pub use store::{Created, Store, now_ms};
 

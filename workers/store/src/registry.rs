@@ -123,7 +123,10 @@ impl Store {
 }
 
 /// A model's files as rows of `models`, a batch a part.
-pub(crate) fn model_rows(files: &BTreeMap<String, Vec<u8>>) -> impl Iterator<Item = Result<RecordBatch>> + '_ {
+///
+/// # Errors
+/// [`StoreError::Parquet`] if a row cannot be put together.
+pub fn model_rows(files: &BTreeMap<String, Vec<u8>>) -> impl Iterator<Item = Result<RecordBatch>> + '_ {
     files.iter().flat_map(|(name, bytes)| {
         let parts: Vec<&[u8]> = if bytes.is_empty() { vec![&[]] } else { bytes.chunks(MODEL_PART_BYTES).collect() };
         parts.into_iter().zip(0_u32..).map(move |(part, n)| {

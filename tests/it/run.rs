@@ -1,0 +1,113 @@
+//! The main job, end to end, with the real program.
+
+use serde_json::Value;
+
+use crate::world::{World, digest};
+
+fn rows(run: &Value, stage: &str) -> u64 {
+    run["progress"][stage]["rows_done"].as_u64().unwrap_or(0)
+}
+
+#[test]
+fn the_whole_loop_and_then_nothing_again() {
+    let world = World::new(40);
+    let first = world.run(&[]);
+    assert_eq!(first["complete"], true);
+    assert_eq!(first["tasks_given_up"], 0);
+    let (candidates, selected) = (rows(&first, "discover"), rows(&first, "balance"));
+    // 40 pictures, 6 copies, and the two that cannot be had.
+    assert_eq!((candidates, selected), (48, 48), "{}", first["progress"]);
+    let counts = &first["dataset"]["counts"];
+    assert!(counts["web"].as_u64() > Some(0) && counts["synthetic"].as_u64() > Some(0), "{counts}");
+    assert_eq!(counts["human"], 30);
+    let results = first["results"].as_array().unwrap();
+    assert_eq!(results.len(), 2);
+    for metric in ["captioner/cider_d", "captioner/bleu_4", "filter/auroc", "filter/tr_at_1", "filter/ir_at_10"] {
+        assert!(results[0]["metrics"][metric].is_f64(), "{metric}: {}", results[0]);
+        assert!(results[0]["challenger_metrics"][metric].is_f64(), "{metric}");
+    }
+    assert_eq!(results[0]["promoted"].as_array().unwrap().len(), 2);
+    let page = std::fs::read_to_string(world.path("report.html")).unwrap();
+    assert!(page.contains("a red square") && page.len() > 10_000);
+
+    let asked = world.requests();
+    let second = world.run(&[]);
+    assert_eq!(second["tasks_done"], 0);
+    assert_eq!(digest(&second), digest(&first));
+    assert_eq!(world.requests(), asked, "the second run asks the site for nothing");
+    let out = world.capfilt(&["run", "run.toml"]);
+    assert!(String::from_utf8_lossy(&out.stdout).contains("nothing to do"));
+
+    let check = world.json(&["store", "check", "--store", "store", "--json"]);
+    assert_eq!(check["findings"].as_array().unwrap().len(), 0);
+    let plan = world.json(&["plan", "run.toml", "--json"]);
+    assert_eq!(plan["complete"], true);
+    let status = world.json(&["status", "run.toml", "--json"]);
+    assert_eq!(status["rounds"].as_array().unwrap().len(), 2);
+    assert!(!status["events"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn another_threshold_is_a_query_and_the_diff_shows_what_moved() {
+    let world = World::new(30);
+    let first = world.run(&["retrain.enabled=false", "run.rounds=1"]);
+    let asked = world.requests();
+    let second = world.run(&["retrain.enabled=false", "run.rounds=1", "build.min_itm=0.9"]);
+    assert_ne!(digest(&second), digest(&first));
+    assert_eq!(second["tasks_done"], 1, "the build and nothing else: {}", second["progress"]);
+    assert_eq!(world.requests(), asked);
+    let diff = world.json(&["dataset", "diff", "test@1", "test", "--store", "run.toml", "--json"]);
+    assert!(diff.to_string().contains("min_itm"), "{diff}");
+    let text = world.capfilt(&["dataset", "diff", "test@1", "test@2", "--store", "store"]);
+    assert!(text.status.success());
+    let versions = world.json(&["dataset", "list", "--store", "store", "--json"]);
+    assert_eq!(versions.as_array().unwrap().len(), 2);
+    // Back to the first settings: the old version, at once.
+    let third = world.run(&["retrain.enabled=false", "run.rounds=1"]);
+    assert_eq!((digest(&third), &third["tasks_done"]), (digest(&first), &Value::from(0)));
+}
+
+#[test]
+fn a_dry_run_changes_nothing() {
+    let world = World::new(10);
+    let plan = world.json(&["run", "run.toml", "--dry-run", "--json"]);
+    assert_eq!(plan["complete"], false);
+    assert!(!plan["tasks"].as_array().unwrap().is_empty());
+    assert_eq!(world.requests(), 0);
+    let commits = world.path("store/commits");
+    assert!(!commits.exists());
+    assert!(!world.path("store/objects").exists());
+}
+
+#[test]
+fn models_are_promoted_and_rolled_back() {
+    let world = World::new(20);
+    world.run(&[]);
+    let events = world.json(&["model", "list", "--store", "store", "--json"]);
+    let filters: Vec<&Value> = events.as_array().unwrap().iter().filter(|e| e["role"] == "filter").collect();
+    assert_eq!(filters[0]["action"], "import");
+    assert!(filters.len() >= 2 && filters[1]["action"] == "promote", "{events}");
+    let now = filters.last().unwrap()["model"].as_str().unwrap();
+    let back = world.json(&["model", "rollback", "filter", "--store", "store", "--json"]);
+    assert_ne!(back["model"], now);
+    let again = world.json(&["model", "promote", "filter", &now[..10], "--store", "store", "--json"]);
+    assert_eq!(again["model"], now);
+    let shown = world.json(&["model", "show", "filter", "--store", "store", "--json"]);
+    assert_eq!(shown["digest"], now);
+    assert!(shown["trained_by"].is_string());
+}
+
+#[test]
+fn an_external_trainer_is_given_the_export_and_leaves_a_model() {
+    let world = World::new(20);
+    let script = "test -f $CAPFILT_EXPORT/manifest.json && cp $CAPFILT_CHAMPION/* $CAPFILT_OUTPUT && echo trained > $CAPFILT_OUTPUT/log.txt";
+    let command = format!("train.filter={{ command = ['sh', '-c', '{script}'] }}");
+    let run = world.run(&[&command, "run.rounds=1"]);
+    assert_eq!(run["tasks_given_up"], 0);
+    assert!(run["results"][0]["challenger_metrics"]["filter/auroc"].is_f64());
+    let failing = "train.filter={ command = ['sh', '-c', 'echo out of paper >&2; exit 3'] }";
+    let (code, said) =
+        world.refuse(&["run", "run.toml", "--set", "run.rounds=1", "--set", failing, "--set", "worker.runtime.max_attempts=1"]);
+    assert_eq!(code, 1);
+    assert!(said.contains("out of paper"), "{said}");
+}
