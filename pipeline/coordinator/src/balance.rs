@@ -2,7 +2,7 @@
 //!
 //! This is the last step of CLIP's WIT recipe (arXiv 2103.00020, section 2.2: "up to 20,000 pairs per query") as a hard cap: each
 //! query takes the `per_query` of its pairs with the smallest [`draw`], and a pair stays if at least one query took it. Queries
-//! draw independently, as in MetaCLIP (arXiv 2309.16671), so that a pair refused by a frequent query can be kept by a rare one.
+//! draw independently, as in `MetaCLIP` (arXiv 2309.16671), so that a pair refused by a frequent query can be kept by a rare one.
 //!
 //! The work is three passes over the candidates, each a plain window or sort that spills to disk; what a pass found out goes to
 //! the next as a bit a row or a border a query, never as a join.
@@ -197,13 +197,13 @@ impl Job<'_> {
         let schema = candidate_schema();
         let map: Map = Arc::new(move |scan, slice| {
             counted.0.fetch_add(slice.rows.len() as u64, Ordering::Relaxed);
-            let rows = candidate_rows(scan, &slice, &config)?;
+            let rows = candidate_rows(scan, slice, &config)?;
             counted.1.fetch_add(rows.num_rows() as u64, Ordering::Relaxed);
             Ok(rows)
         });
         const COLUMNS: &[&str] =
             &[column::SAMPLE_ID, column::URL, column::TEXT_SOURCE, column::PAGE_URL, column::SOURCE, column::QUERIES];
-        self.scan(COLUMNS).register(&self.sql, "candidates", &schema, map)?;
+        self.scan(COLUMNS).register(&self.sql, "candidates", &schema, &map)?;
         let (mut rows, mut unique) = (RowSet::default(), 0);
         let mut found = self.sql.query("unique candidates", UNIQUE, &[]).await?;
         while let Some(batch) = found.next().await? {
@@ -223,9 +223,9 @@ impl Job<'_> {
             Field::new(column::SAMPLE_ID, DataType::Utf8, false),
         ]));
         let (seed, columns) = (self.config.seed, Arc::clone(&schema));
-        let map: Map = Arc::new(move |_, slice| match_rows(&slice, seed, &columns));
+        let map: Map = Arc::new(move |_, slice| match_rows(slice, seed, &columns));
         let scan = Scan { only: Some(Arc::clone(rows)), ..self.scan(&[column::SAMPLE_ID, column::QUERIES]) };
-        scan.register(&self.sql, "matches", &schema, map)?;
+        scan.register(&self.sql, "matches", &schema, &map)?;
         let mut queries = Queries { borders: Borders::new(), matched: 0, capped: 0, heads: Vec::new() };
         let per_query = [("per_query", ScalarValue::UInt64(Some(self.config.per_query)))];
         let mut found = self.sql.query("cap per query", BORDERS, &per_query).await?;
@@ -254,7 +254,7 @@ impl Job<'_> {
         fields.push(Arc::new(Field::new("pick", DataType::UInt64, false)));
         let schema = Arc::new(Schema::new(fields));
         let (seed, columns) = (self.config.seed, Arc::clone(&schema));
-        let map: Map = Arc::new(move |_, slice| taken_rows(&slice, seed, &borders, &columns));
+        let map: Map = Arc::new(move |_, slice| taken_rows(slice, seed, &borders, &columns));
         const COLUMNS: &[&str] = &[
             column::SAMPLE_ID,
             column::URL,
@@ -265,7 +265,7 @@ impl Job<'_> {
             column::QUERIES,
         ];
         let scan = Scan { only: Some(Arc::clone(rows)), ..self.scan(COLUMNS) };
-        scan.register(&self.sql, "taken", &schema, map)?;
+        scan.register(&self.sql, "taken", &schema, &map)?;
         let mut found = match self.config.max_pairs {
             None => self.sql.query("selected pairs", SELECTED, &[]).await?,
             Some(max) => {

@@ -87,7 +87,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A hash and what it is XORed with: up to `bits` distinct bits.
+    /// A hash and what is flipped in it: up to `bits` distinct bits.
     fn flipped(bits: usize) -> impl Strategy<Value = (u64, u64)> {
         (any::<u64>(), proptest::collection::btree_set(0_u32..64, bits))
             .prop_map(|(hash, set)| (hash, set.iter().fold(0, |mask, bit| mask | 1 << bit)))

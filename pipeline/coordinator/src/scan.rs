@@ -79,7 +79,7 @@ pub(crate) struct Slice {
 }
 
 /// Turns rows as they are stored into rows of a SQL table.
-pub(crate) type Map = Arc<dyn Fn(&Scan, Slice) -> Result<RecordBatch> + Send + Sync>;
+pub(crate) type Map = Arc<dyn Fn(&Scan, &Slice) -> Result<RecordBatch> + Send + Sync>;
 
 impl Scan {
     /// A scan of every row of one table's shards.
@@ -95,11 +95,11 @@ impl Scan {
     }
 
     /// Makes the rows known to `sql` as the table `name`, after `map`.
-    pub(crate) fn register(self, sql: &Sql, name: &'static str, schema: &SchemaRef, map: Map) -> Result<()> {
+    pub(crate) fn register(self, sql: &Sql, name: &'static str, schema: &SchemaRef, map: &Map) -> Result<()> {
         let count = sql.partitions();
         let scan = Arc::new(self);
         let partitions = (0..count).map(|first| {
-            let (scan, map) = (Arc::clone(&scan), Arc::clone(&map));
+            let (scan, map) = (Arc::clone(&scan), Arc::clone(map));
             let make = move || {
                 let parts: Vec<u32> = scan.parts().skip(first).step_by(count).collect();
                 let (scan, map) = (Arc::clone(&scan), Arc::clone(&map));
@@ -107,7 +107,7 @@ impl Scan {
                 stream::iter(parts)
                     .then(move |part| Arc::clone(&opened).part(part))
                     .try_flatten()
-                    .map(move |slice| map(&scan, slice?))
+                    .map(move |slice| map(&scan, &slice?))
                     .boxed()
             };
             Arc::new(make) as MakeStream
@@ -191,7 +191,7 @@ impl Zip {
         let slice = Slice { part: self.part, rows, batches };
         match &self.scan.only {
             None => Ok(Some(slice)),
-            Some(wanted) => wanted.filter(slice).map(Some).map_err(|e| encode("filtered rows", e)),
+            Some(wanted) => wanted.filter(&slice).map(Some).map_err(|e| encode("filtered rows", e)),
         }
     }
 
@@ -239,7 +239,7 @@ impl RowSet {
         self.parts.get(part as usize).and_then(|p| p.get(row as usize / 64)).is_some_and(|word| word >> (row % 64) & 1 == 1)
     }
 
-    fn filter(&self, slice: Slice) -> std::result::Result<Slice, arrow::error::ArrowError> {
+    fn filter(&self, slice: &Slice) -> std::result::Result<Slice, arrow::error::ArrowError> {
         let wanted: BooleanArray = slice.rows.values().iter().map(|row| Some(self.contains(slice.part, *row))).collect();
         let rows = arrow::compute::filter(&slice.rows, &wanted)?.as_primitive().clone();
         let batches = slice.batches.iter().map(|b| filter_record_batch(b, &wanted)).collect::<std::result::Result<_, _>>()?;
@@ -312,7 +312,7 @@ pub(crate) fn part_column(slice: &Slice) -> ArrayRef {
 }
 
 /// The text in a row, or an error if there is none.
-pub(crate) fn text_at<'a>(column: &'a StringArray, i: usize, missing: impl FnOnce() -> CoordinatorError) -> Result<&'a str> {
+pub(crate) fn text_at(column: &StringArray, i: usize, missing: impl FnOnce() -> CoordinatorError) -> Result<&str> {
     if column.is_null(i) { Err(missing()) } else { Ok(column.value(i)) }
 }
 

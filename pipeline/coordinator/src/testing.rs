@@ -8,8 +8,11 @@ use arrow::array::{
     UInt16Array, UInt32Array, UInt32Builder, UInt64Array,
 };
 use arrow::datatypes::{DataType, Field, Float32Type, UInt32Type};
-use capfilt_schemas::{Digest, Output, Table, sample_id};
+use capfilt_schemas::{DatasetVersion, Digest, Input, Lineage, Output, RunId, Table, TaskId, sample_id};
 use capfilt_store::{ShardWriter, Store};
+
+use crate::SqlConfig;
+use crate::build::{BuildInputs, Triplet, build};
 
 /// A candidate.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,7 +92,7 @@ pub(crate) async fn candidates(store: &Store, rows: &[Candidate]) -> Digest {
     write(store, Table::Candidates, columns).await
 }
 
-pub(crate) async fn triplet(store: &Store, rows: &[Sample]) -> crate::build::Triplet {
+pub(crate) async fn triplet(store: &Store, rows: &[Sample]) -> Triplet {
     let ids: Vec<String> = rows.iter().map(|r| sample_id(&r.url, &r.text)).collect();
     let mut columns: Vec<ArrayRef> = vec![
         texts(ids.iter().map(String::as_str)),
@@ -122,7 +125,7 @@ pub(crate) async fn triplet(store: &Store, rows: &[Sample]) -> crate::build::Tri
         floats(rows.iter().map(|r| r.itc.clone())),
     ];
     let scores = write(store, Table::Scores, columns).await;
-    crate::build::Triplet { samples, captions, scores }
+    Triplet { samples, captions, scores }
 }
 
 pub(crate) async fn annotated(store: &Store, rows: &[Annotated]) -> Digest {
@@ -231,4 +234,37 @@ pub(crate) async fn stores() -> (tempfile::TempDir, Vec<Store>) {
     let folder = tempfile::tempdir().unwrap();
     let file = Store::open(folder.path().to_str().unwrap()).await.unwrap();
     (folder, vec![file, Store::open("memory:").await.unwrap()])
+}
+
+/// Version `number` of the dataset `demo`, built from one shard each.
+pub(crate) async fn version(
+    store: &Store,
+    number: u64,
+    config: &crate::build::BuildConfig,
+    samples: &[Sample],
+    human: &[Annotated],
+) -> DatasetVersion {
+    let mut inputs = BuildInputs { triplets: vec![triplet(store, samples).await], ..BuildInputs::default() };
+    inputs.annotated.push(annotated(store, human).await);
+    let lineage = Lineage {
+        build: TaskId(Digest::of(&number.to_be_bytes())),
+        inputs: inputs.annotated.iter().map(|digest| Input { table: Table::Annotated, digest: *digest }).collect(),
+        captioner: Digest::of(b"captioner"),
+        filter: Digest::of(b"filter"),
+    };
+    let done = build(store, &SqlConfig { memory_mib: 64, ..SqlConfig::default() }, config, inputs).await.unwrap();
+    DatasetVersion {
+        name: "demo".to_owned(),
+        version: number,
+        digest: DatasetVersion::digest_of(&done.shards),
+        run: RunId::new("test").unwrap(),
+        round: 1,
+        shards: done.shards,
+        counts: done.counts,
+        noise_ratio: done.noise_ratio,
+        funnel: done.funnel,
+        settings: serde_json::to_value(config).unwrap(),
+        lineage,
+        created_at_ms: number,
+    }
 }

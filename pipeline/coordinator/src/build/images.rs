@@ -130,8 +130,8 @@ impl Job<'_> {
     fn register_web(&self) -> Result<()> {
         let schema = web_schema();
         let columns = Arc::clone(&schema);
-        let map: Map = Arc::new(move |_, slice| web_rows(&slice, &columns));
-        Scan::of(self.store, Table::Samples, &self.samples(), COLUMNS).register(&self.sql, "web", &schema, map)
+        let map: Map = Arc::new(move |_, slice| web_rows(slice, &columns));
+        Scan::of(self.store, Table::Samples, &self.samples(), COLUMNS).register(&self.sql, "web", &schema, &map)
     }
 
     fn sizes(&self) -> [(&'static str, ScalarValue); 2] {

@@ -134,7 +134,7 @@ impl Job<'_> {
             only: Some(Arc::clone(&images.web)),
         };
         let map: Map = Arc::new(web_texts);
-        scan.register(&self.sql, "texts", &text_schema(), map)
+        scan.register(&self.sql, "texts", &text_schema(), &map)
     }
 
     fn register_human(&self, images: &Images) -> Result<()> {
@@ -142,7 +142,7 @@ impl Job<'_> {
         let all = Scan::of(self.store, Table::Annotated, &self.annotated, COLUMNS);
         let scan = Scan { only: Some(Arc::clone(&images.annotated)), ..all };
         let map: Map = Arc::new(human_texts);
-        scan.register(&self.sql, "human", &text_schema(), map)
+        scan.register(&self.sql, "human", &text_schema(), &map)
     }
 
     async fn tally(&self, texts: &mut Texts) -> Result<()> {
@@ -267,7 +267,7 @@ impl TextRows {
 
 /// The distinct texts of every image of a slice of samples, captions and scores. A caption that says what the web text or an
 /// earlier caption says ([`normalise`]) is left out; so is an empty text.
-fn web_texts(scan: &Scan, slice: Slice) -> Result<RecordBatch> {
+fn web_texts(scan: &Scan, slice: &Slice) -> Result<RecordBatch> {
     let [samples, captions, scores] = &slice.batches[..] else { return TextRows::default().finish() };
     let (id, url) = (samples.column(0).as_string::<i32>(), samples.column(1).as_string::<i32>());
     let (text, sha256) = (samples.column(2).as_string::<i32>(), samples.column(3).as_string::<i32>());
@@ -305,7 +305,7 @@ fn web_texts(scan: &Scan, slice: Slice) -> Result<RecordBatch> {
 }
 
 /// The captions that people wrote, each distinct one once.
-fn human_texts(scan: &Scan, slice: Slice) -> Result<RecordBatch> {
+fn human_texts(scan: &Scan, slice: &Slice) -> Result<RecordBatch> {
     let annotated = &slice.batches[0];
     let (id, url) = (annotated.column(0).as_string::<i32>(), annotated.column(1).as_string::<i32>());
     let (captions, sha256) = (annotated.column(2).as_list::<i32>(), annotated.column(3).as_string::<i32>());
