@@ -24,9 +24,18 @@ pub struct Linear {
 
 impl Linear {
     /// From a weight `(out, in)` and a bias `(out)`.
-    #[must_use]
-    pub fn new(weight: Tensor, bias: Tensor) -> Self {
-        Self { weight, bias }
+    ///
+    /// A weight that is not being trained is laid out column by column: the CPU product of few rows, as in decoding, then reads it
+    /// 2 to 5 times as fast.
+    ///
+    /// # Errors
+    /// The weight is not a matrix.
+    pub fn new(weight: Tensor, bias: Tensor) -> Result<Self> {
+        let weight = match weight.device().is_cpu() && !weight.track_op() {
+            true => weight.t()?.contiguous()?.t()?,
+            false => weight,
+        };
+        Ok(Self { weight, bias })
     }
 
     /// Reads `weight` `(outputs, inputs)` and `bias` `(outputs)`.
@@ -35,10 +44,10 @@ impl Linear {
     /// A tensor is missing or misshapen.
     #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
     pub fn load(inputs: usize, outputs: usize, vb: VarBuilder<'_>) -> Result<Self> {
-        Ok(Self {
-            weight: vb.get_with_hints((outputs, inputs), "weight", INIT_WEIGHT)?,
-            bias: vb.get_with_hints(outputs, "bias", Init::Const(0.0))?,
-        })
+        Self::new(
+            vb.get_with_hints((outputs, inputs), "weight", INIT_WEIGHT)?,
+            vb.get_with_hints(outputs, "bias", Init::Const(0.0))?,
+        )
     }
 
     /// `(.., in)` to `(.., out)`.

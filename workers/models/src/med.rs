@@ -253,7 +253,7 @@ impl Decoder {
         Ok(Self {
             transform: Linear::load(d, d, head.pp("transform.dense"))?,
             layer_norm: LayerNorm::load(d, config.layer_norm_eps, head.pp("transform.LayerNorm"))?,
-            vocabulary: Linear::new(weight, bias),
+            vocabulary: Linear::new(weight, bias)?,
             bert,
         })
     }

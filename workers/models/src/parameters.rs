@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 
@@ -78,7 +78,8 @@ impl SimpleBackend for Recorder {
     fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         let parameter = Parameter { name: name.to_owned(), shape: shape.dims().to_vec(), init };
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(parameter);
-        Tensor::zeros(1, dtype, device)?.broadcast_as(shape)
+        // A variable, as in training: no layer lays it out anew, which would fill memory.
+        Var::zeros(1, dtype, device)?.broadcast_as(shape)
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {

@@ -44,7 +44,7 @@ impl VisionModel {
         let bias = embeddings.get(d, "patch_embedding.bias")?;
         let layers = vb.pp("encoder.layers");
         Ok(Self {
-            patch: Linear::new(kernel, bias),
+            patch: Linear::new(kernel, bias)?,
             class: embeddings.get_with_hints((1, 1, d), "class_embedding", INIT_WEIGHT)?,
             positions: embeddings.get_with_hints((1, config.num_positions(), d), "position_embedding", INIT_WEIGHT)?,
             blocks: (0..config.num_hidden_layers).map(|i| Block::load(config, layers.pp(i))).collect::<Result<_>>()?,

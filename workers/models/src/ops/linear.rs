@@ -23,7 +23,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         if bias.dims() != [outputs] {
             candle_core::bail!("linear: bias {:?} does not fit weight ({outputs}, {inputs})", bias.dims());
         }
-        return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, Linear);
+        return x.contiguous()?.apply_op3(weight, &bias.contiguous()?, Linear);
     }
     let rows = x.elem_count() / width.max(1);
     let mut shape = x.dims().to_vec();

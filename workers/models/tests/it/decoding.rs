@@ -124,7 +124,7 @@ fn a_row_of_a_dense_layer_does_not_depend_on_the_others() {
         let values = |count: usize| (0..count).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect::<Vec<_>>();
         let tensor = |shape: (usize, usize)| Tensor::from_vec(values(shape.0 * shape.1), shape, &Device::Cpu).unwrap();
         let bias = Tensor::from_vec(values(outputs), outputs, &Device::Cpu).unwrap();
-        let layer = layers::Linear::new(tensor((outputs, inputs)), bias);
+        let layer = layers::Linear::new(tensor((outputs, inputs)), bias).unwrap();
         let x = tensor((300, inputs));
         let all = layer.forward(&x).unwrap().to_vec2::<f32>().unwrap();
         for rows in [1, 2, 3, 5, 8, 17, 64, 65, 129] {
