@@ -14,7 +14,6 @@ step() { echo && echo "== $*" && "$@"; }
 step cargo fmt --all --check
 step cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --workspace --no-deps --locked --quiet
-step cargo build --package capfilt --locked --quiet
 if cargo nextest --version >/dev/null 2>&1; then
   step cargo test --workspace --doc --locked --quiet
   step cargo nextest run --workspace --locked --no-fail-fast

@@ -54,10 +54,13 @@ fn main() {
 
     let captioner = checkpoint(&folder.path().join("captioner"), Parts { decoder: true, encoder: false });
     let sampling = Sampling { min_length: TOKENS + 4, max_length: TOKENS + 4, prompt: String::new(), ..Sampling::default() };
-    let captioner = Captioner::new(captioner.med(&Device::Cpu, DType::F32).unwrap(), captioner.tokenizer().unwrap(), sampling).unwrap();
+    let captioner =
+        Captioner::new(captioner.med(&Device::Cpu, DType::F32).unwrap(), captioner.tokenizer().unwrap(), sampling).unwrap();
     let keys = ["a", "b", "c", "d"];
     let ours = rates(IMAGES, || _ = captioner.generate(&images, &keys, 1).unwrap());
-    Figures { name: "caption", unit: "captions/s (BLIP-base, 384 px, f32, 20 new tokens, nucleus)", ours, peer: None }.report().unwrap();
+    Figures { name: "caption", unit: "captions/s (BLIP-base, 384 px, f32, 20 new tokens, nucleus)", ours, peer: None }
+        .report()
+        .unwrap();
     drop(captioner);
 
     let filter = checkpoint(&folder.path().join("filter"), Parts { decoder: false, encoder: true });
@@ -65,5 +68,7 @@ fn main() {
         FilterScorer::new(filter.med(&Device::Cpu, DType::F32).unwrap(), filter.tokenizer().unwrap(), ItmToken::Enc).unwrap();
     let texts = vec![vec!["a grey heron standing in the water of a lake", "a picture of a heron"]; IMAGES];
     let ours = rates(2 * IMAGES, || _ = filter.score(&images, &texts).unwrap());
-    Figures { name: "score", unit: "ITM and ITC scores/s (BLIP-base, 384 px, f32, 2 texts an image)", ours, peer: None }.report().unwrap();
+    Figures { name: "score", unit: "ITM and ITC scores/s (BLIP-base, 384 px, f32, 2 texts an image)", ours, peer: None }
+        .report()
+        .unwrap();
 }

@@ -72,7 +72,7 @@ fn a_checkpoint_with_wrong_tensors_is_refused_by_name() {
     let length = usize::try_from(u64::from_le_bytes(whole[..8].try_into().unwrap())).unwrap();
     let header = text(&whole[8..8 + length]);
     let set = format!("models.filter={}", folder.display());
-    let mut refused = |header: &str, needle: &str| {
+    let refused = |header: &str, needle: &str| {
         assert_eq!(header.len(), length, "the header keeps its length");
         let mut bytes = whole.clone();
         bytes[8..8 + length].copy_from_slice(header.as_bytes());

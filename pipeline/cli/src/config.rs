@@ -293,7 +293,7 @@ impl RunConfig {
     }
 
     /// What the planner needs. Reads the query list and the annotation files, for their digests.
-    pub(crate) fn plan(&self, models: Models) -> Result<PlanConfig, Failure> {
+    pub(crate) fn plan(&self, models: &Models) -> Result<PlanConfig, Failure> {
         let queries = self.query_list()?;
         let usage = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
         let annotate = |config: &AnnotateConfig| -> Result<Vec<Value>, Failure> {

@@ -22,7 +22,7 @@ pub(crate) async fn plan(args: PlanArgs) -> Result<ExitCode, Failure> {
 pub(crate) async fn show_plan(config: &RunConfig, as_json: bool) -> Result<ExitCode, Failure> {
     let store = Store::open(&config.run.store).await?;
     let models = resolve_models(config, &store, false).await?;
-    let planned = config.plan(models)?;
+    let planned = config.plan(&models)?;
     let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
     if as_json {
         let tasks: Vec<_> = now.tasks.iter().map(|t| json!({"id": t.id(), "task": t})).collect();
@@ -65,7 +65,7 @@ pub(crate) async fn status(args: StatusArgs) -> Result<ExitCode, Failure> {
     let run = &config.run.name;
     let (rounds, results, events) = (store.rounds(run).await?, store.round_results(run).await?, store.events(run).await?);
     let failures: Vec<_> = store.all_failures().await?.into_iter().filter(|f| f.run == *run).collect();
-    let planned = config.plan(resolve_models(&config, &store, false).await?)?;
+    let planned = config.plan(&resolve_models(&config, &store, false).await?)?;
     let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
     if args.json {
         say_json(&json!({

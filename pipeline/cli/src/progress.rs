@@ -198,7 +198,7 @@ impl Shown {
         let due = self.last_line.is_none_or(|last| last.elapsed() > LINE_EVERY);
         if due || !pending {
             self.last_line = Some(Instant::now());
-            line(&format!("{:>9} {}/{} {} {message}", stage.name(), count(done), count(of), self.unit).trim_end().to_owned());
+            line(format!("{:>9} {}/{} {} {message}", stage.name(), count(done), count(of), self.unit).trim_end());
         }
         self.over = !pending;
     }

@@ -40,8 +40,10 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     if args.dry_run {
         return show_plan(&config, args.json).await;
     }
+    // Before anything is written.
+    config.inputs()?;
     let store = Store::open(&config.run.store).await?;
-    let planned = config.plan(resolve_models(&config, &store, true).await?)?;
+    let planned = config.plan(&resolve_models(&config, &store, true).await?)?;
     if args.retry_failed {
         for failure in store.all_failures().await? {
             store.forget_failures(&failure.task_id).await?;
@@ -106,8 +108,8 @@ fn stages(config: &RunConfig) -> Result<Vec<Arc<dyn Stage>>, Failure> {
         Arc::new(Fetch::new(web)),
         Arc::new(capfilt_vision::CaptionStage::new(vision.clone())),
         Arc::new(capfilt_vision::ScoreStage::new(vision.clone())),
-        Arc::new(capfilt_trainer::TrainStage::default()),
-        Arc::new(capfilt_trainer::EvaluateStage::default()),
+        Arc::new(capfilt_trainer::TrainStage),
+        Arc::new(capfilt_trainer::EvaluateStage),
     ])
 }
 

@@ -146,3 +146,26 @@ mod tests {
         assert!((0.4..0.6).contains(&done.noise_ratio.unwrap()));
     }
 }
+#[cfg(test)]
+mod tmp {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    #[tokio::test(flavor = "multi_thread")]
+    async fn tmp_small_memory() {
+        use crate::build::{BuildConfig, Policy, build};
+        let store = Store::open("memory:").await.unwrap();
+        let inputs = rebuild_inputs(&store, 60_000, 16).await.unwrap();
+        for policy in [Policy::Itm, Policy::Rank] {
+            let config = BuildConfig { policy, ..BuildConfig::default() };
+            let sql = |memory_mib, partitions| crate::SqlConfig { memory_mib, partitions, spill_folder: None };
+            let small = build(&store, &sql(32, 2), &config, inputs.clone()).await;
+            let eight = build(&store, &sql(32, 8), &config, inputs.clone()).await;
+            let large = build(&store, &sql(2048, 2), &config, inputs.clone()).await.unwrap();
+            eprintln!(
+                "TMP {policy:?} {:?} {:?}",
+                small.map(|s| s == large).map_err(|e| format!("{e:?}")),
+                eight.map(|s| s == large).map_err(|e| format!("{e:?}"))
+            );
+        }
+    }
+}

@@ -2,8 +2,8 @@
 //!
 //! The scores are in the store; everything that decides over them is here, so that a new threshold costs a query and no model.
 //! `samples`, `captions` and `scores` are row-aligned (row i answers row i), so their join is a zip: no hash table, no sort, and a
-//! shard that does not answer its neighbour is found at once. Images are judged first ([`images`]: size, exact and near duplicates,
-//! held-out set), on hashes alone; then the texts of the images that stay ([`texts`]: the policy), in SQL. Pixels are never read.
+//! shard that does not answer its neighbour is found at once. Images are judged first (`images.rs`: size, exact and near duplicates,
+//! held-out set), on hashes alone; then the texts of the images that stay (`texts.rs`: the policy), in SQL. Pixels are never read.
 
 mod config;
 mod images;

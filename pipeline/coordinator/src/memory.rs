@@ -1,7 +1,7 @@
 //! How SQL operators share memory.
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use datafusion::common::resources_datafusion_err;
 use datafusion::error::Result;
@@ -9,12 +9,13 @@ use datafusion::execution::memory_pool::{
     FairSpillPool, GreedyMemoryPool, MemoryConsumer, MemoryLimit, MemoryPool, MemoryReservation,
 };
 
-/// Half for operators that can spill, shared fairly; a quarter for merging what sorts have spilled, shared fairly as well; a quarter
-/// for the rest.
+/// A quarter for operators that can spill, shared fairly; half for the merges inside sorts, shared fairly as well; a quarter for the
+/// rest.
 ///
-/// In DataFusion's own fair pool the sorts may take everything, and a merge of spilled runs takes as much as it finds. The next
-/// merge, or the operator that joins the sorted partitions, then fails for want of a few batches, though each could have done
-/// with less.
+/// In DataFusion's own fair pool the sorts may take everything, and a merge takes as much as it finds. The next merge, or the operator
+/// that joins the sorted partitions, then fails for want of a few batches, though each could have done with less. A merge of rows
+/// that were never spilled cannot do with less than those rows and their keys; a sort reserves twice its rows before it spills, so
+/// twice as much for merges is always enough.
 #[derive(Debug)]
 pub(crate) struct SharedPool {
     limit: usize,
@@ -23,11 +24,13 @@ pub(crate) struct SharedPool {
     others: GreedyMemoryPool,
 }
 
-/// Merges of spilled runs: no one may hold more than its share of those that are there.
+/// Merges: none may hold more than its share.
 #[derive(Debug)]
 struct Merges {
     limit: usize,
-    count: AtomicUsize,
+    /// How many there are, and how many there have been at once since there was none: shares must not grow while one ends after the
+    /// other, or those that come late find nothing.
+    count: Mutex<(usize, usize)>,
     pool: GreedyMemoryPool,
 }
 
@@ -36,8 +39,8 @@ impl SharedPool {
         let quarter = bytes / 4;
         Self {
             limit: bytes,
-            spilling: FairSpillPool::new(bytes - 2 * quarter),
-            merging: Merges { limit: quarter, count: AtomicUsize::new(0), pool: GreedyMemoryPool::new(quarter) },
+            spilling: FairSpillPool::new(quarter),
+            merging: Merges { limit: 2 * quarter, count: Mutex::default(), pool: GreedyMemoryPool::new(2 * quarter) },
             others: GreedyMemoryPool::new(quarter),
         }
     }
@@ -95,7 +98,7 @@ impl MemoryPool for SharedPool {
 
 impl fmt::Display for Merges {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "merges of spilled runs: {}", self.pool)
+        write!(f, "merges: {}", self.pool)
     }
 }
 
@@ -105,11 +108,17 @@ impl MemoryPool for Merges {
     }
 
     fn register(&self, _: &MemoryConsumer) {
-        self.count.fetch_add(1, Ordering::Relaxed);
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        count.0 += 1;
+        count.1 = count.1.max(count.0);
     }
 
     fn unregister(&self, _: &MemoryConsumer) {
-        self.count.fetch_sub(1, Ordering::Relaxed);
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        count.0 = count.0.saturating_sub(1);
+        if count.0 == 0 {
+            count.1 = 0;
+        }
     }
 
     fn grow(&self, reservation: &MemoryReservation, additional: usize) {
@@ -121,7 +130,7 @@ impl MemoryPool for Merges {
     }
 
     fn try_grow(&self, reservation: &MemoryReservation, additional: usize) -> Result<()> {
-        let share = self.limit / self.count.load(Ordering::Relaxed).max(1);
+        let share = self.limit / self.count.lock().unwrap_or_else(PoisonError::into_inner).1.max(1);
         if reservation.size() + additional > share {
             return Err(resources_datafusion_err!(
                 "{} has {} bytes and asks for {additional}; its share is {share}",

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use arrow::array::AsArray;
 use arrow::datatypes::Float64Type;
 use async_trait::async_trait;
-use capfilt_schemas::{Commit, DatasetRef, DatasetVersion, Lineage, Output, RoundResult, StageKind, StatusCounts, Table, Task, TaskId};
+use capfilt_schemas::{
+    Commit, DatasetRef, DatasetVersion, Lineage, Output, RoundResult, StageKind, StatusCounts, Table, Task, TaskId,
+};
 use capfilt_store::{CommitResult, Store, now_ms};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};

@@ -27,7 +27,7 @@ use crate::{CoordinatorError, Result};
 pub struct SqlConfig {
     /// Memory for sorts and aggregates, in MiB; what does not fit is spilled to disk.
     pub memory_mib: usize,
-    /// Threads that a query is spread over; 0 is one for every core.
+    /// Threads that a query is spread over, at most one for every 16 MiB of memory; 0 is one for every core.
     pub partitions: usize,
     /// Where to spill; the system's temporary folder if absent.
     pub spill_folder: Option<PathBuf>,
@@ -68,10 +68,10 @@ pub(crate) struct Sql {
 impl Sql {
     pub(crate) fn new(config: &SqlConfig) -> Result<Self> {
         config.validate()?;
-        let partitions = match config.partitions {
-            0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-            n => n,
-        };
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let wanted = if config.partitions == 0 { cores() } else { config.partitions };
+        // Several sorts share a partition's memory; below 16 MiB they would spill every few batches.
+        let partitions = wanted.min(config.memory_mib / 16).max(1);
         let spill = match &config.spill_folder {
             None => DiskManagerMode::OsTmpDirectory,
             Some(folder) => DiskManagerMode::Directories(vec![folder.clone()]),
@@ -82,7 +82,7 @@ impl Sql {
             .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(spill))
             .build_arc()
             .map_err(|e| CoordinatorError::Sql { query: "set-up", source: Box::new(e) })?;
-        // What a sort sets aside for merging what it has spilled must fit into its share of the memory for merges (a quarter).
+        // What a sort sets aside for merging what it has spilled must fit into its share of the memory for merges.
         let reserve = (memory / partitions / 16).min(10 << 20);
         // A merge holds some twenty batches, and there is one in each partition; rows are mostly below 1 KiB.
         let batch_rows = (memory / 4 / partitions / 20 / 1024).clamp(64, 4096);

@@ -285,14 +285,7 @@ pub struct CrawlerWorkerConfig {
 
 impl Default for CrawlerWorkerConfig {
     fn default() -> Self {
-        Self {
-            connections: 64,
-            per_host: 4,
-            requests_per_second: 10.0,
-            buffer: 512 << 20,
-            proxy: None,
-            resolve: BTreeMap::new(),
-        }
+        Self { connections: 64, per_host: 4, requests_per_second: 10.0, buffer: 512 << 20, proxy: None, resolve: BTreeMap::new() }
     }
 }
 

@@ -4,21 +4,29 @@
 //! of, or how tasks are handed out: it gives three stages ([`Discover`], [`Annotate`], [`Fetch`]) to whoever runs them. What a server
 //! or a file of the web does wrong is a row with a status, never an error.
 
+mod annotate;
 mod config;
+mod discover;
 mod error;
+mod fetch;
 mod html;
 mod image;
 mod matcher;
 mod opt_out;
 mod queries;
+mod rows;
+mod sources;
 mod units;
 mod web;
 
+pub use annotate::{ANNOTATE_VERSION, Annotate};
 pub use config::{
-    AnnotateConfig, AnnotateParams, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, DiscoverParams, FetchConfig, FetchParams,
-    ImageConfig, ListConfig, ListFormat, PagesConfig, Side, SourceConfig, StoredFormat, WebConfig,
+    AnnotateConfig, AnnotateParams, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, DiscoverParams, FetchConfig,
+    FetchParams, ImageConfig, ListConfig, ListFormat, PagesConfig, Side, SourceConfig, StoredFormat, WebConfig,
 };
+pub use discover::{DISCOVER_VERSION, Discover};
 pub use error::CrawlError;
+pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::Matcher;
 pub use queries::{Query, QueryList};
 pub use web::Web;

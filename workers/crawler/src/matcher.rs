@@ -84,7 +84,7 @@ fn push_char(c: char, out: &mut String) {
         end_word(out);
         out.push(c);
     } else if c.is_alphanumeric() {
-        if out.chars().next_back().is_some_and(|last| is_unspaced(last)) {
+        if out.chars().next_back().is_some_and(is_unspaced) {
             end_word(out);
         }
         out.extend(c.to_uppercase().flat_map(char::to_lowercase));

@@ -117,7 +117,8 @@ mod tests {
         assert_eq!(refusal("max-snippet: 5, noindex"), Some("noindex"));
         assert_eq!(refusal("none"), Some("noindex"));
         assert_eq!(refusal("*: noimageindex"), Some("noimageindex"));
-        for harmless in ["", "all", "nofollow", "noaix", "unavailable_after: 25 Jun 2010 15:00:00 PST", "max-image-preview:none"] {
+        for harmless in ["", "all", "nofollow", "noaix", "unavailable_after: 25 Jun 2010 15:00:00 PST", "max-image-preview:none"]
+        {
             assert_eq!(refusal(harmless), None, "{harmless}");
         }
     }

@@ -1,5 +1,5 @@
 //! The conformance suite of queue engines: the same cases on every engine.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::sync::Arc;
 use std::time::Duration;

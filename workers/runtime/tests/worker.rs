@@ -104,7 +104,7 @@ async fn a_task_ends_in_a_commit_with_counts_and_facts() {
     let b = bench().await;
     let inputs = vec![shard(&b.store, &[1.0, 2.0, 3.0]).await, shard(&b.store, &[10.0]).await];
     let t = task(json!({}), inputs);
-    b.queue.enqueue(&[t.clone()]).await.unwrap();
+    b.queue.enqueue(std::slice::from_ref(&t)).await.unwrap();
     b.until_idle().await;
     let commit = b.store.find_commit(StageKind::Evaluate, &t.id()).await.unwrap().unwrap();
     assert_eq!(commit.counts["ok"], 1);
@@ -130,7 +130,7 @@ async fn what_a_retry_could_mend_is_tried_again_up_to_the_limit() {
     ] {
         let b = bench().await;
         let t = task(params.clone(), vec![]);
-        b.queue.enqueue(&[t.clone()]).await.unwrap();
+        b.queue.enqueue(std::slice::from_ref(&t)).await.unwrap();
         b.until_idle().await;
         assert_eq!(b.store.find_commit(StageKind::Evaluate, &t.id()).await.unwrap().is_some(), commits, "{params}");
         assert_eq!(b.store.failures(&t.id()).await.unwrap().len(), failures, "{params}");
@@ -145,7 +145,7 @@ async fn a_corrupt_or_missing_input_fails_the_task_and_names_it() {
     let not_parquet = b.store.put_object(Table::Evaluations, "junk".into()).await.unwrap();
     for bad in [Input { digest: not_parquet, ..good }, Input { digest: capfilt_schemas::Digest::of(b"gone"), ..good }] {
         let t = task(json!({}), vec![good, bad]);
-        b.queue.enqueue(&[t.clone()]).await.unwrap();
+        b.queue.enqueue(std::slice::from_ref(&t)).await.unwrap();
         b.until_idle().await;
         assert!(b.store.find_commit(StageKind::Evaluate, &t.id()).await.unwrap().is_none());
         let failures = b.store.failures(&t.id()).await.unwrap();
@@ -215,7 +215,7 @@ async fn shards_of_several_tables_stand_side_by_side() {
     assert_eq!(names.first().map(String::as_str), Some("sample_id"));
     assert_eq!(names[names.len() - 2..], ["metric", "value"]);
     let uneven = task(json!({}), vec![a, short]);
-    queue.enqueue(&[uneven.clone()]).await.unwrap();
+    queue.enqueue(std::slice::from_ref(&uneven)).await.unwrap();
     while store.failures(&uneven.id()).await.unwrap().is_empty() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -24,7 +24,6 @@ const BATCH: usize = 256;
 
 /// Trains a model on a dataset version. The task's model is the one in service: its tokenizer is kept, and its weights are the start if
 /// the settings say so.
-#[derive(Default)]
 pub struct TrainStage;
 
 /// The parameters of an evaluate task.
@@ -36,7 +35,6 @@ struct EvaluateParams {
 }
 
 /// Measures a model in a role on held-out pairs.
-#[derive(Default)]
 pub struct EvaluateStage;
 
 impl Stage for TrainStage {

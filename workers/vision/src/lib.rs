@@ -8,8 +8,8 @@ mod model;
 mod pixels;
 mod score;
 
-pub use caption::{CaptionConfig, CaptionStage};
 pub use capfilt_models::ModelError;
+pub use caption::{CaptionConfig, CaptionStage};
 pub use model::{CHECKPOINT_FILES, VisionWorkerConfig, check_checkpoint};
 pub use score::{ScoreConfig, ScoreStage};
 

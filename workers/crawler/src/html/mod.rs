@@ -21,6 +21,8 @@ pub(crate) const MAX_URL: usize = 2048;
 const MAX_IMAGES: usize = 5_000;
 const MAX_LINKS: usize = 5_000;
 const MAX_FIGURES: usize = 32;
+/// Bytes of addresses and texts kept of a page: it holds what a short page can blow itself up to.
+const MAX_KEPT: usize = 2 << 20;
 /// Memory that the parser may hold for unfinished tags.
 const PARSER_BYTES: usize = 4 << 20;
 
@@ -75,6 +77,8 @@ struct State {
     picture: Option<(u32, String)>,
     figures: Vec<Figure>,
     noscript: String,
+    /// Bytes that may still be kept.
+    room: usize,
 }
 
 /// An open `<a>` that leads to an image file.
@@ -193,6 +197,7 @@ impl State {
             picture: None,
             figures: Vec::new(),
             noscript: String::new(),
+            room: MAX_KEPT,
         }
     }
 
@@ -215,7 +220,7 @@ impl State {
         }
         let rel = attribute(el, "rel");
         let follow = !rel.split_ascii_whitespace().any(|r| r.eq_ignore_ascii_case("nofollow"));
-        if follow && self.page.links.len() < MAX_LINKS {
+        if follow && self.page.links.len() < MAX_LINKS && self.afford(target.as_str().len()) {
             self.page.links.push(target);
         }
     }
@@ -249,7 +254,8 @@ impl State {
             Some(anchor) if own_title.trim().is_empty() => add(TextSource::Title, &anchor.title),
             _ => add(TextSource::Title, &own_title),
         }
-        if self.page.images.len() < MAX_IMAGES {
+        let bytes = url.as_str().len() + texts.iter().map(|(_, text)| text.len()).sum::<usize>();
+        if self.page.images.len() < MAX_IMAGES && self.afford(bytes) {
             if let Some(figure) = self.figures.last_mut() {
                 figure.images.push(self.page.images.len());
             }
@@ -292,11 +298,23 @@ impl State {
             return;
         }
         for i in figure.images {
+            if !self.afford(caption.len()) {
+                return;
+            }
             let texts = &mut self.page.images[i].texts;
             texts.push((TextSource::Figcaption, caption.clone()));
             texts.sort_by_key(|(source, _)| *source);
             texts.dedup_by_key(|(source, _)| *source);
         }
+    }
+
+    /// Takes bytes off what may still be kept; `false` if there are too few.
+    const fn afford(&mut self, bytes: usize) -> bool {
+        let enough = bytes <= self.room;
+        if enough {
+            self.room -= bytes;
+        }
+        enough
     }
 
     /// An absolute http or https address without fragment.

@@ -21,7 +21,10 @@ fn links(html: &str) -> Vec<String> {
 
 #[test]
 fn plain_images_with_their_texts() {
-    assert_eq!(images(r#"<img src="x.jpg" alt="a  red&nbsp;car" title='R&eacute;sum&#233;'>"#), ["/dir/x.jpg alt=a red car | title=Résumé"]);
+    assert_eq!(
+        images(r#"<img src="x.jpg" alt="a  red&nbsp;car" title='R&eacute;sum&#233;'>"#),
+        ["/dir/x.jpg alt=a red car | title=Résumé"]
+    );
     assert_eq!(images("<IMG SRC=/x.jpg ALT='upper case'>"), ["/x.jpg alt=upper case"]);
     assert_eq!(images("<img src='//b.test/x.jpg?a=1&amp;b=2#top' alt=''>"), ["http://b.test/x.jpg?a=1&b=2"]);
     assert_eq!(images("<div><img src=a.jpg alt=one><p><img src=b.jpg alt=two>"), ["/dir/a.jpg alt=one", "/dir/b.jpg alt=two"]);
@@ -29,7 +32,16 @@ fn plain_images_with_their_texts() {
 
 #[test]
 fn what_is_no_address_is_no_image() {
-    for src in ["data:image/gif;base64,R0lGOD", "javascript:void(0)", "about:blank", "", " ", "http://", "mailto:a@b.test", "file:///x.jpg"] {
+    for src in [
+        "data:image/gif;base64,R0lGOD",
+        "javascript:void(0)",
+        "about:blank",
+        "",
+        " ",
+        "http://",
+        "mailto:a@b.test",
+        "file:///x.jpg",
+    ] {
         assert_eq!(images(&format!("<img src='{src}' alt='a cat'>")), [] as [&str; 0], "{src}");
     }
     assert_eq!(images("<img alt='no src'>"), [] as [&str; 0]);
@@ -44,7 +56,8 @@ fn the_largest_version_is_taken() {
     let picture = "<picture><source srcset='p.webp 800w' type='image/webp'><source srcset='p.avif 1600w' type='image/avif'>\
                    <img src=s.jpg srcset='m.jpg 400w' alt=x></picture><img src=after.jpg alt=y>";
     assert_eq!(images(picture), ["/dir/p.webp alt=x", "/dir/after.jpg alt=y"]);
-    let by_media = "<picture><source srcset=l.jpg media='(min-width: 800px)'><source srcset=m.jpg><img src=s.jpg alt=x></picture>";
+    let by_media =
+        "<picture><source srcset=l.jpg media='(min-width: 800px)'><source srcset=m.jpg><img src=s.jpg alt=x></picture>";
     assert_eq!(images(by_media), ["/dir/l.jpg alt=x"]);
 }
 
@@ -59,7 +72,10 @@ fn late_loading_attributes_go_before_src() {
 
 #[test]
 fn a_link_to_an_image_file_goes_before_the_thumbnail() {
-    assert_eq!(images("<a href='/full.JPG?v=1' title='the title'><img src=t.jpg alt=x></a>"), ["/full.JPG?v=1 alt=x | title=the title"]);
+    assert_eq!(
+        images("<a href='/full.JPG?v=1' title='the title'><img src=t.jpg alt=x></a>"),
+        ["/full.JPG?v=1 alt=x | title=the title"]
+    );
     assert_eq!(images("<a href=/full.jpg title=theirs><img src=t.jpg title=own></a>"), ["/full.jpg title=own"]);
     assert_eq!(images("<a href=/page.html title=t><img src=t.jpg alt=x></a>"), ["/dir/t.jpg alt=x"]);
     assert_eq!(images("<a href=/wiki/File:A.jpg><img src=t.jpg alt=x></a>"), ["/dir/t.jpg alt=x"]);
@@ -69,7 +85,10 @@ fn a_link_to_an_image_file_goes_before_the_thumbnail() {
 
 #[test]
 fn noscript_holds_images() {
-    assert_eq!(images("<div></div><noscript><img src='x.jpg' alt='a &amp; b'></noscript><img src=y.jpg>"), ["/dir/x.jpg alt=a & b", "/dir/y.jpg"]);
+    assert_eq!(
+        images("<div></div><noscript><img src='x.jpg' alt='a &amp; b'></noscript><img src=y.jpg>"),
+        ["/dir/x.jpg alt=a & b", "/dir/y.jpg"]
+    );
     assert_eq!(images("<a href=/full.jpg><noscript><img src=x.jpg alt=x></noscript></a>"), ["/full.jpg alt=x"]);
     assert_eq!(images("<noscript><img src=x.jpg alt=x>"), ["/dir/x.jpg alt=x"]);
     let figure = "<figure><noscript><img src=x.jpg></noscript><figcaption>c</figcaption></figure>";
@@ -83,13 +102,21 @@ fn figcaptions_belong_to_the_images_of_their_figure() {
     let both = "A big caption of <two>";
     assert_eq!(
         images(html),
-        ["/dir/0.jpg".to_owned(), format!("/dir/1.jpg alt=one | figcaption={both}"), format!("/dir/2.jpg figcaption={both}"), "/dir/3.jpg".to_owned()]
+        [
+            "/dir/0.jpg".to_owned(),
+            format!("/dir/1.jpg alt=one | figcaption={both}"),
+            format!("/dir/2.jpg figcaption={both}"),
+            "/dir/3.jpg".to_owned()
+        ]
     );
     let nested = "<figure><figure><img src=1.jpg><figcaption>inner</figcaption></figure><figcaption>outer</figcaption></figure>";
     assert_eq!(images(nested), ["/dir/1.jpg figcaption=inner"]);
     assert_eq!(images("<figure><img src=1.jpg><figcaption>never closed"), ["/dir/1.jpg figcaption=never closed"]);
     assert_eq!(images("<figcaption>lost</figcaption><img src=1.jpg>"), ["/dir/1.jpg"]);
-    assert_eq!(images("<figure><img src=1.jpg><figcaption>a<script>b</script><style>c</style></figcaption></figure>"), ["/dir/1.jpg figcaption=a"]);
+    assert_eq!(
+        images("<figure><img src=1.jpg><figcaption>a<script>b</script><style>c</style></figcaption></figure>"),
+        ["/dir/1.jpg figcaption=a"]
+    );
 }
 
 #[test]
@@ -103,7 +130,10 @@ fn base_moves_relative_addresses() {
 
 #[test]
 fn links_are_followed_unless_told_not_to() {
-    assert_eq!(links("<a href='/b?x=1#f'>b</a><a rel='NoFollow ugc' href=/c>c</a><area href=d><a>e</a>"), ["http://a.test/b?x=1", "http://a.test/dir/d"]);
+    assert_eq!(
+        links("<a href='/b?x=1#f'>b</a><a rel='NoFollow ugc' href=/c>c</a><area href=d><a>e</a>"),
+        ["http://a.test/b?x=1", "http://a.test/dir/d"]
+    );
     assert_eq!(links("<a href='mailto:x@y.test'></a><a href='javascript:0'></a><a href='x.png'></a>"), [] as [&str; 0]);
 }
 
@@ -124,6 +154,17 @@ fn hostile_pages_stay_small() {
     assert!(deep.images.len() <= 1);
     let endless_tag = page(&format!("<img src=a.jpg alt=first><img alt='{}", "x".repeat(8 << 20)));
     assert_eq!(endless_tag.images.len(), 1);
+    let base = "b".repeat(1900);
+    let blown_up = page(&format!("<base href='/{base}/'>{}", "<a href=y>y</a><img src=x alt=x>".repeat(4000)));
+    assert!((blown_up.images.len() + blown_up.links.len()) * 1900 <= MAX_KEPT);
+    let captions = format!("<figure>{}<figcaption>{}</figcaption></figure>", "<img src=x>".repeat(5000), "word ".repeat(200));
+    let kept: usize = extract(&captions, &Url::parse("http://a.test/").unwrap(), "", 1000)
+        .images
+        .iter()
+        .flat_map(|i| &i.texts)
+        .map(|t| t.1.len())
+        .sum();
+    assert!(kept <= MAX_KEPT);
     let long_text = page(&format!("<img src=a.jpg alt='{}'>", "wörd ".repeat(1000)));
     assert_eq!(long_text.images[0].texts[0].1.chars().count(), 99, "cut at 100 characters, without the space at the end");
 }

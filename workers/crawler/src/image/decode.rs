@@ -8,6 +8,10 @@ use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageResult, Limits};
 
 use super::Refused;
+use crate::html::clean;
+
+/// Longest text of a decoder that goes into a row, in characters.
+const MAX_REASON: usize = 200;
 
 /// A format that can be decoded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -22,8 +26,6 @@ enum Format {
 /// A decoded image: opaque, 8 bits a channel, not yet turned as its EXIF asks.
 pub(super) struct Pixels {
     pub(super) rgb: Vec<u8>,
-    pub(super) width: u32,
-    pub(super) height: u32,
     pub(super) orientation: Orientation,
 }
 
@@ -59,7 +61,7 @@ impl Opened<'_> {
         self.decoder.set_limits(limits).map_err(|e| refusal(&e))?;
         let image = DynamicImage::from_decoder(self.decoder).map_err(|e| refusal(&e))?;
         let rgb = if image.color().has_alpha() { on_white(&image) } else { image.into_rgb8().into_raw() };
-        Ok(Pixels { rgb, width: self.width, height: self.height, orientation: self.orientation })
+        Ok(Pixels { rgb, orientation: self.orientation })
     }
 }
 
@@ -75,10 +77,8 @@ fn decoder(format: Format, body: &[u8]) -> ImageResult<Box<dyn ImageDecoder + '_
 }
 
 fn refusal(error: &ImageError) -> Refused {
-    match error {
-        ImageError::Limits(_) => Refused::new(FetchStatus::TooManyPixels, error.to_string()),
-        _ => Refused::new(FetchStatus::Decode, error.to_string()),
-    }
+    let status = if matches!(error, ImageError::Limits(_)) { FetchStatus::TooManyPixels } else { FetchStatus::Decode };
+    Refused::new(status, clean(&error.to_string(), MAX_REASON))
 }
 
 /// The format by its first bytes, or what the body is instead.

@@ -104,7 +104,8 @@ fn turn(rgb: Vec<u8>, size: (u32, u32), orientation: Orientation) -> Result<(Vec
         return Ok((rgb, size));
     }
     let image = RgbImage::from_raw(size.0, size.1, rgb);
-    let mut image: DynamicImage = image.ok_or_else(|| Refused::new(FetchStatus::Decode, "the decoder gave too few pixels"))?.into();
+    let mut image: DynamicImage =
+        image.ok_or_else(|| Refused::new(FetchStatus::Decode, "the decoder gave too few pixels"))?.into();
     image.apply_orientation(orientation);
     let size = (image.width(), image.height());
     Ok((image.into_rgb8().into_raw(), size))
@@ -126,7 +127,9 @@ fn encode(rgb: &[u8], (width, height): (u32, u32), config: &ImageConfig) -> Resu
             };
             let mut encoder = jpeg_encoder::Encoder::new(&mut out, config.quality);
             encoder.set_sampling_factor(jpeg_encoder::SamplingFactor::R_4_2_0);
-            encoder.encode(rgb, w, h, jpeg_encoder::ColorType::Rgb).map_err(|e| Refused::new(FetchStatus::Decode, e.to_string()))?;
+            encoder
+                .encode(rgb, w, h, jpeg_encoder::ColorType::Rgb)
+                .map_err(|e| Refused::new(FetchStatus::Decode, e.to_string()))?;
         }
         StoredFormat::Png => image::codecs::png::PngEncoder::new(&mut out)
             .write_image(rgb, width, height, image::ExtendedColorType::Rgb8)

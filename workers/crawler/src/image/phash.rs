@@ -45,11 +45,7 @@ pub(super) fn hash(rgb: &[u8], width: u32, height: u32) -> u64 {
 /// Brightness 0..255 and two colour differences -128..127 (JFIF).
 fn ycbcr(pixel: &[u8]) -> [f64; 3] {
     let [r, g, b] = [0, 1, 2].map(|i| f64::from(pixel[i]));
-    [
-        0.299 * r + 0.587 * g + 0.114 * b,
-        -0.168_736 * r - 0.331_264 * g + 0.5 * b,
-        0.5 * r - 0.418_688 * g - 0.081_312 * b,
-    ]
+    [0.299 * r + 0.587 * g + 0.114 * b, -0.168_736 * r - 0.331_264 * g + 0.5 * b, 0.5 * r - 0.418_688 * g - 0.081_312 * b]
 }
 
 fn low_frequencies(pixels: &[[f64; 3]]) -> Vec<f64> {

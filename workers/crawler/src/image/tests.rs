@@ -48,7 +48,9 @@ fn refused(body: &[u8]) -> FetchStatus {
 fn every_format_is_told_by_its_bytes() {
     let image: DynamicImage = two_halves(60, 40).into();
     let mut files = vec![("jpeg", jpeg(image.as_rgb8().unwrap()))];
-    for (name, format) in [("png", ImageFormat::Png), ("gif", ImageFormat::Gif), ("webp", ImageFormat::WebP), ("bmp", ImageFormat::Bmp)] {
+    for (name, format) in
+        [("png", ImageFormat::Png), ("gif", ImageFormat::Gif), ("webp", ImageFormat::WebP), ("bmp", ImageFormat::Bmp)]
+    {
         files.push((name, file(&image, format)));
     }
     for (name, body) in files {
@@ -89,7 +91,7 @@ fn grey_sixteen_bit_and_cmyk_become_rgb() {
     let grey16 = image::ImageBuffer::from_fn(32, 32, |x, _| image::Luma([if x < 16 { 0x8000_u16 } else { 0xffff }]));
     let found = pixels(&store(&file(&DynamicImage::ImageLuma16(grey16), ImageFormat::Png), &config()).unwrap());
     assert!(is_near(*found.get_pixel(3, 3), [128; 3], 1) && is_near(*found.get_pixel(20, 3), [255; 3], 0));
-    let deep = image::ImageBuffer::from_pixel(32, 32, image::Rgba([0xffff_u16, 0, 0, 0xffff]));
+    let deep = image::ImageBuffer::from_pixel(32, 32, Rgba([0xffff_u16, 0, 0, 0xffff]));
     let found = pixels(&store(&file(&DynamicImage::ImageRgba16(deep), ImageFormat::Png), &config()).unwrap());
     assert_eq!(found.get_pixel(0, 0).0, [255, 0, 0]);
     // Ink values of a strong red: no cyan, full magenta and yellow, no black.
@@ -114,7 +116,13 @@ fn turned(orientation: u8) -> Vec<u8> {
 
 #[test]
 fn exif_orientation_is_applied() {
-    let cases = [(1, (80, 40), (5, 20)), (2, (80, 40), (75, 20)), (3, (80, 40), (75, 20)), (6, (40, 80), (20, 5)), (8, (40, 80), (20, 75))];
+    let cases = [
+        (1, (80, 40), (5, 20)),
+        (2, (80, 40), (75, 20)),
+        (3, (80, 40), (75, 20)),
+        (6, (40, 80), (20, 5)),
+        (8, (40, 80), (20, 75)),
+    ];
     for (orientation, size, red_at) in cases {
         let stored = store(&turned(orientation), &config()).unwrap();
         assert_eq!((stored.width, stored.height), size, "{orientation}");
@@ -137,7 +145,9 @@ fn png_header(width: u32, height: u32) -> Vec<u8> {
     chunk.extend(width.to_be_bytes());
     chunk.extend(height.to_be_bytes());
     chunk.extend([8, 2, 0, 0, 0]);
-    let crc = chunk.iter().fold(u32::MAX, |crc, b| (0..8).fold(crc ^ u32::from(*b), |c, _| (c >> 1) ^ (0xedb8_8320 & (c & 1).wrapping_neg())));
+    let crc = chunk
+        .iter()
+        .fold(u32::MAX, |crc, b| (0..8).fold(crc ^ u32::from(*b), |c, _| (c >> 1) ^ (0xedb8_8320 & (c & 1).wrapping_neg())));
     let mut out = b"\x89PNG\r\n\x1a\n\0\0\0\x0d".to_vec();
     out.extend(chunk);
     out.extend((!crc).to_be_bytes());
@@ -168,7 +178,10 @@ fn what_is_no_image_is_called_by_its_name() {
     let say = |body: &[u8]| store(body, &config()).unwrap_err();
     assert_eq!(say(b""), Refused::new(FetchStatus::Empty, "the body is empty"));
     assert_eq!(say(b"\n<!DOCTYPE html><p>no"), Refused::new(FetchStatus::NotImage, "the body is an html page"));
-    assert_eq!(say(b"\0\0\0\x20ftypavif...."), Refused::new(FetchStatus::NotImage, "the body is an avif image, which is not supported"));
+    assert_eq!(
+        say(b"\0\0\0\x20ftypavif...."),
+        Refused::new(FetchStatus::NotImage, "the body is an avif image, which is not supported")
+    );
     assert_eq!(say(b"<svg xmlns='x'/>").status, FetchStatus::NotImage);
     assert_eq!(say(b"GIF"), Refused::new(FetchStatus::NotImage, "the body is no known image format"));
 }
@@ -176,7 +189,12 @@ fn what_is_no_image_is_called_by_its_name() {
 #[test]
 fn half_a_file_is_no_image() {
     let image = two_halves(120, 120);
-    let whole = [jpeg(&image), file(&image.clone().into(), ImageFormat::Png), file(&image.clone().into(), ImageFormat::WebP), file(&image.into(), ImageFormat::Gif)];
+    let whole = [
+        jpeg(&image),
+        file(&image.clone().into(), ImageFormat::Png),
+        file(&image.clone().into(), ImageFormat::WebP),
+        file(&image.into(), ImageFormat::Gif),
+    ];
     for body in &whole {
         for share in [3, 50, 90] {
             let cut = &body[..body.len() * share / 100];

@@ -6,8 +6,23 @@ use crate::html::MAX_URL;
 
 /// Query keys that name a visit or a campaign, never a page.
 const SESSION_KEYS: [&str; 17] = [
-    "sid", "session", "sessionid", "session_id", "phpsessid", "jsessionid", "aspsessionid", "cfid", "cftoken", "zenid", "osCsid", "gclid",
-    "fbclid", "msclkid", "mc_cid", "mc_eid", "yclid",
+    "sid",
+    "session",
+    "sessionid",
+    "session_id",
+    "phpsessid",
+    "jsessionid",
+    "aspsessionid",
+    "cfid",
+    "cftoken",
+    "zenid",
+    "osCsid",
+    "gclid",
+    "fbclid",
+    "msclkid",
+    "mc_cid",
+    "mc_eid",
+    "yclid",
 ];
 /// Path segments of an address; more is a trap that grows at each step.
 const MAX_SEGMENTS: usize = 24;

@@ -17,9 +17,12 @@ pub(super) struct Frontier {
     by_host: HashMap<String, usize>,
     by_shape: HashMap<String, usize>,
     visited: usize,
-    /// What the pages so far link to, by host; of each host at most as many as could still be visited, the first in order.
-    next: BTreeMap<String, BTreeSet<String>>,
+    /// What the pages so far link to.
+    next: BTreeMap<String, Links>,
 }
+
+/// Links to one host, by their shape; of each shape at most as many as could still be visited, the first in order.
+type Links = BTreeMap<String, BTreeSet<String>>;
 
 impl Frontier {
     /// A crawl that starts with the seeds.
@@ -49,20 +52,15 @@ impl Frontier {
         if !self.in_scope(&url) || self.seen.contains(url.as_str()) {
             return;
         }
-        let host = url.authority().to_owned();
-        let left = self.config.max_pages_per_host.saturating_sub(self.by_host.get(&host).copied().unwrap_or(0));
-        if !self.next.contains_key(&host) && self.next.len() >= self.config.max_pages {
-            // Of too many hosts the first in order are kept.
-            if self.next.last_key_value().is_none_or(|(last, _)| *last <= host) {
-                return;
+        let (host, shape) = (url.authority().to_owned(), shape(&url));
+        let of_host = room_in(&mut self.next, host, self.config.max_pages);
+        let room = self.config.max_pages_per_host.saturating_sub(self.by_host.get(url.authority()).copied().unwrap_or(0));
+        let room_of_shape = self.config.max_pages_per_shape.saturating_sub(self.by_shape.get(&shape).copied().unwrap_or(0));
+        if let Some(links) = of_host.and_then(|links| room_in(links, shape, room)) {
+            links.insert(url.into());
+            if links.len() > room_of_shape {
+                links.pop_last();
             }
-            self.next.pop_last();
-        }
-        let pages = self.next.entry(host).or_default();
-        pages.insert(url.into());
-        // Numbers of one shape stand together: room for a few shapes, so that one of them cannot take all places.
-        if pages.len() > left.saturating_mul(4) {
-            pages.pop_last();
         }
     }
 
@@ -77,34 +75,39 @@ impl Frontier {
     /// side and a cap takes from all alike.
     pub(super) fn next_level(&mut self) -> Vec<Url> {
         let mut level = Vec::new();
-        for (host, pages) in std::mem::take(&mut self.next) {
+        for (host, shapes) in std::mem::take(&mut self.next) {
             let of_host = self.by_host.entry(host.clone()).or_default();
-            let mut rank = 0;
-            for url in pages {
-                if *of_host + rank >= self.config.max_pages_per_host {
-                    break;
-                }
-                let Ok(url) = Url::parse(&url) else { continue };
-                if self.seen.contains(url.as_str()) {
-                    continue;
-                }
-                let of_shape = self.by_shape.entry(shape(&url)).or_default();
-                if *of_shape < self.config.max_pages_per_shape {
-                    *of_shape += 1;
-                    level.push((rank, host.clone(), url));
-                    rank += 1;
-                }
+            let room = self.config.max_pages_per_host.saturating_sub(*of_host);
+            let fresh = |(shape, links): (String, BTreeSet<String>)| {
+                let unseen = links.into_iter().filter(|url| !self.seen.contains(url));
+                unseen.map(move |url| (url, shape.clone())).collect::<Vec<_>>()
+            };
+            let mut pages: Vec<(String, String)> = shapes.into_iter().flat_map(fresh).collect();
+            pages.sort_unstable();
+            pages.truncate(room);
+            *of_host += pages.len();
+            for (rank, (url, shape)) in pages.into_iter().enumerate() {
+                *self.by_shape.entry(shape).or_default() += 1;
+                level.push((rank, host.clone(), url));
             }
-            *of_host += rank;
         }
         level.sort();
         level.truncate(self.config.max_pages.saturating_sub(self.visited));
         self.visited += level.len();
-        for (_, _, url) in &level {
-            self.seen.insert(url.as_str().to_owned());
-        }
-        level.into_iter().map(|(_, _, url)| url).collect()
+        self.seen.extend(level.iter().map(|(_, _, url)| url.clone()));
+        level.into_iter().filter_map(|(_, _, url)| Url::parse(&url).ok()).collect()
     }
+}
+
+/// The value of a key in a map of at most `most` keys, made if need be; of too many keys the first in order are kept.
+fn room_in<V: Default>(map: &mut BTreeMap<String, V>, key: String, most: usize) -> Option<&mut V> {
+    if !map.contains_key(&key) && map.len() >= most {
+        if map.last_key_value().is_none_or(|(last, _)| *last <= key) {
+            return None;
+        }
+        map.pop_last();
+    }
+    Some(map.entry(key).or_default())
 }
 
 #[cfg(test)]
@@ -114,7 +117,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn frontier(change: impl FnOnce(&mut PagesConfig)) -> Frontier {
-        let mut config = PagesConfig { seeds: vec!["http://a.test/".to_owned()], hosts: vec!["*.b.test".to_owned()], ..PagesConfig::default() };
+        let mut config = PagesConfig {
+            seeds: vec!["http://a.test/".to_owned()],
+            hosts: vec!["*.b.test".to_owned()],
+            ..PagesConfig::default()
+        };
         change(&mut config);
         let mut frontier = Frontier::new(config);
         assert_eq!(level(&mut frontier), ["http://a.test/"]);
@@ -132,7 +139,17 @@ mod tests {
     #[test]
     fn stays_in_scope_and_visits_once() {
         let mut f = frontier(|_| {});
-        offer(&mut f, ["http://a.test/x?sid=1", "http://a.test/x?sid=2#y", "http://a.test/", "http://c.test/", "http://w.b.test/", "http://b.test/"]);
+        offer(
+            &mut f,
+            [
+                "http://a.test/x?sid=1",
+                "http://a.test/x?sid=2#y",
+                "http://a.test/",
+                "http://c.test/",
+                "http://w.b.test/",
+                "http://b.test/",
+            ],
+        );
         assert_eq!(level(&mut f), ["http://a.test/x", "http://w.b.test/"]);
         offer(&mut f, ["http://a.test/x", "http://a.test/moved"]);
         f.led_to(&Url::parse("http://a.test/moved").unwrap());
@@ -142,14 +159,27 @@ mod tests {
     #[test]
     fn hosts_take_turns() {
         let mut f = frontier(|c| c.max_pages = 5);
-        offer(&mut f, ["http://a.test/3", "http://a.test/2", "http://a.test/1", "http://x.b.test/2", "http://x.b.test/1", "http://y.b.test/9"]);
+        offer(
+            &mut f,
+            [
+                "http://a.test/3",
+                "http://a.test/2",
+                "http://a.test/1",
+                "http://x.b.test/2",
+                "http://x.b.test/1",
+                "http://y.b.test/9",
+            ],
+        );
         assert_eq!(level(&mut f), ["http://a.test/1", "http://x.b.test/1", "http://y.b.test/9", "http://a.test/2"]);
     }
 
     #[test]
     fn caps_hold_over_levels() {
         let mut f = frontier(|c| (c.max_pages_per_host, c.max_pages_per_shape) = (6, 3));
-        offer(&mut f, (0..50).map(|n| format!("http://a.test/calendar/{n}/{n}")).chain((0..50).map(|n| format!("http://a.test/zoo{n}x"))));
+        offer(
+            &mut f,
+            (0..50).map(|n| format!("http://a.test/calendar/{n}/{n}")).chain((0..50).map(|n| format!("http://a.test/zoo{n}x"))),
+        );
         let first = level(&mut f);
         assert_eq!(first.len(), 5, "the seed was the first of six: {first:?}");
         assert_eq!(first.iter().filter(|u| u.contains("calendar")).count(), 3);

@@ -117,7 +117,10 @@ mod tests {
         let index = b"<sitemapindex><sitemap><loc>http://a.test/s1.xml.gz</loc></sitemap></sitemapindex>";
         let found = parse(index, 10);
         assert_eq!((urls(&found.sitemaps), found.pages.len()), (vec!["http://a.test/s1.xml.gz"], 0));
-        assert_eq!(urls(&parse(b"http://a.test/1\r\n\nftp://a.test/2\nhttp://a.test/3", 10).pages), ["http://a.test/1", "http://a.test/3"]);
+        assert_eq!(
+            urls(&parse(b"http://a.test/1\r\n\nftp://a.test/2\nhttp://a.test/3", 10).pages),
+            ["http://a.test/1", "http://a.test/3"]
+        );
     }
 
     #[test]

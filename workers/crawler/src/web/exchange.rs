@@ -9,12 +9,16 @@ use std::time::{Duration, Instant};
 use capfilt_schemas::FetchStatus;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, LOCATION, RETRY_AFTER, USER_AGENT};
 use reqwest::{Client, Proxy, redirect};
+use tokio::sync::OwnedSemaphorePermit;
 use url::Url;
 
 use super::Failure;
 use crate::config::{CrawlerWorkerConfig, WebConfig};
 use crate::opt_out::Directives;
 use crate::{CrawlError, html};
+
+/// Why an attempt that takes too long ends.
+const LATE: &str = "the time for one attempt passed";
 
 /// What an answer is wanted for; it decides what is read of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,6 +48,9 @@ pub(crate) struct Answer {
     pub(crate) http_status: u16,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Vec<u8>,
+    /// The connection's place in the count: given back with the body, so that no more bodies wait for their work than are allowed to
+    /// be on the way.
+    pub(super) _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Answer {
@@ -124,7 +131,7 @@ pub(super) async fn exchange(
     let work = exchange_unbounded(client, url, web, want, max_body);
     match tokio::time::timeout(within, work).await {
         Ok(reply) => reply,
-        Err(_) => Err(Failure::new(FetchStatus::Timeout, "the total time for one attempt passed")),
+        Err(_) => Err(Failure::new(FetchStatus::Timeout, LATE)),
     }
 }
 
@@ -135,7 +142,9 @@ async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: W
     let fail = |status, reason: String| Failure { http_status: Some(code), ..Failure::new(status, reason) };
     match code {
         200..300 => {}
-        301 | 302 | 303 | 307 | 308 => return redirect_target(url, response.headers()).map(Reply::Redirect).map_err(|e| fail(FetchStatus::Redirect, e)),
+        301 | 302 | 303 | 307 | 308 => {
+            return redirect_target(url, response.headers()).map(Reply::Redirect).map_err(|e| fail(FetchStatus::Redirect, e));
+        }
         429 | 500.. => {
             let status = if code == 429 { FetchStatus::RateLimited } else { FetchStatus::HttpServer };
             let retry_after = retry_after(response.headers());
@@ -145,11 +154,13 @@ async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: W
         _ => return Err(fail(FetchStatus::HttpClient, format!("http {code}"))),
     }
     let headers = std::mem::take(response.headers_mut());
-    let answer = |body| Ok(Reply::Answer(Answer { url: url.clone(), http_status: code, headers: headers.clone(), body }));
-    if want == Want::Image && web.opt_out {
-        if let Some(wish) = Directives::of_headers(&headers, web.token()).refusal() {
-            return Err(fail(FetchStatus::OptOut, format!("the answer says {wish}")));
-        }
+    let answer =
+        |body| Ok(Reply::Answer(Answer { url: url.clone(), http_status: code, headers: headers.clone(), body, _place: None }));
+    if want == Want::Image
+        && web.opt_out
+        && let Some(wish) = Directives::of_headers(&headers, web.token()).refusal()
+    {
+        return Err(fail(FetchStatus::OptOut, format!("the answer says {wish}")));
     }
     if want == Want::Page && !may_be_html(&headers) {
         return answer(Vec::new());
@@ -164,7 +175,10 @@ async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: W
         let chunk = match response.chunk().await {
             Ok(Some(chunk)) => chunk,
             Ok(None) => return answer(body),
-            Err(e) => return Err(Failure { http_status: Some(code), ..classify(&e, FetchStatus::Truncated) }),
+            Err(e) => {
+                let failure = classify(&e, FetchStatus::Truncated);
+                return Err(Failure { http_status: (failure.status != FetchStatus::Timeout).then_some(code), ..failure });
+            }
         };
         let room = max_body - body.len();
         if chunk.len() > room {
@@ -198,6 +212,9 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 }
 
 /// The status of a request that failed before an answer (`otherwise` is `Connect`) or in its body (`Truncated`).
+///
+/// The reason is one of a few sentences: how the system words a broken connection differs from one time to the next, and rows must not.
+/// Its own words go to the log.
 fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failure {
     let mut status = if error.is_timeout() {
         FetchStatus::Timeout
@@ -206,26 +223,33 @@ fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failure {
     } else {
         otherwise
     };
-    // The outermost text only repeats the address.
-    let mut reason = String::new();
     let mut next = error.source();
     while let Some(cause) = next {
-        let line = cause.to_string();
-        if !reason.ends_with(&line) {
-            reason.push_str(if reason.is_empty() { "" } else { ": " });
-            reason.push_str(&line);
-        }
-        let inner = cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        if cause.is::<rustls::Error>() || inner.is_some_and(|e| e.is::<rustls::Error>()) {
+        if is_tls(cause) {
             status = FetchStatus::Tls;
         }
         // hyper tells this to servers only in a typed way.
-        if line == "message head is too large" {
+        if cause.to_string() == "message head is too large" {
             status = FetchStatus::TooLarge;
         }
         next = cause.source();
     }
-    Failure::new(status, if reason.is_empty() { error.to_string() } else { reason })
+    tracing::debug!(%status, ?error, "request failed");
+    let reason = match status {
+        FetchStatus::Timeout => LATE,
+        FetchStatus::Dns => "the host's name could not be resolved",
+        FetchStatus::Tls => "tls failed",
+        FetchStatus::TooLarge => "the headers are too large",
+        FetchStatus::Truncated => "the body broke off",
+        _ => "no connection, or it broke before an answer",
+    };
+    Failure::new(status, reason)
+}
+
+/// Whether it is an error of TLS, or an I/O error that wraps one.
+fn is_tls(error: &(dyn Error + 'static)) -> bool {
+    let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    error.is::<rustls::Error>() || wrapped.is_some_and(|inner| is_tls(inner))
 }
 
 /// Time that is used up only while we wait for the server, not while we wait for a turn.
@@ -266,7 +290,9 @@ mod tests {
     #[test]
     fn redirects_lead_to_the_web_only() {
         let from = Url::parse("http://a.test/x/y").unwrap();
-        let to = |location: &str| redirect_target(&from, &HeaderMap::from_iter([(LOCATION, location.parse().unwrap())])).map(String::from);
+        let to = |location: &str| {
+            redirect_target(&from, &HeaderMap::from_iter([(LOCATION, location.parse().unwrap())])).map(String::from)
+        };
         assert_eq!(to("z?q#f").as_deref(), Ok("http://a.test/x/z?q"));
         assert_eq!(to("//b.test").as_deref(), Ok("http://b.test/"));
         for bad in ["file:///etc/passwd", "data:,x", "http://", "ftp://a.test/"] {

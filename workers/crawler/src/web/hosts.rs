@@ -11,6 +11,11 @@ use tokio::time::{Instant, sleep_until};
 const FIRST_SPACING: Duration = Duration::from_millis(200);
 const MAX_SPACING: Duration = Duration::from_secs(10);
 const TRUST_AFTER: u32 = 30;
+/// A host that answers 429 this often in a row, however slowly it is asked, is left alone for [`LEFT_ALONE`].
+const GIVE_UP_AFTER: u32 = 16;
+const LEFT_ALONE: Duration = Duration::from_secs(600);
+/// A host is not left alone for longer than this, whatever it asks for.
+const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
 /// Hosts kept in memory before idle ones are first forgotten.
 const KEPT_HOSTS: usize = 10_000;
 /// A host that has been idle for this long may be forgotten, with whatever was learnt about it.
@@ -40,7 +45,14 @@ struct Pace {
     /// Time between the starts of two requests, as learnt from 429s.
     spacing: Duration,
     good_in_a_row: u32,
+    limited_in_a_row: u32,
+    /// Nothing is asked of the host before this.
+    shut_until: Option<Instant>,
 }
+
+/// The host is left alone for now: it asked for a long pause, or answers 429 to everything.
+#[derive(Debug)]
+pub(super) struct Shut;
 
 /// The right to one request; it ends when this is dropped.
 pub(super) struct Slot {
@@ -55,13 +67,19 @@ impl Hosts {
     }
 
     /// Waits until a request to `host` may start. `delay` is the host's own wish for the time between two requests.
-    pub(super) async fn enter(&self, host: &str, delay: Duration) -> Slot {
+    ///
+    /// # Errors
+    /// [`Shut`], as soon as it is known.
+    pub(super) async fn enter(&self, host: &str, delay: Duration) -> Result<Slot, Shut> {
         let host = self.host(host);
         let permit = Arc::clone(&host.slots).acquire_owned().await.ok();
         loop {
             let wait_until = {
                 let mut pace = host.pace();
                 let now = Instant::now();
+                if pace.shut_until.is_some_and(|until| until > now) {
+                    return Err(Shut);
+                }
                 if pace.next <= now {
                     pace.next = now + self.spacing.max(pace.spacing).max(delay);
                     break;
@@ -70,7 +88,7 @@ impl Hosts {
             };
             sleep_until(wait_until).await;
         }
-        Slot { host, _permit: permit }
+        Ok(Slot { host, _permit: permit })
     }
 
     fn host(&self, name: &str) -> Arc<Host> {
@@ -83,7 +101,8 @@ impl Hosts {
             known.hosts.retain(|_, host| Arc::strong_count(host) > 1 || host.pace().next + IDLE > now);
             known.limit = KEPT_HOSTS.max(known.hosts.len() * 2);
         }
-        let pace = Pace { next: Instant::now(), spacing: Duration::ZERO, good_in_a_row: 0 };
+        let pace =
+            Pace { next: Instant::now(), spacing: Duration::ZERO, good_in_a_row: 0, limited_in_a_row: 0, shut_until: None };
         let host = Arc::new(Host { slots: Arc::new(Semaphore::new(self.at_once)), pace: Mutex::new(pace) });
         known.hosts.insert(name.to_owned(), Arc::clone(&host));
         host
@@ -97,17 +116,26 @@ impl Host {
 }
 
 impl Slot {
-    /// The host answered 429: all its requests wait for `pause`, and follow one another more slowly from then on.
-    pub(super) fn too_fast(&self, pause: Duration) {
+    /// The host answered 429: all its requests wait for `pause`, and follow one another more slowly from then on. If the pause is longer
+    /// than `longest`, or nothing but 429 comes back, the host is left alone.
+    pub(super) fn too_fast(&self, pause: Duration, longest: Duration) {
         let mut pace = self.host.pace();
+        pace.limited_in_a_row += 1;
+        if pause > longest {
+            pace.shut_until = Some(Instant::now() + pause.min(LONGEST_PAUSE));
+        } else if pace.limited_in_a_row >= GIVE_UP_AFTER {
+            pace.limited_in_a_row = 0;
+            pace.shut_until = Some(Instant::now() + LEFT_ALONE);
+        }
         pace.spacing = (pace.spacing * 2).clamp(FIRST_SPACING, MAX_SPACING);
-        pace.next = pace.next.max(Instant::now() + pause);
+        pace.next = pace.next.max(Instant::now() + pause.min(longest));
         pace.good_in_a_row = 0;
     }
 
     /// The host answered well; after some of these it is trusted with a little more again.
     pub(super) fn fine(&self) {
         let mut pace = self.host.pace();
+        pace.limited_in_a_row = 0;
         pace.good_in_a_row += 1;
         if pace.good_in_a_row >= TRUST_AFTER {
             pace.good_in_a_row = 0;
@@ -129,7 +157,7 @@ mod tests {
         let (now, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let start = Instant::now();
         join_all((0..10).map(|_| async {
-            let _slot = hosts.enter("a", Duration::ZERO).await;
+            let _slot = hosts.enter("a", Duration::ZERO).await.unwrap();
             most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
             tokio::time::sleep(Duration::from_millis(30)).await;
             now.fetch_sub(1, Ordering::SeqCst);
@@ -156,9 +184,10 @@ mod tests {
     #[tokio::test]
     async fn a_429_slows_the_host_down_until_it_is_trusted_again() {
         let hosts = Hosts::new(4, 1000.0);
-        let slot = hosts.enter("a", Duration::ZERO).await;
-        slot.too_fast(Duration::from_millis(400));
-        slot.too_fast(Duration::ZERO);
+        let slot = hosts.enter("a", Duration::ZERO).await.unwrap();
+        let longest = Duration::from_secs(1);
+        slot.too_fast(Duration::from_millis(400), longest);
+        slot.too_fast(Duration::ZERO, longest);
         drop(slot);
         let start = Instant::now();
         drop(hosts.enter("a", Duration::ZERO).await);
@@ -172,8 +201,24 @@ mod tests {
         assert!(spacing() < FIRST_SPACING * 2);
         (0..TRUST_AFTER * 100).for_each(|_| slot.fine());
         assert!(spacing() < Duration::from_millis(1));
-        (0..20).for_each(|_| slot.too_fast(Duration::ZERO));
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(Duration::ZERO, longest));
         assert_eq!(spacing(), MAX_SPACING);
+    }
+
+    #[tokio::test]
+    async fn a_host_that_wants_no_more_is_left_alone() {
+        let longest = Duration::from_secs(1);
+        let hosts = Hosts::new(4, 1000.0);
+        hosts.enter("pause", Duration::ZERO).await.unwrap().too_fast(Duration::from_secs(1000), longest);
+        assert!(hosts.enter("pause", Duration::ZERO).await.is_err());
+        let slot = hosts.enter("never", Duration::ZERO).await.unwrap();
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(Duration::ZERO, longest));
+        slot.fine();
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(Duration::ZERO, longest));
+        assert!(hosts.host("never").pace().shut_until.is_none(), "a good answer in between");
+        slot.too_fast(Duration::ZERO, longest);
+        assert!(hosts.enter("never", Duration::ZERO).await.is_err());
+        assert!(hosts.enter("other", Duration::ZERO).await.is_ok());
     }
 
     #[test]

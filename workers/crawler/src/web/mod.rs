@@ -11,7 +11,7 @@ use std::time::Duration;
 use capfilt_schemas::FetchStatus;
 use reqwest::Client;
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
 pub(crate) use exchange::{Answer, Want};
@@ -33,7 +33,7 @@ struct Inner {
     client: Client,
     hosts: Hosts,
     robots: Robots,
-    connections: Semaphore,
+    connections: Arc<Semaphore>,
     settings: CrawlerWorkerConfig,
 }
 
@@ -68,7 +68,7 @@ impl Web {
             client: client(config)?,
             hosts: Hosts::new(config.per_host, config.requests_per_second),
             robots: Robots::default(),
-            connections: Semaphore::new(config.connections),
+            connections: Arc::new(Semaphore::new(config.connections)),
             settings: config.clone(),
         })))
     }
@@ -109,14 +109,13 @@ impl Web {
         loop {
             let Some(url) = seen.last().cloned() else { return Err(Failure::new(FetchStatus::BadUrl, "no address")) };
             let delay = if robots { self.permission(&url, config).await? } else { Duration::ZERO };
-            let (slot, connection) = self.turn(&url, delay).await?;
+            let (slot, place) = self.turn(&url, delay).await?;
             let ask = async |left| exchange(&self.0.client, &url, config, want, max_body, left).await;
             let reply = budget.spend(ask).await;
-            drop(connection);
             match reply {
                 Ok(Reply::Answer(answer)) => {
                     slot.fine();
-                    return Ok(answer);
+                    return Ok(Answer { _place: Some(place), ..answer });
                 }
                 Ok(Reply::Redirect(target)) => {
                     if seen.contains(&target) {
@@ -131,7 +130,7 @@ impl Web {
                 Err(failure) => {
                     if failure.status == FetchStatus::RateLimited {
                         let pause = failure.retry_after.unwrap_or(config.backoff);
-                        slot.too_fast(pause.min(config.max_retry_after));
+                        slot.too_fast(pause, config.max_retry_after.max(MAX_BACKOFF));
                     }
                     return Err(failure);
                 }
@@ -143,7 +142,9 @@ impl Web {
     async fn permission(&self, url: &Url, config: &WebConfig) -> Result<Duration, Failure> {
         match self.0.robots.of(self, url, config).await {
             Site::Rules(rules) if rules.allow(url) => Ok(rules.delay),
-            Site::Rules(_) => Err(Failure::new(FetchStatus::Robots, format!("robots.txt of {} forbids it", url.authority()))),
+            Site::Rules(_) => {
+                Err(Failure::new(FetchStatus::Robots, format!("robots.txt of {} forbids it", url.host_str().unwrap_or_default())))
+            }
             // Its robots.txt has been asked for often enough.
             Site::Closed(failure) => Err(Failure { may_pass: false, ..failure }),
         }
@@ -158,9 +159,14 @@ impl Web {
     }
 
     /// A turn at the host first, a connection then: who waits for a slow host holds up nobody else.
-    async fn turn(&self, url: &Url, delay: Duration) -> Result<(Slot, SemaphorePermit<'_>), Failure> {
-        let slot = self.0.hosts.enter(url.authority(), delay).await;
-        let connection = self.0.connections.acquire().await;
+    async fn turn(&self, url: &Url, delay: Duration) -> Result<(Slot, OwnedSemaphorePermit), Failure> {
+        let host = format!("{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default());
+        let shut = |_| Failure {
+            may_pass: false,
+            ..Failure::new(FetchStatus::RateLimited, "the host limits its rate and is left alone")
+        };
+        let slot = self.0.hosts.enter(&host, delay).await.map_err(shut)?;
+        let connection = Arc::clone(&self.0.connections).acquire_owned().await;
         Ok((slot, connection.map_err(|_| Failure::new(FetchStatus::Connect, "the client is closed"))?))
     }
 }

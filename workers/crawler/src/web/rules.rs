@@ -85,11 +85,6 @@ impl Rules {
         Self { rules, delay, sitemaps }
     }
 
-    /// Rules that allow nothing.
-    pub(super) fn deny_all() -> Self {
-        Self { rules: vec![Rule { pattern: b"/".to_vec(), allow: false }], ..Self::default() }
-    }
-
     /// Whether an address of the site may be asked for.
     pub(super) fn allow(&self, url: &Url) -> bool {
         let target = &url[Position::BeforePath..Position::AfterQuery];
@@ -97,7 +92,11 @@ impl Rules {
             return true;
         }
         let target = normal(target.as_bytes(), true);
-        self.rules.iter().find(|r| matches(&r.pattern, &target)).is_none_or(|r| r.allow)
+        let path = target.split(|b| *b == b'?').next().unwrap_or(&target);
+        // By the standard `/*.gif$` does not speak of `/x.gif?v=2`, but whoever writes it means the file: to forbid, the path is enough.
+        let speaks_of =
+            |r: &Rule| matches(&r.pattern, &target) || (!r.allow && r.pattern.ends_with(b"$") && matches(&r.pattern, path));
+        self.rules.iter().find(|r| speaks_of(r)).is_none_or(|r| r.allow)
     }
 }
 
@@ -191,7 +190,9 @@ mod tests {
             ("/*.php", "/folder/a.php?x", true),
             ("/*.php", "/", false),
             ("/*.php$", "/a.php", true),
-            ("/*.php$", "/a.php?x", false),
+            ("/*.php$", "/a.php?x", true),
+            ("/*.php$", "/a?x.php$", false),
+            ("/*.php$", "/a.phpx?y", false),
             ("/*.gif$", "/a.gif.gif", true),
             ("/fish*.php", "/fish/heads.php?a", true),
             ("/fish*.php", "/Fish.PHP", false),
@@ -222,9 +223,12 @@ mod tests {
     #[test]
     fn the_longest_rule_decides_and_allow_wins_a_tie() {
         let robots = "user-agent: *\ndisallow: /private/\nAllow: /private/drafts/public\nallow: /page\ndisallow: /*.htm\nDisallow: /tie\nAllow: /tie";
-        assert!(!allowed(robots, "/private/x") && allowed(robots, "/private/drafts/public/x") && !allowed(robots, "/private/drafts/"));
+        assert!(
+            !allowed(robots, "/private/x") && allowed(robots, "/private/drafts/public/x") && !allowed(robots, "/private/drafts/")
+        );
         assert!(!allowed(robots, "/page.htm") && allowed(robots, "/page.txt") && allowed(robots, "/tie"));
         assert!(allowed("User-agent: *\nDisallow: /", "/robots.txt"));
+        assert!(!allowed("User-agent: *\nDisallow: /\nAllow: /*.gif$", "/x.gif?v=1"), "to allow, all of it must match");
     }
 
     #[test]
@@ -233,12 +237,21 @@ mod tests {
                       Sitemap: http://a.test/s.xml\nUser-agent: CapFilt/2.0 # us\nDisallow: /us/\n";
         assert!(allowed(robots, "/all/") && !allowed(robots, "/us/"));
         let other = Rules::parse(robots.as_bytes(), "someone");
-        assert_eq!((other.delay, other.sitemaps.as_slice()), (Duration::from_secs(1), ["http://a.test/s.xml".to_owned()].as_slice()));
+        assert_eq!(
+            (other.delay, other.sitemaps.as_slice()),
+            (Duration::from_secs(1), ["http://a.test/s.xml".to_owned()].as_slice())
+        );
         assert!(!other.allow(&Url::parse("http://a.test/all/").unwrap()));
         assert!(!Rules::parse(robots.as_bytes(), "ccbot").allow(&Url::parse("http://a.test/x").unwrap()));
-        assert!(!allowed("User-agent: capfilt\nDisallow: /a\nUser-agent: x\nDisallow: /b\nUser-agent: capfilt\nDisallow: /c", "/c"), "groups add up");
+        assert!(
+            !allowed("User-agent: capfilt\nDisallow: /a\nUser-agent: x\nDisallow: /b\nUser-agent: capfilt\nDisallow: /c", "/c"),
+            "groups add up"
+        );
         assert!(allowed("User-agent: capfilt\nUser-agent: *\nAllow: /\n\nUser-agent: *\nDisallow: /x", "/x"));
-        assert!(allowed("User-agent: capfilt\n\nUser-agent: other\nDisallow: /x", "/x") == allowed("User-agent: capfilt\nUser-agent: other\nDisallow: /x", "/x"));
+        assert!(
+            allowed("User-agent: capfilt\n\nUser-agent: other\nDisallow: /x", "/x")
+                == allowed("User-agent: capfilt\nUser-agent: other\nDisallow: /x", "/x")
+        );
     }
 
     #[test]
@@ -248,12 +261,13 @@ mod tests {
         }
         assert!(!allowed("\u{feff}User-Agent : *\r\n  Disallow :/x  # why\r\n", "/x"));
         assert!(!allowed("User-agent: *\rDisallow: /x", "/x"));
-        assert!(!Rules::deny_all().allow(&Url::parse("http://a.test/").unwrap()));
     }
 
     #[test]
     fn delays_are_read_and_capped() {
-        for (value, wanted) in [("2.5", 2.5), ("0", 0.0), ("-1", 0.0), ("3600", 10.0), ("inf", 10.0), ("nan", 0.0), ("soon", 0.0), ("1e300", 10.0)] {
+        for (value, wanted) in
+            [("2.5", 2.5), ("0", 0.0), ("-1", 0.0), ("3600", 10.0), ("inf", 10.0), ("nan", 0.0), ("soon", 0.0), ("1e300", 10.0)]
+        {
             let delay = Rules::parse(format!("User-agent: *\nCrawl-delay: {value}").as_bytes(), "capfilt").delay;
             assert_eq!(delay.as_secs_f64(), wanted, "{value}");
         }

@@ -127,12 +127,9 @@ pub(super) enum Left<'a> {
     ByColumn(&'a [f32], usize),
 }
 
-/// Rows of a tile. With [`TILE_VECTORS`] it makes eight sums that do not wait for each other: what hides the latency of two
+/// Rows of a tile. With two vectors a row it makes eight sums that do not wait for each other: what hides the latency of two
 /// multiply-add units of four cycles.
 const TILE_ROWS: usize = 4;
-
-/// Vectors in a row of a tile.
-const TILE_VECTORS: usize = 2;
 
 /// `c = a · b` for small matrices on one thread: `a` is `m × k`, `b` is `k × n` with rows of stride `b_row`, and `c` is `m × n` with
 /// rows of stride `c_row`.
@@ -144,22 +141,33 @@ pub(super) fn small_matmul<S: Simd>(
     b: (&[f32], usize),
     (c, c_row): (&mut [f32], usize),
 ) {
-    let columns = TILE_VECTORS * S::F32_LANES;
-    for j in (0..n).step_by(columns) {
-        let width = columns.min(n - j);
-        let whole = m - m % TILE_ROWS;
+    let whole = m - m % TILE_ROWS;
+    let mut j = 0;
+    while j < n {
+        let width = (2 * S::F32_LANES).min(n - j);
+        let two = width > S::F32_LANES;
         for i in (0..whole).step_by(TILE_ROWS) {
-            tile::<S, TILE_ROWS>(simd, (i, j, k), width, a, b, (c, c_row));
+            if two {
+                tile::<S, TILE_ROWS, 2>(simd, (i, j, k), width, a, b, (c, c_row));
+            } else {
+                tile::<S, TILE_ROWS, 1>(simd, (i, j, k), width, a, b, (c, c_row));
+            }
         }
         for i in whole..m {
-            tile::<S, 1>(simd, (i, j, k), width, a, b, (c, c_row));
+            if two {
+                tile::<S, 1, 2>(simd, (i, j, k), width, a, b, (c, c_row));
+            } else {
+                tile::<S, 1, 1>(simd, (i, j, k), width, a, b, (c, c_row));
+            }
         }
+        j += width;
     }
 }
 
-/// `H` rows from `i` and `width` columns from `j` of a product.
+/// `H` rows from `i` and `width` columns (`V` vectors, the last of them perhaps not full) from `j` of a product.
 #[inline(always)]
-fn tile<S: Simd, const H: usize>(
+#[allow(clippy::needless_range_loop, reason = "a closure of an iterator would not be compiled for wide vectors")]
+fn tile<S: Simd, const H: usize, const V: usize>(
     simd: S,
     (i, j, k): (usize, usize, usize),
     width: usize,
@@ -168,41 +176,33 @@ fn tile<S: Simd, const H: usize>(
     (c, c_row): (&mut [f32], usize),
 ) {
     let lanes = S::F32_LANES;
-    let mut sums = [[simd.splat_f32s(0.0); TILE_VECTORS]; H];
-    let mut add = |l: usize, factors: [f32; H]| {
-        let row = &b[l * b_row + j..][..width];
-        let (first, second) = row.split_at(lanes.min(width));
-        // A full vector is loaded whole; the end of a row lane by lane.
-        let right = [first, second].map(|part| match S::as_simd_f32s(part).0 {
-            [whole] => *whole,
-            _ => simd.partial_load_f32s(part),
-        });
-        for (sums, factor) in sums.iter_mut().zip(factors) {
-            let factor = simd.splat_f32s(factor);
-            for (sum, right) in sums.iter_mut().zip(right) {
-                *sum = simd.mul_add_f32s(factor, right, *sum);
-            }
-        }
+    let zero = simd.splat_f32s(0.0);
+    let mut sums = [[zero; V]; H];
+    let (a, a_row, a_column) = match a {
+        Left::ByRow(elements, stride) => (&elements[i * stride..], stride, 1),
+        Left::ByColumn(elements, stride) => (&elements[i..], 1, stride),
     };
-    match a {
-        Left::ByRow(elements, stride) => {
-            let rows: [&[f32]; H] = std::array::from_fn(|r| &elements[(i + r) * stride..][..k]);
-            for l in 0..k {
-                add(l, rows.map(|row| row[l]));
+    for l in 0..k {
+        let row = &b[l * b_row + j..][..width];
+        let mut right = [zero; V];
+        if width == V * lanes {
+            right.copy_from_slice(S::as_simd_f32s(row).0);
+        } else {
+            for v in 0..V {
+                right[v] = simd.partial_load_f32s(&row[v * lanes..]);
             }
         }
-        Left::ByColumn(elements, stride) => {
-            for l in 0..k {
-                let column = &elements[l * stride + i..][..H];
-                add(l, std::array::from_fn(|r| column[r]));
+        for r in 0..H {
+            let factor = simd.splat_f32s(a[r * a_row + l * a_column]);
+            for v in 0..V {
+                sums[r][v] = simd.mul_add_f32s(factor, right[v], sums[r][v]);
             }
         }
     }
-    for (r, sums) in sums.into_iter().enumerate() {
+    for r in 0..H {
         let row = &mut c[(i + r) * c_row + j..][..width];
-        let (first, second) = row.split_at_mut(lanes.min(width));
-        for (part, sum) in [first, second].into_iter().zip(sums) {
-            simd.partial_store_f32s(part, sum);
+        for v in 0..V {
+            simd.partial_store_f32s(&mut row[v * lanes..], sums[r][v]);
         }
     }
 }

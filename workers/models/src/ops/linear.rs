@@ -3,10 +3,22 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
-use super::kernel::{RowKernel, RowSum, for_row_blocks, sum_over_rows};
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::kernel::{BLOCK_ROWS, Left, RowKernel, RowSum, for_row_blocks, small_matmul, sum_over_rows, vectorized};
 use super::{on_cpu, output, slice, with_slices};
 
+/// Elements of a weight up to which a product with it is made here. It then stays in a core's cache, where these loops are as fast as
+/// the library's product, which looks up the number of cores in `/proc/cpuinfo` at every call (0.1 ms: as much as such a product takes).
+const SMALL_WEIGHT: usize = 1 << 18;
+
+/// Elements of a result up to which the library sums in another order.
+const SMALL_PRODUCT: usize = 256;
+
 /// `x · weightᵀ + bias`: `x` is `(…, in)`, `weight` `(out, in)`, `bias` `(out)`, the result `(…, out)`.
+///
+/// On the CPU, with a weight that is stored column by column, a row of the result is bit for bit the same whatever other rows `x` has.
 ///
 /// # Errors
 ///
@@ -51,6 +63,38 @@ impl RowKernel for AddBias<'_> {
     }
 }
 
+/// `x · weight + bias` in blocks of rows, `weight` of shape `(in, out)`.
+fn small_product(x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    let outputs = bias.len().max(1);
+    let inputs = (weight.len() / outputs).max(1);
+    let mut out = vec![0.0; x.len() / inputs * outputs];
+    out.par_chunks_mut(BLOCK_ROWS * outputs)
+        .zip(x.par_chunks(BLOCK_ROWS * inputs))
+        .for_each(|(out, x)| vectorized(Product { x, weight, bias, out }));
+    out
+}
+
+/// A block of rows of a product.
+struct Product<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    bias: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { x, weight, bias, out } = self;
+        let outputs = bias.len();
+        let (rows, inputs) = (out.len() / outputs, weight.len() / outputs);
+        small_matmul(simd, (rows, outputs, inputs), Left::ByRow(x, inputs), (weight, outputs), (&mut *out, outputs));
+        AddBias(bias).rows(0, out);
+    }
+}
+
 /// Sums each column.
 struct ColumnSums<'a> {
     elements: &'a [f32],
@@ -84,13 +128,28 @@ impl CustomOp3 for Linear {
     ) -> Result<(CpuStorage, Shape)> {
         let (outputs, inputs) = weight_layout.shape().dims2()?;
         let rows = x_layout.shape().elem_count() / inputs.max(1);
-        let x_rows = Layout::contiguous_with_offset((rows, inputs), x_layout.start_offset());
-        let product = x.matmul(weight, (1, rows, outputs, inputs), &x_rows, &weight_layout.transpose(0, 1)?)?;
-        let CpuStorage::F32(mut product) = product else {
-            candle_core::bail!("linear: product of f32 matrices is not f32");
-        };
         let bias = slice(bias, bias_layout)?;
-        for_row_blocks(&mut product, outputs, &AddBias(bias));
+        let by_column = weight_layout.transpose(0, 1)?;
+        let product = if by_column.is_contiguous() && inputs * outputs <= SMALL_WEIGHT {
+            small_product(slice(x, x_layout)?, slice(weight, &by_column)?, bias)
+        } else {
+            let x_rows = Layout::contiguous_with_offset((rows, inputs), x_layout.start_offset());
+            let floor = if by_column.is_contiguous() { (SMALL_PRODUCT / outputs.max(1) + 1).max(2) } else { 0 };
+            let product = if rows < floor {
+                let mut padded = slice(x, x_layout)?.to_vec();
+                padded.resize(floor * inputs, 0.0);
+                let sizes = (1, floor, outputs, inputs);
+                CpuStorage::F32(padded).matmul(weight, sizes, &Layout::contiguous((floor, inputs)), &by_column)?
+            } else {
+                x.matmul(weight, (1, rows, outputs, inputs), &x_rows, &by_column)?
+            };
+            let CpuStorage::F32(mut product) = product else {
+                candle_core::bail!("linear: product of f32 matrices is not f32");
+            };
+            product.truncate(rows * outputs);
+            for_row_blocks(&mut product, outputs, &AddBias(bias));
+            product
+        };
         let mut shape = x_layout.dims().to_vec();
         if let Some(last) = shape.last_mut() {
             *last = outputs;

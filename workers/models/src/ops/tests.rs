@@ -1,6 +1,6 @@
 //! Each operation against its composed form, value and gradient, and its independence of the number of threads.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand_chacha::ChaCha8Rng;

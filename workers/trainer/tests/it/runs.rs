@@ -96,7 +96,6 @@ fn a_captioner_and_a_filter_learn_colours_and_shapes() {
         std::fs::create_dir_all(&folder).unwrap();
         let files = run(&training, &config(role), None, &folder);
         let found = metrics(&open(&files, &folder.join("model")), &held_out);
-        println!("{name}: {found:?}");
         assert_eq!(found.contains_key("captioner/cider_d"), role != Role::Filter);
         assert_eq!(found.contains_key("filter/auroc"), role != Role::Captioner);
         if role != Role::Filter {
@@ -155,7 +154,7 @@ fn a_parent_gives_its_tokenizer_and_on_request_its_weights() {
     assert_ne!(from_fresh["model.safetensors"], first["model.safetensors"]);
 
     // One tiny step from the parent's weights stays beside them: the parent's metrics hold.
-    let onward = TrainConfig { init: Init::Parent, peak_lr: 1e-7, min_lr: 0.0, ..fresh.clone() };
+    let onward = TrainConfig { init: Init::Parent, peak_lr: 1e-7, min_lr: 0.0, ..fresh };
     let held_out = pairs(8..9, Origin::Human);
     let child = open(&run(&training, &onward, Some(&parent), &folder("onward")), &folder("child"));
     let (before, after) = (metrics(&parent, &held_out), metrics(&child, &held_out));
@@ -178,7 +177,7 @@ fn bad_settings_and_sets_are_refused_before_any_step() {
     assert!(refused(TrainConfig { batch: 1, ..base.clone() }, &training).contains("`batch`"));
     assert!(refused(TrainConfig { clip: f64::NAN, ..base.clone() }, &training).contains("`clip`"));
     assert!(refused(base.clone(), &[]).contains("no pairs"));
-    let mut misshapen = training.clone();
+    let mut misshapen = training;
     misshapen[0].pixels = vec![0; 12].into();
     assert!(train(&misshapen, &base, None, dir.path(), |_| ControlFlow::Continue(())).is_err());
     let unknown = serde_json::from_str::<TrainConfig>(r#"{"role": "filter", "peak_learning_rate": 1}"#);

@@ -1,0 +1,182 @@
+//! The annotate stage: images with captions that people wrote, in the layout of COCO captions, into `annotated`.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, RecordBatch, StringBuilder};
+use arrow::datatypes::DataType;
+use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
+use capfilt_schemas::{Digest, FetchStatus, StageKind, Table, sample_id};
+use futures::{StreamExt, TryStreamExt, stream};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::CrawlError;
+use crate::config::{AnnotateConfig, AnnotateParams, AnnotatedSource, ImageConfig};
+use crate::html::clean;
+use crate::image::{self, Refused};
+use crate::rows::{ImageColumns, Outcome, list_of};
+
+/// Raised whenever the same task would give other rows than before.
+pub const ANNOTATE_VERSION: u32 = 1;
+
+/// Longest caption kept, in characters.
+const MAX_CAPTION: usize = 1_000;
+/// Images decoded at the same time, and rows put together at a time.
+const AT_ONCE: usize = 32;
+
+/// Reads annotated sets from local folders.
+pub struct Annotate {
+    sets: HashMap<Digest, AnnotatedSource>,
+}
+
+/// The parts of a COCO captions file that are read.
+#[derive(Deserialize)]
+struct CocoFile {
+    images: Vec<CocoImage>,
+    annotations: Vec<CocoAnnotation>,
+}
+
+#[derive(Deserialize)]
+struct CocoImage {
+    /// A number or a text.
+    id: Value,
+    file_name: String,
+}
+
+#[derive(Deserialize)]
+struct CocoAnnotation {
+    image_id: Value,
+    caption: String,
+}
+
+/// One image of a set, with its captions in the order of the file.
+struct Annotated {
+    file_name: String,
+    captions: Vec<String>,
+}
+
+impl Annotate {
+    /// The stage for the sets of `config`, and the parameters of its tasks, one for each set. The files are read to be named by content.
+    ///
+    /// # Errors
+    /// [`CrawlError::Read`].
+    pub fn new(config: &AnnotateConfig) -> Result<(Self, Vec<AnnotateParams>), CrawlError> {
+        config.check()?;
+        let (mut sets, mut tasks) = (HashMap::new(), Vec::new());
+        for source in &config.sources {
+            let bytes = std::fs::read(&source.annotations).map_err(|e| CrawlError::read(&source.annotations, e))?;
+            let digest = Digest::of(&bytes);
+            tasks.push(AnnotateParams { name: source.name.clone(), annotations: digest, image: config.image.clone() });
+            sets.insert(digest, source.clone());
+        }
+        Ok((Self { sets }, tasks))
+    }
+
+    fn start(&self, work: &Work) -> Result<RowStream, StageError> {
+        let params: AnnotateParams = work.params()?;
+        let wanted = params.annotations;
+        let set = self.sets.get(&wanted).ok_or_else(|| CrawlError::WrongFile {
+            what: "annotations",
+            wanted,
+            found: self.sets.keys().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        })?;
+        let path = set.annotations.clone();
+        let folder = set.images.clone().unwrap_or_else(|| path.parent().map(Path::to_path_buf).unwrap_or_default());
+        let facts = work.facts.clone();
+        let (name, config) = (params.name, Arc::new(params.image));
+        let read = async move {
+            let (images, without) = on_rayon(move || read_coco(&path, wanted)).await??;
+            facts.add("images_without_caption", without);
+            Ok::<_, StageError>(stream::iter(images.into_iter().map(Ok)))
+        };
+        let format = config.format;
+        let rows = stream::once(read)
+            .try_flatten()
+            .map_ok(move |annotated: Annotated| {
+                let (file, config) = (folder.join(&annotated.file_name), Arc::clone(&config));
+                async move {
+                    let outcome = on_rayon(move || load(&file, &config)).await?;
+                    Ok((annotated, outcome))
+                }
+            })
+            .try_buffered(AT_ONCE)
+            .try_chunks(AT_ONCE)
+            .map_err(|e| e.1)
+            .and_then(move |rows| std::future::ready(batch(&name, &rows, format)));
+        Ok(rows.boxed())
+    }
+}
+
+impl Stage for Annotate {
+    fn kind(&self) -> StageKind {
+        StageKind::Annotate
+    }
+
+    fn process(&self, work: Work, _input: RowStream) -> RowStream {
+        self.start(&work).unwrap_or_else(|e| stream::once(async { Err(e) }).boxed())
+    }
+}
+
+/// The images that have a caption, in the order of the file, and how many have none.
+fn read_coco(path: &PathBuf, wanted: Digest) -> Result<(Vec<Annotated>, u64), CrawlError> {
+    let bytes = std::fs::read(path).map_err(|e| CrawlError::read(path, e))?;
+    let found = Digest::of(&bytes);
+    if found != wanted {
+        return Err(CrawlError::WrongFile { what: "annotations", wanted, found: found.to_string() });
+    }
+    let coco: CocoFile = serde_json::from_slice(&bytes)
+        .map_err(|e| CrawlError::format(path, format!("it is not a COCO captions file with `images` and `annotations` ({e})")))?;
+    let mut captions: HashMap<String, Vec<String>> = HashMap::new();
+    for annotation in coco.annotations {
+        let caption = clean(&annotation.caption, MAX_CAPTION);
+        if !caption.is_empty() {
+            captions.entry(annotation.image_id.to_string()).or_default().push(caption);
+        }
+    }
+    let of_image =
+        |image: CocoImage| Some(Annotated { captions: captions.remove(&image.id.to_string())?, file_name: image.file_name });
+    let all = coco.images.len() as u64;
+    let images: Vec<Annotated> = coco.images.into_iter().filter_map(of_image).collect();
+    let without = all - images.len() as u64;
+    Ok((images, without))
+}
+
+/// Reads, decodes and re-encodes one file.
+fn load(file: &Path, config: &ImageConfig) -> Outcome {
+    match std::fs::read(file) {
+        Err(e) => Outcome::refused(Refused::new(FetchStatus::BadUrl, format!("the file cannot be read ({})", e.kind())), None),
+        Ok(body) => match image::store(&body, config) {
+            Err(refused) => Outcome::refused(refused, None),
+            Ok(image) => Outcome {
+                status: FetchStatus::Ok,
+                error: None,
+                http_status: None,
+                bytes_downloaded: Some(body.len() as u64),
+                image: Some(image),
+            },
+        },
+    }
+}
+
+/// Rows of `annotated`. The address of an image is `annotated:<set>/<file>`: it has none on the web.
+fn batch(name: &str, rows: &[(Annotated, Outcome)], format: crate::config::StoredFormat) -> Result<RecordBatch, StageError> {
+    let mut texts: [StringBuilder; 3] = Default::default();
+    let mut captions = list_of(StringBuilder::new(), DataType::Utf8);
+    let mut images = ImageColumns::default();
+    for (annotated, outcome) in rows {
+        let [sample, url, source] = &mut texts;
+        let address = format!("annotated:{name}/{}", annotated.file_name);
+        sample.append_value(sample_id(&address, &annotated.captions[0]));
+        url.append_value(&address);
+        source.append_value(name);
+        annotated.captions.iter().for_each(|c| captions.values().append_value(c));
+        captions.append(true);
+        images.push(outcome, format);
+    }
+    let mut columns: Vec<ArrayRef> = texts.iter_mut().map(|b| Arc::new(b.finish()) as ArrayRef).collect();
+    columns.push(Arc::new(captions.finish()));
+    columns.extend(images.finish());
+    Ok(RecordBatch::try_new(Table::Annotated.schema(), columns)?)
+}

@@ -1,0 +1,101 @@
+//! The discover stage: a source's texts against the query list, into `candidates`.
+
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, RecordBatch, StringBuilder, UInt32Builder};
+use arrow::datatypes::DataType;
+use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
+use capfilt_schemas::{StageKind, Table, sample_id};
+use futures::{StreamExt, TryStreamExt, stream};
+
+use crate::config::{DiscoverParams, SourceConfig};
+use crate::rows::list_of;
+use crate::sources::{Found, FoundStream, crawl, read_list};
+use crate::{CrawlError, Matcher, Web};
+
+/// Raised whenever the same task would give other rows than before.
+pub const DISCOVER_VERSION: u32 = 1;
+
+/// Reads one source and keeps the texts that some query is for.
+pub struct Discover {
+    web: Web,
+    matcher: Arc<Matcher>,
+}
+
+impl Discover {
+    /// The stage for tasks with the query list of `matcher`.
+    #[must_use]
+    pub const fn new(web: Web, matcher: Arc<Matcher>) -> Self {
+        Self { web, matcher }
+    }
+
+    fn start(&self, work: &Work) -> Result<RowStream, StageError> {
+        let params: DiscoverParams = work.params()?;
+        let here = self.matcher.digest();
+        if params.queries != here {
+            let error = CrawlError::WrongFile { what: "query list", wanted: params.queries, found: here.to_string() };
+            return Err(error.into());
+        }
+        let (source, found): (String, FoundStream) = match params.source {
+            SourceConfig::Pages(pages) => {
+                ("pages".to_owned(), crawl(self.web.clone(), pages, params.web, params.max_text, work.clone()))
+            }
+            SourceConfig::List(list) => {
+                let name = list.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                (name, read_list(list, params.max_text, work.clone()))
+            }
+        };
+        let (matcher, facts) = (Arc::clone(&self.matcher), work.facts.clone());
+        // One batch is matched while the next is on its way.
+        let matched = found
+            .map(move |batch| {
+                let (matcher, source, facts) = (Arc::clone(&matcher), source.clone(), facts.clone());
+                async move {
+                    let batch = batch?;
+                    let texts = batch.len() as u64;
+                    let rows = on_rayon(move || candidates(&batch, &source, &matcher)).await??;
+                    facts.add("texts_seen", texts);
+                    facts.add("texts_without_query", texts - rows.num_rows() as u64);
+                    Ok(rows)
+                }
+            })
+            .buffered(2)
+            .try_filter(|rows| std::future::ready(rows.num_rows() > 0));
+        Ok(matched.boxed())
+    }
+}
+
+impl Stage for Discover {
+    fn kind(&self) -> StageKind {
+        StageKind::Discover
+    }
+
+    fn process(&self, work: Work, _input: RowStream) -> RowStream {
+        self.start(&work).unwrap_or_else(|e| stream::once(async { Err(e) }).boxed())
+    }
+}
+
+/// Rows of `candidates`, one for each text that holds a query, in order.
+fn candidates(found: &[Found], source: &str, matcher: &Matcher) -> Result<RecordBatch, StageError> {
+    let mut texts: [StringBuilder; 6] = Default::default();
+    let mut queries = list_of(UInt32Builder::new(), DataType::UInt32);
+    let (mut scratch, mut ids) = (String::new(), Vec::new());
+    for f in found {
+        matcher.find(&f.text, &mut scratch, &mut ids);
+        if ids.is_empty() {
+            continue;
+        }
+        let [sample, url, text, text_source, page, from] = &mut texts;
+        sample.append_value(sample_id(&f.url, &f.text));
+        url.append_value(&f.url);
+        text.append_value(&f.text);
+        text_source.append_value(f.text_source.as_str());
+        page.append_option(f.page_url.as_ref());
+        from.append_value(source);
+        queries.values().append_slice(&ids);
+        queries.append(true);
+    }
+    let mut columns: Vec<ArrayRef> = texts.iter_mut().map(|b| Arc::new(b.finish()) as ArrayRef).collect();
+    columns.push(Arc::new(queries.finish()));
+    Ok(RecordBatch::try_new(Table::Candidates.schema(), columns)?)
+}

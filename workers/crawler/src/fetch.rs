@@ -1,0 +1,141 @@
+//! The fetch stage: `selected` rows in, the same rows with their image, or the reason why there is none, out.
+
+use std::sync::Arc;
+
+use arrow::array::{AsArray, RecordBatch};
+use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
+use capfilt_schemas::{FetchStatus, StageKind, Table, column};
+use futures::{StreamExt, TryStreamExt, stream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use url::Url;
+
+use crate::config::{FetchConfig, FetchParams, ImageConfig, StoredFormat};
+use crate::image::{self, Refused};
+use crate::rows::{ImageColumns, Outcome};
+use crate::web::{Want, Web};
+
+/// Raised whenever the same task would give other rows than before.
+pub const FETCH_VERSION: u32 = 1;
+
+/// Rows begun before an earlier one has ended; a row that waits for a slow host holds little, so there may be many.
+const AHEAD: usize = 4096;
+/// The unit in which memory for finished images is counted.
+const UNIT: usize = 1024;
+
+/// Downloads images. Many requests are at work at once; rows come out in the order in which they came in.
+pub struct Fetch {
+    web: Web,
+}
+
+impl Fetch {
+    /// The stage.
+    #[must_use]
+    pub const fn new(web: Web) -> Self {
+        Self { web }
+    }
+
+    fn start(&self, work: &Work, input: RowStream) -> Result<RowStream, StageError> {
+        let config = Arc::new(work.params::<FetchParams>()?.fetch);
+        let memory = self.web.settings().buffer / UNIT;
+        let largest = (largest_result(&config) / UNIT + 1).min(memory.max(1)).min(u32::MAX as usize) as u32;
+        let room = Arc::new(Semaphore::new(memory.clamp(1, Semaphore::MAX_PERMITS)));
+        let format = config.image.format;
+        let (web, facts) = (self.web.clone(), work.facts.clone());
+        let rows = input
+            .map_ok(|batch| {
+                let batch = Arc::new(batch);
+                stream::iter((0..batch.num_rows()).map(move |row| Ok((Arc::clone(&batch), row))))
+            })
+            .try_flatten();
+        // Room for the largest result is taken in the order of the rows, and what is not needed is given back: so the earliest row
+        // never waits for a later one.
+        let results = rows
+            .and_then(move |row| {
+                let room = Arc::clone(&room);
+                async move { Ok((row, room.acquire_many_owned(largest).await.map_err(|_| StageError::Cancelled)?)) }
+            })
+            .map_ok(move |((batch, row), room)| {
+                let (web, config) = (web.clone(), Arc::clone(&config));
+                async move {
+                    let url = batch
+                        .column_by_name(column::URL)
+                        .map_or_else(String::new, |c| c.as_string::<i32>().value(row).to_owned());
+                    let outcome = fetch(&web, &url, &config).await?;
+                    let size = outcome.image.as_ref().map_or(0, |i| i.bytes.len());
+                    Ok((batch, row, outcome, shrunk(room, size)))
+                }
+            })
+            .try_buffered(AHEAD);
+        let mut columns = ImageColumns::default();
+        let batches = results.try_filter_map(move |(batch, row, outcome, _room)| {
+            facts.add("bytes_downloaded", outcome.bytes_downloaded.unwrap_or(0));
+            columns.push(&outcome, format);
+            let done = (row + 1 == batch.num_rows()).then(|| samples(&batch, std::mem::take(&mut columns))).transpose();
+            std::future::ready(done)
+        });
+        Ok(batches.boxed())
+    }
+}
+
+impl Stage for Fetch {
+    fn kind(&self) -> StageKind {
+        StageKind::Fetch
+    }
+
+    fn process(&self, work: Work, input: RowStream) -> RowStream {
+        self.start(&work, input).unwrap_or_else(|e| stream::once(async { Err(e) }).boxed())
+    }
+}
+
+/// The most bytes that a stored image can have: three a pixel of the largest stored size, or of the largest allowed one.
+fn largest_result(config: &FetchConfig) -> usize {
+    let ImageConfig { size, max_aspect, max_pixels, .. } = config.image;
+    let pixels = if size == 0 { max_pixels } else { (f64::from(size) * f64::from(size) * max_aspect) as u64 };
+    let bytes_a_pixel = if config.image.format == StoredFormat::Png { 3 } else { 2 };
+    usize::try_from(pixels.min(max_pixels)).unwrap_or(usize::MAX).saturating_mul(bytes_a_pixel)
+}
+
+/// Keeps of the room what `size` bytes need.
+fn shrunk(mut room: OwnedSemaphorePermit, size: usize) -> OwnedSemaphorePermit {
+    let rest = room.num_permits().saturating_sub(size / UNIT + 1);
+    drop(room.split(rest));
+    room
+}
+
+/// One row's download.
+///
+/// # Errors
+/// Only if the program is being stopped; whatever the web does is an outcome.
+async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>) -> Result<Outcome, StageError> {
+    let parsed = Url::parse(url).ok().filter(|u| matches!(u.scheme(), "http" | "https") && u.has_host());
+    let Some(mut address) = parsed else {
+        return Ok(Outcome::refused(Refused::new(FetchStatus::BadUrl, "not an absolute http or https address"), None));
+    };
+    address.set_fragment(None);
+    let answer = match web.get(&address, &config.web, Want::Image, config.max_body).await {
+        Ok(answer) => answer,
+        Err(failure) => return Ok(Outcome::refused(Refused::new(failure.status, failure.reason), failure.http_status)),
+    };
+    let config = Arc::clone(config);
+    on_rayon(move || {
+        let http_status = Some(answer.http_status);
+        match image::store(&answer.body, &config.image) {
+            Ok(image) => Outcome {
+                status: FetchStatus::Ok,
+                error: None,
+                http_status,
+                bytes_downloaded: Some(answer.body.len() as u64),
+                image: Some(image),
+            },
+            Err(refused) => Outcome::refused(refused, http_status),
+        }
+    })
+    .await
+}
+
+/// The rows of a `selected` batch with their image columns.
+fn samples(selected: &RecordBatch, images: ImageColumns) -> Result<RecordBatch, StageError> {
+    let mut columns = selected.columns().to_vec();
+    columns.extend(images.finish());
+    Ok(RecordBatch::try_new(Table::Samples.schema(), columns)?)
+}

@@ -1,0 +1,94 @@
+//! Running one stage on one task.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::array::{Array, ArrayRef, AsArray, ListArray, RecordBatch, StringArray, UInt32Array};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field};
+use capfilt_crawler::{CrawlerWorkerConfig, WebConfig};
+use capfilt_runtime::{Stage, StageError, Work};
+use capfilt_schemas::{RunId, Table, Task, sample_id};
+use capfilt_store::Store;
+use futures::{StreamExt, TryStreamExt, stream};
+use serde::Serialize;
+use serde_json::Value;
+
+/// Short times, so that misbehaviour is over soon.
+pub(crate) fn web() -> WebConfig {
+    WebConfig { timeout: Duration::from_secs(1), retries: 1, backoff: Duration::from_millis(40), ..WebConfig::default() }
+}
+
+/// Every name leads to `address`, at full speed.
+pub(crate) fn worker(address: std::net::SocketAddr) -> CrawlerWorkerConfig {
+    CrawlerWorkerConfig {
+        requests_per_second: 10_000.0,
+        per_host: 64,
+        resolve: [("*".to_owned(), address)].into(),
+        ..CrawlerWorkerConfig::default()
+    }
+}
+
+/// What a stage makes of a task: its rows as one batch, and its facts.
+pub(crate) async fn run(
+    stage: &dyn Stage,
+    params: &impl Serialize,
+    input: Vec<RecordBatch>,
+) -> Result<(RecordBatch, Value), StageError> {
+    let folder = tempfile::tempdir().unwrap();
+    run_in(stage, params, input, folder.path()).await
+}
+
+async fn run_in(
+    stage: &dyn Stage,
+    params: &impl Serialize,
+    input: Vec<RecordBatch>,
+    folder: &Path,
+) -> Result<(RecordBatch, Value), StageError> {
+    let params = serde_json::to_value(params).unwrap();
+    let task = Task { stage: stage.kind(), stage_version: 1, params, model: None, inputs: vec![] };
+    let work = Work::new(task, Store::open("memory:").await.unwrap(), RunId::new("test").unwrap(), folder);
+    let facts = work.facts.clone();
+    let rows = stage.process(work, stream::iter(input.into_iter().map(Ok)).boxed());
+    let batches: Vec<RecordBatch> = rows.try_collect().await?;
+    let whole = arrow::compute::concat_batches(&stage.kind().output().schema(), &batches)?;
+    Ok((whole, facts.to_value()))
+}
+
+/// `selected` rows with these addresses, in batches of three.
+pub(crate) fn selected(urls: &[String]) -> Vec<RecordBatch> {
+    let texts = |values: Vec<String>| Arc::new(StringArray::from(values)) as ArrayRef;
+    let batch = |urls: &[String]| {
+        let n = urls.len();
+        let ids = UInt32Array::from(vec![0; n]);
+        let item = Arc::new(Field::new("item", DataType::UInt32, false));
+        let list = Arc::new(ListArray::new(item, OffsetBuffer::from_lengths(vec![1; n]), Arc::new(ids), None)) as ArrayRef;
+        let columns = vec![
+            texts(urls.iter().map(|u| sample_id(u, "a cat")).collect()),
+            texts(urls.to_vec()),
+            texts(vec!["a cat".to_owned(); n]),
+            texts(vec!["alt".to_owned(); n]),
+            Arc::new(StringArray::from(vec![None::<&str>; n])) as ArrayRef,
+            texts(vec!["test".to_owned(); n]),
+            Arc::clone(&list),
+            list,
+        ];
+        RecordBatch::try_new(Table::Selected.schema(), columns).unwrap()
+    };
+    urls.chunks(3).map(batch).collect()
+}
+
+/// A text column; `-` where it is null.
+pub(crate) fn texts(batch: &RecordBatch, name: &str) -> Vec<String> {
+    let column = batch.column_by_name(name).unwrap().as_string::<i32>();
+    (0..column.len()).map(|i| if column.is_null(i) { "-".to_owned() } else { column.value(i).to_owned() }).collect()
+}
+
+/// A small PNG of its own for each number.
+pub(crate) fn png(number: u8) -> Vec<u8> {
+    let image = image::RgbImage::from_fn(64, 48, |x, y| image::Rgb([number, (x * 3) as u8, (y * 5) as u8]));
+    let mut out = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut out, image::ImageFormat::Png).unwrap();
+    out.into_inner()
+}
