@@ -50,7 +50,7 @@ pub struct Progress<'a> {
 ///
 /// The result depends on the pairs as a set, the settings and the parent alone. `resume_dir` takes the state of the unfinished run;
 /// called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may stop the run by
-/// [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (see [`TrainConfig::image_size`]).
+/// [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (`model.image_size`, or the parent's).
 ///
 /// # Errors
 ///

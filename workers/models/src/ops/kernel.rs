@@ -179,8 +179,9 @@ fn tile<S: Simd, const H: usize, const V: usize>(
     let zero = simd.splat_f32s(0.0);
     let mut sums = [[zero; V]; H];
     let (a, a_row, a_column) = match a {
-        Left::ByRow(elements, stride) => (&elements[i * stride..], stride, 1),
-        Left::ByColumn(elements, stride) => (&elements[i..], 1, stride),
+        // With `k` = 0 there are no elements, and none is read.
+        Left::ByRow(elements, stride) => (elements.get(i * stride..).unwrap_or(&[]), stride, 1),
+        Left::ByColumn(elements, stride) => (elements.get(i..).unwrap_or(&[]), 1, stride),
     };
     for l in 0..k {
         let row = &b[l * b_row + j..][..width];
