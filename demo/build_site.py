@@ -33,9 +33,9 @@ from pictures import Item, alike, key, render
 from placements import HOSTS, START_HOST, Placement, plan
 from queries import query_list
 
-ANNOTATED = 780
+ANNOTATED = 1_900
 HELD_OUT = 280
-SAMPLED = {"load_openclipart": 420, "load_games": 100}  # weak texts: as much as the noise needs
+SAMPLED = {"load_openclipart": 1_000, "load_games": 100}  # weak texts: as much as the noise needs
 CHUNK = 220  # pictures drawn by one call of a helper process
 
 

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Runs the benches, or the one named: scripts/bench.sh [fetch|models|rebuild]. They are built in the one profile of everything.
+# Runs the benches, or the one named: scripts/bench.sh [fetch|models|rebuild], each beside its peer where there is one. Prints a line for
+# a person and a line of JSON for each figure; the JSON is kept in target/bench/<name>.jsonl. Built in the one profile of everything.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v cargo >/dev/null || export PATH="$HOME/.cargo/bin:$PATH"
+scripts/setup.sh bench
+export IMG2DATASET=$PWD/.venv-bench/bin/img2dataset
 if [ $# -gt 0 ]; then selection=(--bench "$1"); else selection=(--bench fetch --bench models --bench rebuild); fi
-exec cargo bench --profile dev --package capfilt-tests --locked --quiet "${selection[@]}"
+exec cargo bench --profile dev --workspace --locked --quiet "${selection[@]}"

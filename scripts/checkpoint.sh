@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes the demo's checkpoints again: for each demo/checkpoints/<role>.json (settings of the trainer and of the judge), trains on the
-# demo's annotated pictures, judges on its held-out ones, and replaces demo/checkpoints/<role>/.
+# demo's annotated pictures, judges on its held-out ones, and replaces demo/checkpoints/<role>/. The filter starts from the captioner.
 #
-#     scripts/checkpoint.sh [ROLE ...]        without a role: all
+#     scripts/checkpoint.sh [ROLE ...]        without a role: captioner, then filter
 #
 # An unfinished training goes on from where it was saved. The same settings and pictures give the same files on the same kind of CPU.
 set -euo pipefail
@@ -12,12 +12,7 @@ data=.cache/demo
 folder=demo/checkpoints
 
 roles=("$@")
-if [ ${#roles[@]} -eq 0 ]; then
-  for settings in "$folder"/*.json; do
-    [ -f "$settings" ] || { echo "checkpoint: no settings in $folder" >&2 && exit 1; }
-    roles+=("$(basename "$settings" .json)")
-  done
-fi
+[ ${#roles[@]} -gt 0 ] || roles=(captioner filter)
 for role in "${roles[@]}"; do
   [ -f "$folder/$role.json" ] || { echo "checkpoint: there is no $folder/$role.json" >&2 && exit 2; }
 done
@@ -27,6 +22,8 @@ demo/get_data.sh "$data/packages"
 .venv/bin/python demo/build_site.py --packages "$data/packages" --out "$data"
 for role in "${roles[@]}"; do
   echo "checkpoint: training $role"
+  parent=()
+  [ "$role" = captioner ] || parent=("$folder/captioner")
   cargo run --quiet --package capfilt-trainer --example train_coco --locked -- \
-    "$folder/$role.json" "$data/annotated/annotated.json" "$data/heldout/heldout.json" "$folder/$role"
+    "$folder/$role.json" "$data/annotated/annotated.json" "$data/heldout/heldout.json" "$folder/$role" "${parent[@]}"
 done

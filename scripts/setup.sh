@@ -3,13 +3,14 @@
 #
 #     scripts/setup.sh demo       a C compiler, Python 3 with venv, and in .venv what builds the demo's site
 #     scripts/setup.sh test       the same, rustfmt and clippy, and in .venv what opens the exports
+#     scripts/setup.sh bench      a C compiler, Python 3 with venv, and in .venv-bench the peers that the benches run beside ours
 #     scripts/setup.sh goldens    the same as demo, and in .venv-goldens what the models' golden files are made with (large)
 #
 # What is there already is left alone; then it takes a fraction of a second and says nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 level=${1:-test}
-case "$level" in demo | test | goldens) ;; *) echo "setup: unknown level '$level': use demo, test or goldens" >&2 && exit 2 ;; esac
+case "$level" in demo | test | bench | goldens) ;; *) echo "setup: unknown level '$level': use demo, test, bench or goldens" >&2 && exit 2 ;; esac
 
 say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2 && exit 1; }
@@ -33,7 +34,7 @@ command -v cargo >/dev/null || fail "no cargo found: install a Rust toolchain (r
 missing=()
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
 venv=.venv
-[ "$level" != goldens ] || venv=.venv-goldens
+case "$level" in bench | goldens) venv=.venv-$level ;; esac
 requirements=scripts/requirements-$level.txt
 if ! "$venv/bin/python" -c '' 2>/dev/null; then
   python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3 python3-venv)

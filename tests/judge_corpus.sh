@@ -39,7 +39,7 @@ port=$(sed -n 's/.*127\.0\.0\.1:\([0-9]\{1,\}\).*/\1/p' <<<"$first")
 started=$SECONDS
 status=0
 "${CARGO_TARGET_DIR:-target}/debug/capfilt" run tests/corpus.toml \
-  --set "run.store=$folder/store" --set "queries.path=$corpus/queries.tsv" --set "report.path=$folder/report.html" \
+  --set "run.store=$folder/store" --set "worker.runtime.work_dir=$folder/work" --set "queries.path=$corpus/queries.tsv" --set "report.path=$folder/report.html" \
   --set "annotated.sources.0.annotations=$corpus/annotated/annotated.json" --set "heldout.sources.0.annotations=$corpus/heldout/seen.json" \
   --set "worker.crawler.proxy=http://127.0.0.1:$port" "$@" || status=$?
 echo "judge_corpus: the run took $((SECONDS - started)) s and ended with $status"

@@ -102,6 +102,20 @@ pub struct RoundResult {
     pub challenger_metrics: BTreeMap<String, f64>,
     /// Roles in which the challenger was promoted.
     pub promoted: Vec<String>,
+    /// The tasks that all this rests on, in order: the build, the evaluations, the trainings.
+    pub rests_on: Vec<TaskId>,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub finished_at_ms: u64,
+}
+
+impl RoundResult {
+    /// What tells a result from another of the same round: what it rests on, and what was decided.
+    #[must_use]
+    pub fn key(&self) -> Digest {
+        let tasks = self.rests_on.iter().map(ToString::to_string);
+        let parts: Vec<String> = tasks.chain(self.promoted.iter().cloned()).collect();
+        Digest::of(parts.join("\n").as_bytes())
+    }
 }
 
 /// A dataset version by number and digest.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use cargo_metadata::{DependencyKind, MetadataCommand};
+use serde_json::Value;
 
 /// Every crate of the house with the crates of the house that it may import, directly.
 const EDGES: &[(&str, &[&str])] = &[
@@ -46,13 +46,17 @@ const NEVER: &[(&str, &[&str])] = &[
     ("capfilt-models", &["tokio", "futures", "arrow", "parquet", "object_store"]),
 ];
 
+/// Every package of the workspace with what it depends on, tests aside.
 fn imports() -> BTreeMap<String, BTreeSet<String>> {
     let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
-    let metadata = MetadataCommand::new().manifest_path(manifest).no_deps().exec().unwrap();
-    let normal = |p: &cargo_metadata::Package| {
-        p.dependencies.iter().filter(|d| d.kind != DependencyKind::Development).map(|d| d.name.clone()).collect()
-    };
-    metadata.packages.iter().map(|p| (p.name.to_string(), normal(p))).collect()
+    let arguments = ["metadata", "--no-deps", "--format-version", "1", "--manifest-path", manifest];
+    let output = std::process::Command::new(env!("CARGO")).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let list = |value: &Value| value.as_array().unwrap().clone();
+    let name = |value: &Value| value["name"].as_str().unwrap().to_owned();
+    let normal = |package: &Value| list(&package["dependencies"]).iter().filter(|d| d["kind"] != "dev").map(name).collect();
+    list(&metadata["packages"]).iter().map(|package| (name(package), normal(package))).collect()
 }
 
 #[test]

@@ -86,12 +86,12 @@ fn target_folder() -> PathBuf {
     program.ancestors().nth(3).map_or_else(|| PathBuf::from("target"), Path::to_path_buf)
 }
 
-/// CPU seconds, user and system, that this process has used.
+/// CPU seconds, user and system, that this process has used, and those of its children that it has waited for.
 #[must_use]
 pub fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // Fields 14 and 15, counted after the name in parentheses, in clock ticks of 1/100 s.
+    // Fields 14 to 17, counted after the name in parentheses, in clock ticks of 1/100 s.
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-    (ticks(11) + ticks(12)) / 100.0
+    (11..=14).map(ticks).sum::<f64>() / 100.0
 }

@@ -8,7 +8,9 @@ use capfilt_coordinator::balance::BalanceConfig;
 use capfilt_coordinator::build::BuildConfig;
 use capfilt_coordinator::plan::{PlanConfig, StageParams};
 use capfilt_coordinator::retrain::RetrainConfig;
-use capfilt_crawler::{Annotate, AnnotateConfig, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, QueryList, SourceConfig};
+use capfilt_crawler::{
+    Annotate, AnnotateConfig, CrawlerWorkerConfig, DiscoverConfig, DiscoverParams, FetchConfig, QueryList, SourceConfig,
+};
 use capfilt_runtime::WorkerConfig;
 use capfilt_schemas::{Digest, RunId, StageKind};
 use capfilt_trainer::{EvaluateConfig, TrainConfig};
@@ -223,14 +225,22 @@ impl RunConfig {
         let usage = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
         self.discover.check().map_err(|e| usage(&e))?;
         self.fetch.check().map_err(|e| usage(&e))?;
-        self.annotated.check().map_err(|e| usage(&e))?;
-        self.heldout.check().map_err(|e| usage(&e))?;
+        self.annotated.check("annotated").map_err(|e| usage(&e))?;
+        self.heldout.check("heldout").map_err(|e| usage(&e))?;
         self.balance.validate().map_err(|e| usage(&e))?;
         self.build.validate().map_err(|e| usage(&e))?;
         self.worker.sql.validate().map_err(|e| usage(&e))?;
         self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
         if self.run.rounds == 0 {
             return Err(Failure::Usage("`run.rounds` is 0; ask for at least one".to_owned()));
+        }
+        if self.retrain.enabled && self.train.is_empty() {
+            let roles = capfilt_store::ROLES.join("] or [train.");
+            return Err(Failure::Usage(format!("[retrain] is on, but nothing says how to train; add [train.{roles}]")));
+        }
+        if let Some(role) = self.retrain.metric.keys().find(|role| !capfilt_store::ROLES.contains(&role.as_str())) {
+            let roles = capfilt_store::ROLES.join(" and ");
+            return Err(Failure::Usage(format!("retrain.metric.{role}: the roles are {roles}")));
         }
         for role in self.train.keys() {
             if !capfilt_store::ROLES.contains(&role.as_str()) {
@@ -248,6 +258,7 @@ impl RunConfig {
     /// Checks that every file the config names is there and readable, and says what there is.
     pub(crate) fn inputs(&self) -> Result<String, Failure> {
         let queries = self.query_list()?;
+        self.discover_params(&queries)?;
         self.annotate_stage()?;
         Ok(format!(
             "{} queries, {} sources, {} annotated and {} held-out sets",
@@ -258,6 +269,10 @@ impl RunConfig {
         ))
     }
 
+    fn discover_params(&self, queries: &QueryList) -> Result<Vec<DiscoverParams>, Failure> {
+        self.discover.params(queries.digest(), &self.run.snapshot).map_err(|e| Failure::Usage(capfilt_store::chain(&e)))
+    }
+
     pub(crate) fn query_list(&self) -> Result<QueryList, Failure> {
         QueryList::load(&self.queries.path).map_err(|e| Failure::Usage(e.to_string()))
     }
@@ -266,7 +281,7 @@ impl RunConfig {
     pub(crate) fn annotate_stage(&self) -> Result<Annotate, Failure> {
         let mut all = self.annotated.clone();
         all.sources.extend(self.heldout.sources.iter().cloned());
-        Ok(Annotate::new(&all).map_err(|e| Failure::Usage(e.to_string()))?.0)
+        Ok(Annotate::new(&all).map_err(|e| Failure::Usage(capfilt_store::chain(&e)))?.0)
     }
 
     fn train_params(&self) -> Result<BTreeMap<String, Value>, Failure> {
@@ -300,7 +315,7 @@ impl RunConfig {
             Annotate::new(config).map_err(|e| usage(&e))?.1.iter().map(json).collect()
         };
         let stages = StageParams {
-            discover: self.discover.params(queries.digest(), &self.run.snapshot).iter().map(json).collect::<Result<_, _>>()?,
+            discover: self.discover_params(&queries)?.iter().map(json).collect::<Result<_, _>>()?,
             balance: json(&self.balance)?,
             fetch: json(&self.fetch.params(&self.run.snapshot))?,
             annotated: annotate(&self.annotated)?,

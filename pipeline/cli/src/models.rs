@@ -43,9 +43,7 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
         ModelVerb::Rollback(args) => {
             let store = open(&args.store).await?;
             let events = store.alias_events(&args.role).await?;
-            let now = events.last().map(|e| e.model);
-            let before = events.iter().rev().find(|e| Some(e.model) != now);
-            let Some(before) = before else {
+            let Some(before) = before_last(&events) else {
                 return Err(Failure::Usage(format!("no other model has played the role `{}` yet", args.role)));
             };
             let event = store.set_alias(&args.role, before.model, "rollback", &args.reason, "", before.metrics.clone()).await?;
@@ -55,11 +53,25 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The event that the role goes back to: that before the one in force. A rollback takes the event in force off the history, so that a
+/// second one goes back further.
+fn before_last(events: &[AliasEvent]) -> Option<&AliasEvent> {
+    let mut in_force: Vec<&AliasEvent> = Vec::new();
+    for event in events {
+        if event.action == "rollback" {
+            in_force.pop();
+        } else if in_force.last().is_none_or(|last| last.model != event.model) {
+            in_force.push(event);
+        }
+    }
+    in_force.iter().rev().nth(1).copied()
+}
+
 /// Puts a checkpoint folder into the store and tells its digest.
 pub(crate) async fn import(store: &Store, folder: &Path) -> Result<Digest, Failure> {
     capfilt_vision::check_checkpoint(folder).with_context(|| format!("`{}` is no usable checkpoint", folder.display()))?;
     let mut files = BTreeMap::new();
-    for name in capfilt_vision::CHECKPOINT_FILES {
+    for name in capfilt_store::CHECKPOINT_FILES {
         let path = folder.join(name);
         let bytes = std::fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
         files.insert((*name).to_owned(), bytes);

@@ -36,7 +36,7 @@ impl Failure {
     pub(crate) fn text(&self) -> String {
         match self {
             Self::Usage(text) => text.clone(),
-            Self::Store(e) | Self::Other(e) => chain(e),
+            Self::Store(e) | Self::Other(e) => capfilt_store::chain(e.as_ref()),
         }
     }
 }
@@ -64,19 +64,6 @@ impl From<anyhow::Error> for Failure {
     fn from(e: anyhow::Error) -> Self {
         Self::Other(e)
     }
-}
-
-/// An error and its causes in one line; a cause that its effect repeats is left out.
-fn chain(error: &anyhow::Error) -> String {
-    let mut text = String::new();
-    for cause in error.chain() {
-        let line = cause.to_string();
-        if !text.ends_with(&line) {
-            let joint = if text.is_empty() { "" } else { ": " };
-            let _ = write!(text, "{joint}{line}");
-        }
-    }
-    text
 }
 
 /// One line on standard error.

@@ -1,10 +1,12 @@
 //! `capfilt run`: coordinator, queue and workers in one process.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use async_trait::async_trait;
 use capfilt_coordinator::export::{ExportConfig, export};
 use capfilt_coordinator::plan::Plan;
@@ -42,8 +44,11 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     }
     // Before anything is written.
     config.inputs()?;
+    let _alone = lock_work_dir(&config)?;
     let store = Store::open(&config.run.store).await?;
-    let planned = config.plan(&resolve_models(&config, &store, true).await?)?;
+    let models = resolve_models(&config, &store, true).await?;
+    same_models(&config, &store, &models).await?;
+    let planned = config.plan(&models)?;
     if args.retry_failed {
         for failure in store.all_failures().await? {
             store.forget_failures(&failure.task_id).await?;
@@ -97,6 +102,40 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     conclude(&config, &store, &outcome, began, args.json).await
 }
 
+/// Takes the work folder for this process: two runs in one would overwrite each other's unfinished work. The lock dies with the process.
+fn lock_work_dir(config: &RunConfig) -> Result<File, Failure> {
+    let folder = &config.worker.runtime.work_dir;
+    let path = folder.join("lock");
+    let open = || std::fs::create_dir_all(folder).and_then(|()| File::create(&path));
+    let file = open().with_context(|| format!("cannot write `{}`", path.display()))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(Failure::Usage(format!(
+            "another run is at work in `{}`; wait for it, or give this one another `worker.runtime.work_dir`",
+            folder.display()
+        ))),
+        // A file system without locks is used without them.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
+}
+
+/// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
+async fn same_models(config: &RunConfig, store: &Store, models: &Models) -> Result<(), Failure> {
+    let rounds = store.rounds(&config.run.name).await?;
+    let Some(first) = rounds.iter().find(|record| record.round == 1) else { return Ok(()) };
+    let pairs = [
+        (&config.models.captioner, models.captioner, first.captioner, ROLES[0]),
+        (&config.models.filter, models.filter, first.filter, ROLES[1]),
+    ];
+    for (named, now, then, role) in pairs {
+        if named != "promoted" && now != then {
+            let (run, now, then) = (&config.run.name, now.short(), then.short());
+            let what = format!("run `{run}` began with the {role} {then}, but models.{role} is {now} now");
+            return Err(Failure::Usage(format!("{what}; give a run with other models another `run.name`")));
+        }
+    }
+    Ok(())
+}
+
 /// The stages of this process's worker.
 fn stages(config: &RunConfig) -> Result<Vec<Arc<dyn Stage>>, Failure> {
     let vision = &config.worker.vision;
@@ -148,7 +187,7 @@ async fn conclude(
     let input = ReportInput {
         run: config.run.name.clone(),
         dataset: config.dataset(),
-        min_itm: config.build.min_itm as f32,
+        version: outcome.dataset.as_ref().map(|d| d.version),
         samples: config.report.samples,
     };
     report::write(store, &input, &report_path).await?;

@@ -134,7 +134,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::SqlConfig;
-    use crate::build::{BuildConfig, build};
+    use crate::build::{BuildConfig, Policy, build};
 
     #[tokio::test]
     async fn the_made_up_shards_can_be_built() {
@@ -145,27 +145,15 @@ mod tests {
         assert_eq!(done.facts["duplicates"]["exact"], 250);
         assert!((0.4..0.6).contains(&done.noise_ratio.unwrap()));
     }
-}
-#[cfg(test)]
-mod tmp {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
     #[tokio::test(flavor = "multi_thread")]
-    async fn tmp_small_memory() {
-        use crate::build::{BuildConfig, Policy, build};
+    async fn little_memory_makes_a_build_spill_and_changes_nothing_else() {
         let store = Store::open("memory:").await.unwrap();
-        let inputs = rebuild_inputs(&store, 60_000, 16).await.unwrap();
+        let inputs = rebuild_inputs(&store, 12_000, 16).await.unwrap();
+        let sql = |memory_mib| SqlConfig { memory_mib, partitions: 2, spill_folder: None };
         for policy in [Policy::Itm, Policy::Rank] {
             let config = BuildConfig { policy, ..BuildConfig::default() };
-            let sql = |memory_mib, partitions| crate::SqlConfig { memory_mib, partitions, spill_folder: None };
-            let small = build(&store, &sql(32, 2), &config, inputs.clone()).await;
-            let eight = build(&store, &sql(32, 8), &config, inputs.clone()).await;
-            let large = build(&store, &sql(2048, 2), &config, inputs.clone()).await.unwrap();
-            eprintln!(
-                "TMP {policy:?} {:?} {:?}",
-                small.map(|s| s == large).map_err(|e| format!("{e:?}")),
-                eight.map(|s| s == large).map_err(|e| format!("{e:?}"))
-            );
+            let small = build(&store, &sql(32), &config, inputs.clone()).await.unwrap();
+            assert_eq!(small, build(&store, &sql(2048), &config, inputs.clone()).await.unwrap());
         }
     }
 }

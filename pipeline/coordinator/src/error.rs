@@ -111,16 +111,6 @@ impl CoordinatorError {
     /// The whole chain of causes in one line; a cause that its effect repeats is left out.
     #[must_use]
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut next = std::error::Error::source(self);
-        while let Some(cause) = next {
-            let line = cause.to_string();
-            if !text.ends_with(&line) {
-                text.push_str(": ");
-                text.push_str(&line);
-            }
-            next = cause.source();
-        }
-        text
+        capfilt_store::chain(self)
     }
 }

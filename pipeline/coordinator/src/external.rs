@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use capfilt_schemas::{DatasetVersion, Digest, Output, Task};
-use capfilt_store::Store;
+use capfilt_schemas::{DatasetVersion, Output, Task};
+use capfilt_store::{CHECKPOINT_FILES, Store};
 use serde::Deserialize;
 use tokio::process::Command;
 
@@ -20,7 +20,7 @@ struct ExternalParams {
     role: String,
 }
 
-/// Exports the task's dataset, runs the command, and puts the checkpoint that it leaves.
+/// Exports `version`, whose shards are the task's inputs, runs the command, and puts the checkpoint that it leaves.
 ///
 /// The command finds in its environment: `CAPFILT_ROLE`, `CAPFILT_EXPORT` (folder of the export), `CAPFILT_CHAMPION` (folder of the
 /// model in service), `CAPFILT_PARAMS` (the task's parameters as JSON) and `CAPFILT_OUTPUT` (folder in which it must leave
@@ -28,7 +28,12 @@ struct ExternalParams {
 ///
 /// # Errors
 /// [`CoordinatorError::Trainer`] with the end of what the command printed.
-pub(crate) async fn train(store: &Store, config: &PlanConfig, task: &Task) -> Result<Output, CoordinatorError> {
+pub(crate) async fn train(
+    store: &Store,
+    config: &PlanConfig,
+    task: &Task,
+    version: &DatasetVersion,
+) -> Result<Output, CoordinatorError> {
     let params: ExternalParams = serde_json::from_value(task.params.clone())?;
     let fail = |what: String| CoordinatorError::Trainer { command: params.command.join(" "), what };
     let folder = config.work_dir.join("external").join(task.id().to_string());
@@ -38,9 +43,8 @@ pub(crate) async fn train(store: &Store, config: &PlanConfig, task: &Task) -> Re
         std::fs::remove_dir_all(&output).map_err(io)?;
     }
     std::fs::create_dir_all(&output).map_err(io)?;
-    let version = version_of(store, config, task).await?;
     let settings = ExportConfig { folder: data.clone(), ..ExportConfig::default() };
-    export(store, &config.sql, &version, &settings, |_| {}).await?;
+    export(store, &config.sql, version, &settings, |_| {}).await?;
     if let Some(model) = task.model {
         store.write_model(&model, &champion).await?;
     }
@@ -64,20 +68,10 @@ pub(crate) async fn train(store: &Store, config: &PlanConfig, task: &Task) -> Re
     }
     let mut files = BTreeMap::new();
     read_files(&output, &output, &mut files).map_err(io)?;
-    for needed in ["config.json", "model.safetensors"] {
-        if !files.contains_key(needed) {
-            return Err(fail(format!("it left no `{needed}` in CAPFILT_OUTPUT")));
-        }
+    if let Some(missing) = CHECKPOINT_FILES.iter().find(|name| !files.contains_key(**name)) {
+        return Err(fail(format!("it left no `{missing}` in CAPFILT_OUTPUT")));
     }
     Ok(store.put_model(&files).await?)
-}
-
-/// The dataset version that has exactly the task's shards.
-async fn version_of(store: &Store, config: &PlanConfig, task: &Task) -> Result<DatasetVersion, CoordinatorError> {
-    let wanted: Vec<Digest> = task.inputs.iter().map(|i| i.digest).collect();
-    let same = |v: &DatasetVersion| v.shards.iter().map(|s| s.digest).eq(wanted.iter().copied());
-    let found = store.dataset_versions(&config.dataset).await?.into_iter().rev().find(same);
-    found.ok_or_else(|| CoordinatorError::Task(format!("no version of `{}` has the shards of the train task", config.dataset)))
 }
 
 fn absolute(path: &Path) -> PathBuf {

@@ -1,9 +1,9 @@
 //! What a run still has to do: expected tasks − committed tasks. Pure: facts in, plan out, no I/O.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 
-use capfilt_schemas::{Commit, DatasetVersion, Digest, Input, RoundRecord, RoundResult, RunId, StageKind, Table, Task, TaskId};
+use capfilt_schemas::{Commit, Digest, Input, RoundRecord, RoundResult, RunId, StageKind, Table, Task, TaskId};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -98,10 +98,12 @@ pub struct Finish {
     pub build: TaskId,
     /// Metrics of the round's models.
     pub metrics: BTreeMap<String, f64>,
-    /// Metrics of the challengers; empty when none were trained.
+    /// Metrics of the challengers, with the round's model in a role that has none; empty when none were trained.
     pub challenger_metrics: BTreeMap<String, f64>,
     /// Role → challenger, for the roles in which it is better.
     pub promoted: BTreeMap<String, Digest>,
+    /// The tasks that all this rests on, in order.
+    pub rests_on: BTreeSet<TaskId>,
 }
 
 /// How far a stage is.
@@ -215,7 +217,8 @@ impl<'a> Planner<'a> {
                 }
             }
         }
-        let metrics = self.evaluate(record.captioner, record.filter, heldout);
+        let mut rests_on = BTreeSet::new();
+        let metrics = self.evaluate(record.captioner, record.filter, heldout, &mut rests_on);
         if !(samples.all && scored.all && annotated.all && heldout.all) {
             return false;
         }
@@ -231,20 +234,26 @@ impl<'a> Planner<'a> {
 
         self.plan.last_build = Some(built.task_id);
         let Some(metrics) = metrics else { return false };
+        rests_on.insert(built.task_id);
         let mut finish = Finish {
             record: record.clone(),
             build: built.task_id,
             metrics,
             challenger_metrics: BTreeMap::new(),
             promoted: BTreeMap::new(),
+            rests_on,
         };
         // A round that another has followed was decided then; its models stay what they were.
         let followed = self.seen.rounds.iter().any(|r| r.round > record.round);
         if !followed && !self.challenge(&mut finish, built, heldout) {
             return false;
         }
-        let (next, version) = (record.round + 1, DatasetVersion::digest_of(&built.outputs));
-        let written = self.seen.results.iter().any(|r| r.round == record.round && r.dataset.digest == version);
+        let next = record.round + 1;
+        let promoted = || finish.promoted.keys();
+        let written = self.seen.results.iter().filter(|r| r.round == record.round).any(|r| match followed {
+            true => finish.rests_on.iter().all(|task| r.rests_on.contains(task)),
+            false => finish.rests_on.iter().eq(&r.rests_on) && promoted().eq(&r.promoted),
+        });
         if !written {
             self.plan.actions.push(Action::FinishRound(Box::new(finish)));
             return false;
@@ -279,25 +288,35 @@ impl<'a> Planner<'a> {
             let external = params.get("command").is_some_and(|c| c.as_array().is_some_and(|c| !c.is_empty()));
             let trained = if external { self.own(train) } else { self.settle(train, 0, &mut one) };
             settled &= one.all && (!external || trained.is_some());
-            if let Some(model) = trained.and_then(|c| c.outputs.first()) {
+            if let Some((trained, model)) = trained.and_then(|c| Some((c.task_id, c.outputs.first()?))) {
+                finish.rests_on.insert(trained);
                 challengers.insert(role.to_owned(), model.digest);
             }
         }
         if !settled {
             return false;
         }
+        if challengers.is_empty() {
+            return true;
+        }
         let pick = |role: &str, now: Digest| challengers.get(role).copied().unwrap_or(now);
         let captioner = pick(retrain::CAPTIONER, finish.record.captioner);
         let filter = pick(retrain::FILTER, finish.record.filter);
-        let Some(metrics) = self.evaluate(captioner, filter, heldout) else { return false };
+        let Some(metrics) = self.evaluate(captioner, filter, heldout, &mut finish.rests_on) else { return false };
         finish.promoted =
             challengers.into_iter().filter(|(role, _)| self.config.retrain.is_better(role, &finish.metrics, &metrics)).collect();
         finish.challenger_metrics = metrics;
         true
     }
 
-    /// The metrics of two models on the held-out pairs; `None` while they are worked out.
-    fn evaluate(&mut self, captioner: Digest, filter: Digest, heldout: &Settled<'a>) -> Option<BTreeMap<String, f64>> {
+    /// The metrics of two models on the held-out pairs; `None` while they are worked out. Tells which tasks they come from.
+    fn evaluate(
+        &mut self,
+        captioner: Digest,
+        filter: Digest,
+        heldout: &Settled<'a>,
+        rests_on: &mut BTreeSet<TaskId>,
+    ) -> Option<BTreeMap<String, f64>> {
         if !heldout.all {
             return None;
         }
@@ -313,6 +332,7 @@ impl<'a> Planner<'a> {
             let task = self.task(StageKind::Evaluate, params, Some(model), inputs.clone());
             let mut one = Settled { commits: Vec::new(), all: true };
             if let Some(commit) = self.settle(task, 0, &mut one) {
+                rests_on.insert(commit.task_id);
                 let known = self.seen.metrics.get(&commit.task_id);
                 metrics.extend(known.into_iter().flatten().map(|(name, value)| (name.clone(), *value)));
             }

@@ -151,11 +151,9 @@ async fn act(
             store.log_event(&config.run, &format!("round {} started with {models}", record.round)).await?;
         }
         Action::FinishRound(finish) => finish_round(store, config, finish, seen).await?,
-        Action::Own(task) => match work(store, config, task, now).await {
+        Action::Own(task) => match work(store, config, task, now, seen).await {
             Ok(commit) if task.stage == StageKind::Build => {
-                if let Some(record) = seen.rounds.iter().find(|r| r.round == now.round) {
-                    publish(store, config, record, &commit).await?;
-                }
+                publish(store, config, now.round, &commit, seen).await?;
             }
             Ok(_) => {}
             Err(error) => {
@@ -170,7 +168,13 @@ async fn act(
 }
 
 /// Does one of the coordinator's own tasks and commits it, by the same protocol as a worker.
-async fn work(store: &Store, config: &PlanConfig, task: &Task, now: &Plan) -> Result<Commit, CoordinatorError> {
+async fn work(
+    store: &Store,
+    config: &PlanConfig,
+    task: &Task,
+    now: &Plan,
+    seen: &Observation,
+) -> Result<Commit, CoordinatorError> {
     let began = Instant::now();
     let (outputs, counts, facts) = match task.stage {
         StageKind::Balance => {
@@ -194,7 +198,11 @@ async fn work(store: &Store, config: &PlanConfig, task: &Task, now: &Plan) -> Re
             (made.shards, made.counts, facts)
         }
         StageKind::Train => {
-            let model = external::train(store, config, task).await?;
+            // Another run, or one that was killed, may have built this without a version in our name.
+            let built = now.last_build.and_then(|build| seen.commits.get(&build));
+            let built = built.ok_or_else(|| CoordinatorError::Task("nothing has been built to train on".to_owned()))?;
+            let version = publish(store, config, now.round, built, seen).await?;
+            let model = external::train(store, config, task, &version).await?;
             (vec![model], StatusCounts::from([("ok".to_owned(), 1)]), json!({}))
         }
         other => return Err(CoordinatorError::Task(format!("the coordinator does no {other} tasks"))),
@@ -219,9 +227,12 @@ async fn work(store: &Store, config: &PlanConfig, task: &Task, now: &Plan) -> Re
 async fn publish(
     store: &Store,
     config: &PlanConfig,
-    record: &capfilt_schemas::RoundRecord,
+    round: u32,
     build: &Commit,
+    seen: &Observation,
 ) -> Result<DatasetVersion, CoordinatorError> {
+    let record = seen.rounds.iter().find(|r| r.round == round);
+    let record = record.ok_or_else(|| CoordinatorError::Task(format!("round {round} has not been started")))?;
     let version = DatasetVersion {
         name: config.dataset.clone(),
         version: 0,
@@ -253,22 +264,24 @@ async fn publish(
 
 async fn finish_round(store: &Store, config: &PlanConfig, finish: &Finish, seen: &Observation) -> Result<(), CoordinatorError> {
     let Some(build) = seen.commits.get(&finish.build) else { return Ok(()) };
-    let version = publish(store, config, &finish.record, build).await?;
     let round = finish.record.round;
-    for (role, model) in &finish.promoted {
-        let why = config.retrain.reason(role, &finish.metrics, &finish.challenger_metrics);
-        let reason = format!("run {} round {round}: {why}", config.run);
-        let key = format!("{}/{round}/{}", config.run, version.digest);
-        store.set_alias(role, *model, "promote", &reason, &key, finish.challenger_metrics.clone()).await?;
-        store.log_event(&config.run, &format!("round {round} promoted a new {role}, {}: {why}", model.short())).await?;
-    }
+    let version = publish(store, config, round, build, seen).await?;
     let result = RoundResult {
         round,
         dataset: DatasetRef { version: version.version, digest: version.digest },
         metrics: finish.metrics.clone(),
         challenger_metrics: finish.challenger_metrics.clone(),
         promoted: finish.promoted.keys().cloned().collect(),
+        rests_on: finish.rests_on.iter().copied().collect(),
+        finished_at_ms: now_ms(),
     };
+    for (role, model) in &finish.promoted {
+        let why = config.retrain.reason(role, &finish.metrics, &finish.challenger_metrics);
+        let reason = format!("run {} round {round}: {why}", config.run);
+        let key = format!("{}/{round}/{}", config.run, result.key());
+        store.set_alias(role, *model, "promote", &reason, &key, finish.challenger_metrics.clone()).await?;
+        store.log_event(&config.run, &format!("round {round} promoted a new {role}, {}: {why}", model.short())).await?;
+    }
     store.finish_round(&config.run, &result).await?;
     store.log_event(&config.run, &format!("round {round} finished")).await?;
     Ok(())

@@ -17,7 +17,7 @@ pub struct RetrainConfig {
     pub enabled: bool,
     /// A dataset version with fewer rows than this is not trained on.
     pub min_pairs: u64,
-    /// The metric that decides for a role; larger is better.
+    /// The metric that decides for a role; larger is better. A role that is not named keeps its default.
     pub metric: BTreeMap<String, String>,
     /// How much larger the challenger's metric must be.
     pub min_gain: f64,
@@ -25,24 +25,27 @@ pub struct RetrainConfig {
 
 impl Default for RetrainConfig {
     fn default() -> Self {
-        let metric = [(CAPTIONER, "captioner/cider_d"), (FILTER, "filter/auroc")];
-        Self {
-            enabled: false,
-            min_pairs: 1_000,
-            metric: metric.into_iter().map(|(role, m)| (role.to_owned(), m.to_owned())).collect(),
-            min_gain: 0.0,
-        }
+        Self { enabled: false, min_pairs: 1_000, metric: BTreeMap::new(), min_gain: 0.0 }
     }
 }
 
 impl RetrainConfig {
+    fn metric(&self, role: &str) -> Option<&str> {
+        let default = match role {
+            CAPTIONER => Some("captioner/cider_d"),
+            FILTER => Some("filter/auroc"),
+            _ => None,
+        };
+        self.metric.get(role).map(String::as_str).or(default)
+    }
+
     pub(crate) const fn wanted(&self, rows: u64) -> bool {
         self.enabled && rows >= self.min_pairs
     }
 
     /// Whether the challenger wins a role. A metric that is missing on either side, or not a number, never does.
     pub(crate) fn is_better(&self, role: &str, champion: &BTreeMap<String, f64>, challenger: &BTreeMap<String, f64>) -> bool {
-        let Some(metric) = self.metric.get(role) else { return false };
+        let Some(metric) = self.metric(role) else { return false };
         match (champion.get(metric), challenger.get(metric)) {
             (Some(now), Some(new)) => *new > now + self.min_gain,
             _ => false,
@@ -51,7 +54,7 @@ impl RetrainConfig {
 
     /// Why a promotion was made, for the registry.
     pub(crate) fn reason(&self, role: &str, champion: &BTreeMap<String, f64>, challenger: &BTreeMap<String, f64>) -> String {
-        let metric = self.metric.get(role).map_or("", String::as_str);
+        let metric = self.metric(role).unwrap_or_default();
         let value = |m: &BTreeMap<String, f64>| m.get(metric).copied().unwrap_or(f64::NAN);
         format!("{metric} {:.4} instead of {:.4}", value(challenger), value(champion))
     }
@@ -70,6 +73,9 @@ mod tests {
         assert!(!config.is_better(FILTER, &m(0.70), &m(f64::NAN)));
         assert!(!config.is_better(FILTER, &m(0.70), &BTreeMap::new()));
         assert!(!config.is_better(CAPTIONER, &m(0.1), &m(0.9)));
+        // One role's metric set leaves the other's as it was.
+        let metric = BTreeMap::from([(CAPTIONER.to_owned(), "captioner/bleu_4".to_owned())]);
+        assert!(RetrainConfig { metric, ..RetrainConfig::default() }.is_better(FILTER, &m(0.70), &m(0.72)));
         assert!(!RetrainConfig::default().wanted(5_000));
     }
 }

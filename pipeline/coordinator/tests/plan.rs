@@ -98,6 +98,8 @@ impl World {
                     metrics: finish.metrics.clone(),
                     challenger_metrics: finish.challenger_metrics.clone(),
                     promoted: finish.promoted.keys().cloned().collect(),
+                    rests_on: finish.rests_on.iter().copied().collect(),
+                    finished_at_ms: 0,
                 });
             }
         }

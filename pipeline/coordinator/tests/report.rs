@@ -12,7 +12,7 @@ use capfilt_store::Store;
 use report_store::{Pair, Recorder, jpeg, metrics};
 
 fn input(samples: usize) -> ReportInput {
-    ReportInput { run: RunId::new("demo").unwrap(), dataset: "pairs".to_owned(), min_itm: 0.5, samples }
+    ReportInput { run: RunId::new("demo").unwrap(), dataset: "pairs".to_owned(), version: None, samples }
 }
 
 /// Pairs of every verdict, `n` of each, and some that were not fetched.
@@ -113,13 +113,17 @@ async fn a_round_that_was_built_again_shows_its_newest_version() {
     recorder.round(1, &BuildConfig::default(), metrics(0.611, 0.71), metrics(0.5, 0.8), &[]).await;
     let strict = BuildConfig { min_itm: 0.85, ..BuildConfig::default() };
     recorder.round(1, &strict, metrics(0.622, 0.71), metrics(0.5, 0.8), &[]).await;
-    let page = report::render(&store, &ReportInput { min_itm: 0.85, ..input(8) }).await.unwrap();
+    let page = report::render(&store, &input(8)).await.unwrap();
     assert!(page.contains("pairs, version 2") && page.contains("1 round finished"));
     assert!(page.contains("<dt>Kept pairs</dt><dd>10</dd>"));
     assert!(page.contains("0.622") && !page.contains("0.611"), "the result belongs to the version");
     assert!(page.contains("<code>build.min_itm</code></dt><dd>0.85</dd>"));
     assert!(page.contains("<tr><td>Build</td><td class=\"num\">1</td>"), "the work on the earlier version is left out");
     assert!(page.contains("<tr><td>Fetch</td><td class=\"num\">1</td>"));
+    // Back at the first settings nothing is built: what they led to is shown again.
+    let page = report::render(&store, &ReportInput { version: Some(1), ..input(8) }).await.unwrap();
+    assert!(page.contains("pairs, version 1") && page.contains("0.611") && !page.contains("0.622"));
+    assert!(page.contains("<code>build.min_itm</code></dt><dd>0.5</dd>"));
 }
 
 #[tokio::test]

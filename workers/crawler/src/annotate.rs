@@ -28,7 +28,8 @@ const AT_ONCE: usize = 32;
 
 /// Reads annotated sets from local folders.
 pub struct Annotate {
-    sets: HashMap<Digest, AnnotatedSource>,
+    /// By the digests of the JSON file and of its images.
+    sets: HashMap<(Digest, Digest), AnnotatedSource>,
 }
 
 /// The parts of a COCO captions file that are read.
@@ -58,18 +59,18 @@ struct Annotated {
 }
 
 impl Annotate {
-    /// The stage for the sets of `config`, and the parameters of its tasks, one for each set. The files are read to be named by content.
+    /// The stage for the sets of `config`, and the parameters of its tasks, one for each set. The JSON files are read to be named by
+    /// content; the images are named by their sizes.
     ///
     /// # Errors
-    /// [`CrawlError::Read`].
+    /// [`CrawlError::Read`]; [`CrawlError::Format`] for a file of another kind, and where none of its images is found.
     pub fn new(config: &AnnotateConfig) -> Result<(Self, Vec<AnnotateParams>), CrawlError> {
-        config.check()?;
         let (mut sets, mut tasks) = (HashMap::new(), Vec::new());
         for source in &config.sources {
-            let bytes = std::fs::read(&source.annotations).map_err(|e| CrawlError::read(&source.annotations, e))?;
-            let digest = Digest::of(&bytes);
-            tasks.push(AnnotateParams { name: source.name.clone(), annotations: digest, image: config.image.clone() });
-            sets.insert(digest, source.clone());
+            let (annotations, coco) = CocoFile::read(&source.annotations)?;
+            let images = sizes(&coco, source)?;
+            tasks.push(AnnotateParams { name: source.name.clone(), annotations, images, image: config.image.clone() });
+            sets.insert((annotations, images), source.clone());
         }
         Ok((Self { sets }, tasks))
     }
@@ -77,13 +78,12 @@ impl Annotate {
     fn start(&self, work: &Work) -> Result<RowStream, StageError> {
         let params: AnnotateParams = work.params()?;
         let wanted = params.annotations;
-        let set = self.sets.get(&wanted).ok_or_else(|| CrawlError::WrongFile {
+        let set = self.sets.get(&(wanted, params.images)).ok_or_else(|| CrawlError::WrongFile {
             what: "annotations",
             wanted,
-            found: self.sets.keys().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+            found: self.sets.keys().map(|(annotations, _)| annotations.to_string()).collect::<Vec<_>>().join(", "),
         })?;
-        let path = set.annotations.clone();
-        let folder = set.images.clone().unwrap_or_else(|| path.parent().map(Path::to_path_buf).unwrap_or_default());
+        let (path, folder) = (set.annotations.clone(), folder(set));
         let facts = work.facts.clone();
         let (name, config) = (params.name, Arc::new(params.image));
         let read = async move {
@@ -119,15 +119,44 @@ impl Stage for Annotate {
     }
 }
 
+impl CocoFile {
+    fn read(path: &Path) -> Result<(Digest, Self), CrawlError> {
+        let bytes = std::fs::read(path).map_err(|e| CrawlError::read(path, e))?;
+        let coco = serde_json::from_slice(&bytes).map_err(|e| {
+            CrawlError::format(path, format!("it is not a COCO captions file with `images` and `annotations` ({e})"))
+        })?;
+        Ok((Digest::of(&bytes), coco))
+    }
+}
+
+/// The folder of a set's images.
+fn folder(set: &AnnotatedSource) -> PathBuf {
+    set.images.clone().unwrap_or_else(|| set.annotations.parent().map(Path::to_path_buf).unwrap_or_default())
+}
+
+/// A digest of the names and sizes of a set's images. To read them all for their content would take as long as the task itself.
+fn sizes(coco: &CocoFile, set: &AnnotatedSource) -> Result<Digest, CrawlError> {
+    let folder = folder(set);
+    let mut list = String::new();
+    let mut found = 0;
+    for image in &coco.images {
+        let size = std::fs::metadata(folder.join(&image.file_name)).map(|file| file.len()).ok();
+        found += usize::from(size.is_some());
+        list.extend([image.file_name.as_str(), " ", &size.map_or_else(|| "missing".to_owned(), |n| n.to_string()), "\n"]);
+    }
+    if found == 0 && !coco.images.is_empty() {
+        let what = format!("none of its {} images is in `{}`; say in `images` where they are", coco.images.len(), folder.display());
+        return Err(CrawlError::format(&set.annotations, what));
+    }
+    Ok(Digest::of(list.as_bytes()))
+}
+
 /// The images that have a caption, in the order of the file, and how many have none.
-fn read_coco(path: &PathBuf, wanted: Digest) -> Result<(Vec<Annotated>, u64), CrawlError> {
-    let bytes = std::fs::read(path).map_err(|e| CrawlError::read(path, e))?;
-    let found = Digest::of(&bytes);
+fn read_coco(path: &Path, wanted: Digest) -> Result<(Vec<Annotated>, u64), CrawlError> {
+    let (found, coco) = CocoFile::read(path)?;
     if found != wanted {
         return Err(CrawlError::WrongFile { what: "annotations", wanted, found: found.to_string() });
     }
-    let coco: CocoFile = serde_json::from_slice(&bytes)
-        .map_err(|e| CrawlError::format(path, format!("it is not a COCO captions file with `images` and `annotations` ({e})")))?;
     let mut captions: HashMap<String, Vec<String>> = HashMap::new();
     for annotation in coco.annotations {
         let caption = clean(&annotation.caption, MAX_CAPTION);

@@ -2,12 +2,14 @@
 //! names of tasks; what changes only speed and route is in [`CrawlerWorkerConfig`], which never does.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use capfilt_schemas::Digest;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use url::Url;
 
 use crate::{CrawlError, units};
@@ -241,7 +243,7 @@ impl StoredFormat {
     }
 }
 
-/// `[annotate]`: sets of images with captions that people wrote.
+/// `[annotated]` and `[heldout]`: sets of images with captions that people wrote.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AnnotateConfig {
@@ -299,6 +301,9 @@ pub struct DiscoverParams {
     pub web: WebConfig,
     /// Longest text kept, in characters.
     pub max_text: usize,
+    /// SHA-256 of the file, if the source is a list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub list: Option<Digest>,
     /// The digest of the query list ([`QueryList::digest`](crate::QueryList::digest)).
     pub queries: Digest,
     /// The state of the web that is meant: the same name is the same work.
@@ -323,20 +328,35 @@ pub struct AnnotateParams {
     pub name: String,
     /// SHA-256 of the JSON file.
     pub annotations: Digest,
+    /// SHA-256 over the names and sizes of the images that it names.
+    pub images: Digest,
     /// What the stored image looks like.
     pub image: ImageConfig,
 }
 
+/// SHA-256 of a file.
+pub(crate) fn file_digest(path: &Path) -> Result<Digest, CrawlError> {
+    let read = || -> std::io::Result<Digest> {
+        let (mut file, mut hash) = (File::open(path)?, Sha256::new());
+        std::io::copy(&mut file, &mut hash)?;
+        Ok(Digest::from_bytes(hash.finalize().into()))
+    };
+    read().map_err(|e| CrawlError::read(path, e))
+}
+
 impl DiscoverConfig {
-    /// The parameters of the tasks, one for each source.
-    #[must_use]
-    pub fn params(&self, queries: Digest, snapshot: &str) -> Vec<DiscoverParams> {
-        let task = |source: &SourceConfig| DiscoverParams {
-            source: source.clone(),
-            web: self.web.clone(),
-            max_text: self.max_text,
-            queries,
-            snapshot: snapshot.to_owned(),
+    /// The parameters of the tasks, one for each source. Lists are read to be named by content.
+    ///
+    /// # Errors
+    /// [`CrawlError::Read`].
+    pub fn params(&self, queries: Digest, snapshot: &str) -> Result<Vec<DiscoverParams>, CrawlError> {
+        let task = |source: &SourceConfig| {
+            let list = match source {
+                SourceConfig::List(list) => Some(file_digest(&list.path)?),
+                SourceConfig::Pages(_) => None,
+            };
+            let (source, web, snapshot) = (source.clone(), self.web.clone(), snapshot.to_owned());
+            Ok(DiscoverParams { source, list, web, max_text: self.max_text, queries, snapshot })
         };
         self.sources.iter().map(task).collect()
     }
@@ -382,12 +402,12 @@ impl FetchConfig {
 }
 
 impl AnnotateConfig {
-    /// Checks what serde cannot.
+    /// Checks what serde cannot; `section` is where these settings stand, for errors.
     ///
     /// # Errors
     /// [`CrawlError::Config`] with the first setting that cannot be.
-    pub fn check(&self) -> Result<(), CrawlError> {
-        self.image.check("annotate.image")
+    pub fn check(&self, section: &str) -> Result<(), CrawlError> {
+        self.image.check(&format!("{section}.image"))
     }
 }
 

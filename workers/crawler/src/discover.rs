@@ -42,7 +42,7 @@ impl Discover {
             }
             SourceConfig::List(list) => {
                 let name = list.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                (name, read_list(list, params.max_text, work.clone()))
+                (name, read_list(list, params.list, params.max_text, work.clone()))
             }
         };
         let (matcher, facts) = (Arc::clone(&self.matcher), work.facts.clone());

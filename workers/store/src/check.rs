@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use capfilt_schemas::{AliasEvent, Commit, DatasetVersion, Digest, RoundRecord, StageKind, Table};
+use capfilt_schemas::{AliasEvent, Commit, DatasetVersion, Digest, Failure, RoundRecord, RoundResult, StageKind, Table};
 use object_store::ObjectMeta;
 use object_store::path::Path;
 use serde::Serialize;
 
-use crate::{Result, Store, StoreError, layout, now_ms, registry};
+use crate::{Result, RunEvent, Store, StoreError, layout, now_ms, registry};
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -22,7 +22,7 @@ pub struct Finding {
 /// What a check saw.
 #[derive(Debug, Default, Clone, Serialize)]
 pub struct CheckReport {
-    /// Records read: commits, dataset versions, aliases, rounds.
+    /// Records read, of every kind.
     pub records: u64,
     /// Objects read and held against their digests.
     pub objects: u64,
@@ -149,6 +149,11 @@ impl Store {
                 named.entry((Table::Models, model)).or_insert((path.to_string(), None));
             }
         }
+        self.records::<Failure>(&layout::all_failures(), report).await?;
+        let of_runs = Path::from("runs");
+        let below = |folder: &'static str| move |p: &Path| p.parts().nth(2).is_some_and(|part| part.as_ref() == folder);
+        self.records_where::<RoundResult>(&of_runs, below("results"), report).await?;
+        self.records_where::<RunEvent>(&of_runs, below("events"), report).await?;
         Ok(named)
     }
 

@@ -7,7 +7,7 @@ use capfilt_schemas::DatasetVersion;
 use crate::{Result, Store, StoreError, layout};
 
 impl Store {
-    /// Appends a version, unless one with the same digest, settings and round is there already; that one is returned then.
+    /// Appends a version, unless one with the same digest, build, run and round is there already; that one is returned then.
     ///
     /// # Errors
     /// [`StoreError::Io`] or [`StoreError::Record`].
@@ -18,11 +18,8 @@ impl Store {
                 && v.run == version.run
                 && v.round == version.round
         };
-        if let Some(there) = self.dataset_versions(&version.name).await?.into_iter().find(same) {
-            return Ok(there);
-        }
         let make = |n| DatasetVersion { version: n, ..version.clone() };
-        self.append_json(&layout::dataset(&version.name), make).await
+        self.append_json_once(&layout::dataset(&version.name), same, make).await
     }
 
     /// All versions of a dataset, oldest first; none if there is no such dataset.

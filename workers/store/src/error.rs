@@ -82,3 +82,19 @@ impl StoreError {
         matches!(self, Self::Io { .. })
     }
 }
+
+/// An error and its causes in one line; a cause that its effect repeats is left out.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let line = cause.to_string();
+        if !text.ends_with(&line) {
+            text.push_str(": ");
+            text.push_str(&line);
+        }
+        next = cause.source();
+    }
+    text
+}

@@ -6,13 +6,13 @@
 //! commits/<stage>/<task>.json             what is visible
 //! failures/<task>/<n>.json                failed attempts
 //! runs/<run>/rounds/<n>.json              models of a round
-//! runs/<run>/results/<n>-<dataset>.json   what a round led to
+//! runs/<run>/results/<n>-<key>.json       what a round led to
 //! runs/<run>/events/<n>.json              what happened, for people
 //! datasets/<name>/<n>.json                dataset versions
 //! models/<role>/<n>.json                  who plays the role
 //! ```
 
-use capfilt_schemas::{Digest, RunId, StageKind, Table, TaskId};
+use capfilt_schemas::{Digest, RoundResult, RunId, StageKind, Table, TaskId};
 use object_store::path::Path;
 
 pub(crate) fn marker() -> Path {
@@ -49,6 +49,10 @@ pub(crate) fn rounds(run: &RunId) -> Path {
 
 pub(crate) fn results(run: &RunId) -> Path {
     Path::from_iter(["runs", run.as_str(), "results"])
+}
+
+pub(crate) fn result(run: &RunId, result: &RoundResult) -> Path {
+    results(run).join(format!("{:08}-{}.json", result.round, result.key()))
 }
 
 pub(crate) fn events(run: &RunId) -> Path {

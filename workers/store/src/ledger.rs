@@ -37,21 +37,22 @@ impl Store {
         self.list_json(&layout::rounds(run)).await
     }
 
-    /// Writes down what a round led to. A round that is built again with other settings has another dataset and another result.
+    /// Writes down what a round led to, once. A round that is built, judged or trained on again with other settings has another result.
     ///
     /// # Errors
     /// As [`start_round`](Self::start_round).
-    pub async fn finish_round(&self, run: &RunId, result: &RoundResult) -> Result<Created<RoundResult>> {
-        let name = format!("{:08}-{}.json", result.round, result.dataset.digest);
-        self.create_json(&layout::results(run).join(name), result).await
+    pub async fn finish_round(&self, run: &RunId, result: &RoundResult) -> Result<()> {
+        self.create_json(&layout::result(run, result), result).await.map(|_| ())
     }
 
-    /// The results of a run's rounds, by round and then by dataset digest.
+    /// The results of a run's rounds, by round and then as they were written.
     ///
     /// # Errors
     /// As [`start_round`](Self::start_round).
     pub async fn round_results(&self, run: &RunId) -> Result<Vec<RoundResult>> {
-        self.list_json(&layout::results(run)).await
+        let mut results: Vec<RoundResult> = self.list_json(&layout::results(run)).await?;
+        results.sort_by_key(|result| (result.round, result.finished_at_ms));
+        Ok(results)
     }
 
     /// Adds a line to a run's history.

@@ -15,9 +15,9 @@ mod store;
 
 pub use check::{CheckReport, Finding, SweepReport};
 pub use commit::CommitResult;
-pub use error::StoreError;
+pub use error::{StoreError, chain};
 pub use ledger::RunEvent;
-pub use registry::{MODEL_PART_BYTES, ROLES, model_rows};
+pub use registry::{CHECKPOINT_FILES, ROLES, model_rows};
 pub use shard::{ShardWriter, read_parquet};
 pub use store::{Created, Store, now_ms};
 

@@ -12,8 +12,11 @@ use crate::{Result, ShardWriter, Store, StoreError, layout, now_ms};
 /// The roles that a model can play.
 pub const ROLES: &[&str] = &["captioner", "filter"];
 
+/// The files that every model has; it may have more, such as its training log.
+pub const CHECKPOINT_FILES: &[&str] = &["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"];
+
 /// The largest part of a model's file in one row of `models`.
-pub const MODEL_PART_BYTES: usize = 64 << 20;
+const MODEL_PART_BYTES: usize = 64 << 20;
 
 impl Store {
     /// Puts a model's files (name → bytes) as one `models` object. The same files give the same digest. Nothing points to it yet.
@@ -88,11 +91,8 @@ impl Store {
         if self.get(&layout::object(Table::Models, &model)).await?.is_none() {
             return Err(StoreError::Unknown(format!("no model {model} in the store; import it first")));
         }
-        let there = self.alias_events(role).await?.into_iter().find(|e| !key.is_empty() && e.key == key);
-        if let Some(event) = there {
-            return Ok(event);
-        }
-        self.append_json(&layout::model_role(role), |number| AliasEvent {
+        let same = |event: &AliasEvent| !key.is_empty() && event.key == key;
+        self.append_json_once(&layout::model_role(role), same, |number| AliasEvent {
             role: role.to_owned(),
             number,
             model,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
+use arrow::compute::BatchCoalescer;
 use arrow::datatypes::Schema;
 use bytes::Bytes;
 use capfilt_schemas::{Digest, Output, Table, column};
@@ -17,9 +18,13 @@ use crate::{Result, Store, StoreError};
 /// Rows in a row group: small, so that a reader of images holds few of them at a time.
 const ROW_GROUP_ROWS: usize = 512;
 
-/// Writes rows of one table into one shard. Row groups are cut by row count alone, so how the rows were batched does not matter.
+/// Rows that go to the encoder at a time. It cuts pages where a batch ends, so batches are made anew: all of this many rows.
+const BATCH_ROWS: usize = 64;
+
+/// Writes rows of one table into one shard. How the rows were batched does not matter to its bytes.
 pub struct ShardWriter {
     table: Table,
+    batches: BatchCoalescer,
     writer: ArrowWriter<Vec<u8>>,
     rows: u64,
 }
@@ -42,7 +47,7 @@ impl ShardWriter {
         }
         let writer = ArrowWriter::try_new(Vec::new(), table.schema(), Some(properties.build()))
             .map_err(|source| writing(table, source))?;
-        Ok(Self { table, writer, rows: 0 })
+        Ok(Self { table, batches: BatchCoalescer::new(table.schema(), BATCH_ROWS), writer, rows: 0 })
     }
 
     /// Appends rows.
@@ -51,8 +56,18 @@ impl ShardWriter {
     /// [`StoreError::Schema`] if the columns are not the table's, [`StoreError::Parquet`] if they cannot be encoded.
     pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
         same_columns(self.table, batch.schema_ref())?;
+        let fail = |source: arrow::error::ArrowError| writing(self.table, source.into());
+        let rows = RecordBatch::try_new(self.table.schema(), batch.columns().to_vec()).map_err(fail)?;
+        self.batches.push_batch(rows).map_err(fail)?;
         self.rows += batch.num_rows() as u64;
-        self.writer.write(batch).map_err(|source| writing(self.table, source))
+        self.encode()
+    }
+
+    fn encode(&mut self) -> Result<()> {
+        while let Some(batch) = self.batches.next_completed_batch() {
+            self.writer.write(&batch).map_err(|source| writing(self.table, source))?;
+        }
+        Ok(())
     }
 
     /// Rows so far.
@@ -65,7 +80,9 @@ impl ShardWriter {
     ///
     /// # Errors
     /// [`StoreError::Parquet`] or [`StoreError::Io`].
-    pub async fn finish(self, store: &Store) -> Result<Output> {
+    pub async fn finish(mut self, store: &Store) -> Result<Output> {
+        self.batches.finish_buffered_batch().map_err(|source| writing(self.table, source.into()))?;
+        self.encode()?;
         let bytes = self.writer.into_inner().map_err(|source| writing(self.table, source))?;
         let size = bytes.len() as u64;
         let digest = store.put_object(self.table, bytes.into()).await?;

@@ -14,6 +14,7 @@ use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use url::Url;
 
+use crate::error::chain;
 use crate::{Result, StoreError, layout};
 
 /// The layout that this program reads and writes.
@@ -80,14 +81,18 @@ impl Store {
         layout::object(table, digest)
     }
 
-    /// Puts an object under the name of its bytes. Putting it twice is the same as once.
+    /// Puts an object under the name of its bytes. Putting it twice is the same as once, but for its age: a sweep then knows that it is
+    /// wanted again, and bytes that a broken disk left under its name are mended.
     ///
     /// # Errors
     /// [`StoreError::Io`].
     pub async fn put_object(&self, table: Table, bytes: Bytes) -> Result<Digest> {
         let digest = Digest::of(&bytes);
-        self.create(&layout::object(table, &digest), bytes).await?;
-        Ok(digest)
+        let path = layout::object(table, &digest);
+        match self.inner.put(&path, PutPayload::from_bytes(bytes)).await {
+            Ok(_) => Ok(digest),
+            Err(source) => Err(StoreError::Io { verb: "write", path: path.to_string(), source }),
+        }
     }
 
     /// An object's bytes, held against its name.
@@ -123,12 +128,31 @@ impl Store {
 
     /// Appends a record under the next free number below `folder`; `make` is told the number.
     pub(crate) async fn append_json<T: Serialize + DeserializeOwned>(&self, folder: &Path, make: impl Fn(u64) -> T) -> Result<T> {
-        let mut n = self.list(folder).await?.iter().filter_map(|m| layout::number_of(&m.location)).max().unwrap_or(0);
+        self.append_json_once(folder, |_| false, make).await
+    }
+
+    /// As [`append_json`](Self::append_json), unless a record is there already that is the `same`; that one is returned then. Of two
+    /// that append the same at once, one gets the other's.
+    pub(crate) async fn append_json_once<T: Serialize + DeserializeOwned>(
+        &self,
+        folder: &Path,
+        same: impl Fn(&T) -> bool,
+        make: impl Fn(u64) -> T,
+    ) -> Result<T> {
+        let mut last = 0;
+        for meta in self.list(folder).await? {
+            last = last.max(layout::number_of(&meta.location).unwrap_or(0));
+            if let Some(there) = self.get_json(&meta.location).await?.filter(&same) {
+                return Ok(there);
+            }
+        }
         loop {
-            n += 1;
-            let record = make(n);
-            if self.create_json(&layout::numbered(folder, n), &record).await?.is_new() {
-                return Ok(record);
+            last += 1;
+            let record = make(last);
+            match self.create_json(&layout::numbered(folder, last), &record).await? {
+                Created::New => return Ok(record),
+                Created::Exists(there) if same(&there) => return Ok(there),
+                Created::Exists(_) => {}
             }
         }
     }
@@ -206,18 +230,6 @@ fn backend(address: &str) -> std::result::Result<(Arc<dyn ObjectStore>, Url), St
     let (inner, root) = object_store::parse_url(&url)
         .map_err(|e| format!("this build has no backend for `{}:` ({e}); use a folder, `file:` or `memory:`", url.scheme()))?;
     Ok((Arc::new(PrefixStore::new(inner, root)), url))
-}
-
-/// The whole chain of an error's causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }
 
 /// Milliseconds since 1970-01-01 UTC.

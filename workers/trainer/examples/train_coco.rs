@@ -1,9 +1,10 @@
 //! Trains one model on pictures and captions in COCO's layout, judges it on held-out ones, and writes its files.
 //!
 //! ```text
-//! cargo run -p capfilt-trainer --example train_coco -- SETTINGS.json TRAIN.json HELDOUT.json OUT_DIR
+//! cargo run -p capfilt-trainer --example train_coco -- SETTINGS.json TRAIN.json HELDOUT.json OUT_DIR [PARENT_DIR]
 //! ```
 //!
+//! `PARENT_DIR` is a checkpoint to start from, for settings with `"init": "parent"`.
 //! `SETTINGS.json` holds `{"train": {…}, "evaluate": {…}}` ([`TrainConfig`], [`EvaluateConfig`]; what is left out keeps its default).
 //! The same pictures and settings write the same files on the same kind of CPU. An unfinished run goes on from where it was saved.
 
@@ -47,9 +48,10 @@ struct CocoCaption {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
-    let [settings, training, held_out, out] = arguments.as_slice() else {
-        return Err("usage: train_coco SETTINGS.json TRAIN.json HELDOUT.json OUT_DIR".into());
+    let [settings, training, held_out, out, parent @ ..] = arguments.as_slice() else {
+        return Err("usage: train_coco SETTINGS.json TRAIN.json HELDOUT.json OUT_DIR [PARENT_DIR]".into());
     };
+    let parent = parent.first().map(|folder| Checkpoint::open(folder)).transpose()?;
     let settings: Settings = serde_json::from_slice(&std::fs::read(settings)?)?;
     let side = settings.train.model.image_size;
     let pairs = read_pairs(training, side)?;
@@ -59,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let unfinished = out.with_extension("unfinished");
     std::fs::create_dir_all(&unfinished)?;
     let began = Instant::now();
-    let files = train(&pairs, &settings.train, None, &unfinished, |progress| {
+    let files = train(&pairs, &settings.train, parent.as_ref(), &unfinished, |progress| {
         println!(
             "{:.0} pairs/s, step {} of {}: {}",
             progress.pairs_per_second,

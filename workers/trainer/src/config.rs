@@ -129,6 +129,8 @@ pub struct TrainConfig {
     pub crop_min_area: f64,
     /// Whether half of the images are mirrored. Wrong wherever texts say left or right.
     pub flip: bool,
+    /// Strength of random distortions of the images (rotation, shear, brightness, contrast), 0 to 1; 0 switches them off.
+    pub distort: f64,
     /// Steps after which the state is saved, rounded up to whole log lines; 0 never saves.
     pub checkpoint_every: u64,
     /// Steps that one line of the training log sums up.
@@ -161,6 +163,7 @@ impl Default for TrainConfig {
             human_weight: 1.0,
             crop_min_area: 0.5,
             flip: false,
+            distort: 0.5,
             checkpoint_every: 500,
             log_every: 10,
             precision: Precision::F16,
@@ -197,6 +200,7 @@ impl TrainConfig {
             ("label_smoothing", f64::from(self.label_smoothing), 0.0..=0.9),
             ("human_weight", self.human_weight, 0.0..=1e6),
             ("crop_min_area", self.crop_min_area, 0.01..=1.0),
+            ("distort", self.distort, 0.0..=1.0),
         ];
         if let Some((name, value, range)) = finite.iter().find(|(_, value, range)| !range.contains(value)) {
             return fail(format!("`{name}` is {value}, allowed is {} to {}", range.start(), range.end()));
@@ -232,7 +236,7 @@ impl TrainConfig {
             label_smoothing: self.label_smoothing,
             prompt: self.prompt.clone(),
             max_tokens: self.max_tokens,
-            augmentation: Augmentation { min_area: self.crop_min_area, flip: self.flip },
+            augmentation: Augmentation { min_area: self.crop_min_area, flip: self.flip, distort: self.distort },
         }
     }
 }

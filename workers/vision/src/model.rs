@@ -83,9 +83,6 @@ impl<M: 'static> ModelSlot<M> {
     }
 }
 
-/// The files of a checkpoint.
-pub const CHECKPOINT_FILES: &[&str] = &["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"];
-
 /// Checks that `folder` holds a usable checkpoint: every file, and every tensor in its place.
 ///
 /// # Errors

@@ -88,13 +88,15 @@ impl Job<'_> {
         let distance = self.config.max_phash_distance;
         let mut images = Images::default();
         let mut heldout = Known::new(distance);
-        self.annotated(&self.heldout, |_, _, sha256, phash| heldout.add(sha256, phash)).await?;
+        self.annotated(&self.heldout, |_, _, _, sha256, phash| heldout.add(sha256, phash)).await?;
         // What people annotated comes first and so wins over the same image from the web.
         let (mut stay, mut human) = (Known::new(distance), RowSet::default());
-        self.annotated(&self.annotated, |part, row, sha256, phash| {
+        let mut seen = HashSet::new();
+        self.annotated(&self.annotated, |part, row, id, sha256, phash| {
             if heldout.has(&sha256, phash) {
                 images.human_heldout += 1;
-            } else {
+            } else if seen.insert(id.to_owned()) {
+                // Sets may overlap: an image that two of them have under one name counts once.
                 stay.add(sha256, phash);
                 human.insert(part, row);
                 images.human += 1;
@@ -108,19 +110,19 @@ impl Job<'_> {
         Ok(images)
     }
 
-    /// Hands on (part, row, SHA-256, perceptual hash) of every image in annotated shards.
-    async fn annotated(&self, shards: &[Digest], mut take: impl FnMut(u32, u32, [u8; 32], Option<u64>)) -> Result<()> {
+    /// Hands on (part, row, sample id, SHA-256, perceptual hash) of every image in annotated shards.
+    async fn annotated(&self, shards: &[Digest], mut take: impl FnMut(u32, u32, &str, [u8; 32], Option<u64>)) -> Result<()> {
         let scan = Scan::of(self.store, Table::Annotated, shards, COLUMNS);
         let mut slices = scan.clone().rows();
         while let Some(slice) = slices.try_next().await? {
             let rows = &slice.batches[0];
-            let status = rows.column(1).as_string::<i32>();
+            let (ids, status) = (rows.column(0).as_string::<i32>(), rows.column(1).as_string::<i32>());
             let (sha256, phash) = (rows.column(4).as_string::<i32>(), rows.column(5).as_primitive::<UInt64Type>());
             for i in 0..rows.num_rows() {
                 if status.value(i) == FetchStatus::Ok.as_str() {
                     let text = scan::text_at(sha256, i, || scan.bad(0, slice.part, "has an image without SHA-256"))?;
                     let sha256 = parse_sha256(text).ok_or_else(|| scan.bad(0, slice.part, bad_sha256(text)))?;
-                    take(slice.part, slice.rows.value(i), sha256, phash.is_valid(i).then(|| phash.value(i)));
+                    take(slice.part, slice.rows.value(i), ids.value(i), sha256, phash.is_valid(i).then(|| phash.value(i)));
                 }
             }
         }
@@ -178,17 +180,16 @@ impl Job<'_> {
                 }
                 id.value(i).clone_into(&mut last);
                 images.unique += 1;
-                if self.config.perceptual {
-                    if look.is_some_and(|hash| stay.looks.has_near(hash)) {
-                        continue;
-                    }
-                    if let Some(hash) = look {
-                        stay.looks.add(hash);
-                    }
+                if self.config.perceptual && look.is_some_and(|hash| stay.looks.has_near(hash)) {
+                    continue;
                 }
                 images.distinct += 1;
+                // What is left out does not stand in the way of what looks like it.
                 if heldout.has(&bytes, look) {
                     continue;
+                }
+                if let Some(hash) = look.filter(|_| self.config.perceptual) {
+                    stay.looks.add(hash);
                 }
                 images.kept += 1;
                 kept.insert(part.value(i), row.value(i));

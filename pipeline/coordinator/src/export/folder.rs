@@ -92,7 +92,6 @@ impl Staging {
 
     /// Puts the folder in its place; an export there is removed once the new one stands.
     pub(super) fn publish(self, folder: &Path, replace: bool) -> Result<()> {
-        fs::remove_file(&self.lock).map_err(|e| file_error("remove", &self.lock, e))?;
         let old = sibling(folder, "replaced");
         if replace {
             if old.exists() {
@@ -101,6 +100,9 @@ impl Staging {
             fs::rename(folder, &old).map_err(|e| file_error("rename", folder, e))?;
         }
         fs::rename(&self.path, folder).map_err(|e| file_error("rename", &self.path, e))?;
+        // Held until now, so that nobody takes the unfinished folder for abandoned.
+        let lock = folder.join(self.lock.file_name().unwrap_or_default());
+        fs::remove_file(&lock).map_err(|e| file_error("remove", &lock, e))?;
         if replace {
             fs::remove_dir_all(&old).map_err(|e| file_error("remove", &old, e))?;
         }

@@ -91,9 +91,7 @@ impl Report {
 
     /// The ITM probability from which on texts are kept, if that is how the newest version was made.
     pub(super) fn threshold(&self) -> Option<f32> {
-        let version = self.newest().and_then(|r| r.version.as_ref());
-        let ranked = version.is_some_and(samples::is_ranked);
-        (!ranked).then_some(self.input.min_itm)
+        self.newest().and_then(|r| r.version.as_ref()).and_then(samples::threshold)
     }
 
     /// The way of the pairs: that of the newest version, or as far as the run has got.
@@ -185,15 +183,19 @@ async fn rounds(store: &Store, input: &ReportInput, commits: &[Commit]) -> Resul
     let results = store.round_results(&input.run).await?;
     let mut versions = store.dataset_versions(&input.dataset).await?;
     versions.retain(|v| v.run == input.run);
+    // Settings that were tried in between led to versions of their own; those of the version meant are shown.
+    let meant = input.version.and_then(|n| versions.iter().find(|v| v.version == n)).map(|v| v.settings.clone());
     let numbers: BTreeSet<u32> = records.iter().map(|r| r.round).chain(versions.iter().map(|v| v.round)).collect();
     let round = |number: u32| {
-        let version = versions.iter().rfind(|v| v.round == number).cloned();
-        let same = |r: &&RoundResult| r.round == number && version.as_ref().is_some_and(|v| v.digest == r.dataset.digest);
+        let of_round = || versions.iter().filter(|v| v.round == number);
+        let version = of_round().rfind(|v| meant.as_ref().is_none_or(|meant| v.settings == *meant)).or_else(|| of_round().next_back());
+        let version = version.cloned();
         let build = version.as_ref().map(|v| v.lineage.build);
+        let same = |r: &&RoundResult| r.round == number && build.is_some_and(|build| r.rests_on.contains(&build));
         Round {
             number,
             record: records.iter().find(|r| r.round == number).cloned(),
-            result: results.iter().find(same).cloned(),
+            result: results.iter().rfind(same).cloned(),
             facts: commits.iter().find(|c| Some(c.task_id) == build).map_or(Value::Null, |c| c.facts.clone()),
             version,
         }

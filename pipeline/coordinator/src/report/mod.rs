@@ -26,8 +26,8 @@ pub struct ReportInput {
     pub run: RunId,
     /// The name of the dataset that the run builds.
     pub dataset: String,
-    /// The ITM probability from which on texts are kept: the threshold that is drawn into the histogram.
-    pub min_itm: f32,
+    /// The dataset version that the run's settings lead to now; the newest of the run if that is not known.
+    pub version: Option<u64>,
     /// How many samples are shown with their image.
     pub samples: usize,
 }

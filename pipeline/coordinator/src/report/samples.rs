@@ -11,6 +11,7 @@ use futures::TryStreamExt;
 
 use super::ReportInput;
 use crate::Result;
+use crate::build::{BuildConfig, Policy};
 use crate::scan::{RowSet, Scan, Slice, Source, Trust, open};
 
 /// Shards in which samples are looked for, spread evenly over the version's.
@@ -87,9 +88,10 @@ enum Rule {
     Rank,
 }
 
-/// Whether a version's texts were chosen by rank, so that no threshold says which were kept.
-pub(super) fn is_ranked(version: &DatasetVersion) -> bool {
-    version.settings["policy"] == "rank"
+/// The ITM probability from which on a version's texts were kept, unless they were chosen by rank.
+pub(super) fn threshold(version: &DatasetVersion) -> Option<f32> {
+    let settings: BuildConfig = serde_json::from_value(version.settings.clone()).ok()?;
+    (settings.policy == Policy::Itm).then_some(settings.min_itm as f32)
 }
 
 /// A sample that might be shown, without what is large.
@@ -112,7 +114,7 @@ pub(super) async fn choose(store: &Store, version: &DatasetVersion, input: &Repo
     }
     let parts = parts(version);
     let kept = kept(store, version, &parts).await?;
-    let rule = if is_ranked(version) { Rule::Rank } else { Rule::Threshold(input.min_itm) };
+    let rule = threshold(version).map_or(Rule::Rank, Rule::Threshold);
     let mut candidates = Vec::new();
     let scan = Scan { store: store.clone(), sources: sources(&parts, TEXTS), only: None };
     let mut rows = scan.rows();

@@ -8,7 +8,7 @@ use arrow::array::{Array, AsArray, StringArray};
 use arrow::compute::cast;
 use arrow::datatypes::DataType;
 use capfilt_runtime::{StageError, Work};
-use capfilt_schemas::TextSource;
+use capfilt_schemas::{Digest, TextSource};
 use flate2::read::MultiGzDecoder;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -16,20 +16,22 @@ use tokio::sync::mpsc;
 
 use super::{Found, FoundStream, Sender};
 use crate::CrawlError;
-use crate::config::{ListConfig, ListFormat};
+use crate::config::{ListConfig, ListFormat, file_digest};
 use crate::html::clean;
 
 /// Rows sent at a time.
 const BATCH: usize = 1024;
-/// Longest line of a JSONL file; a longer one is passed over.
+/// Longest line of a JSONL file, in bytes; a longer one is passed over. Longest row of a CSV file.
 const MAX_LINE: u64 = 1 << 20;
+/// Most line breaks within one field of a CSV file.
+const MAX_BREAKS: usize = 100;
 
-/// The texts of a list, in its order. Rows without an address or a text, and rows that cannot be read, are counted and passed over.
-pub(crate) fn read_list(list: ListConfig, max_text: usize, work: Work) -> FoundStream {
+/// The texts of a list, in its order; `wanted` is the digest of the file that is meant. Rows without an address or a text, and rows that cannot be read, are counted and passed over.
+pub(crate) fn read_list(list: ListConfig, wanted: Option<Digest>, max_text: usize, work: Work) -> FoundStream {
     let (sender, receiver) = mpsc::channel(2);
     tokio::task::spawn_blocking(move || {
         let mut rows = Rows { out: &sender, batch: Vec::new(), max_text, work: &work, stopped: false };
-        match read(&list, &mut rows) {
+        match same_file(&list, wanted).and_then(|()| read(&list, &mut rows)) {
             Ok(()) => rows.flush(),
             Err(e) => _ = sender.blocking_send(Err(e)),
         }
@@ -71,6 +73,12 @@ impl Rows<'_> {
             self.stopped |= self.out.blocking_send(Ok(batch)).is_err();
         }
     }
+}
+
+fn same_file(list: &ListConfig, wanted: Option<Digest>) -> Result<(), StageError> {
+    let Some(wanted) = wanted else { return Ok(()) };
+    let found = file_digest(&list.path)?;
+    if found == wanted { Ok(()) } else { Err(CrawlError::WrongFile { what: "list", wanted, found: found.to_string() }.into()) }
 }
 
 fn read(list: &ListConfig, rows: &mut Rows<'_>) -> Result<(), StageError> {
@@ -149,6 +157,12 @@ fn read_csv(list: &ListConfig, reader: Box<dyn Read>, delimiter: u8, rows: &mut 
     let (url, caption) = (column(list, &names, &list.url_col)?, column(list, &names, &list.caption_col)?);
     let mut record = csv::ByteRecord::new();
     while !rows.stopped && reader.read_byte_record(&mut record).map_err(|e| csv_broken(&list.path, &e))? {
+        // A quote that nothing closes swallows rows, up to the end of the file.
+        if record.as_slice().len() as u64 > MAX_LINE || record.iter().any(|field| field.iter().filter(|b| **b == b'\n').count() > MAX_BREAKS) {
+            let line = record.position().map_or(0, csv::Position::line);
+            let what = format!("the row at line {line} runs over many lines: is there a `\"` that nothing closes?");
+            return Err(CrawlError::format(&list.path, what));
+        }
         let field = |i: usize| record.get(i).map(String::from_utf8_lossy);
         rows.push(field(url).as_deref(), field(caption).as_deref());
     }

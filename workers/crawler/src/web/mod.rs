@@ -94,7 +94,8 @@ impl Web {
             };
             let wait = failure.retry_after.unwrap_or_else(|| backoff(url, attempt, config.backoff));
             // To ask earlier than the server wants would be rude; to wait for as long as any server wants would be endless.
-            if attempt >= config.retries || !failure.may_pass || wait > config.max_retry_after.max(MAX_BACKOFF) {
+            let too_long = failure.retry_after.is_some_and(|wait| wait > config.max_retry_after);
+            if attempt >= config.retries || !failure.may_pass || too_long {
                 return Err(failure);
             }
             attempt += 1;
@@ -130,7 +131,7 @@ impl Web {
                 Err(failure) => {
                     if failure.status == FetchStatus::RateLimited {
                         let pause = failure.retry_after.unwrap_or(config.backoff);
-                        slot.too_fast(pause, config.max_retry_after.max(MAX_BACKOFF));
+                        slot.too_fast(pause, config.max_retry_after.max(config.backoff));
                     }
                     return Err(failure);
                 }

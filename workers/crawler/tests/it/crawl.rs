@@ -92,7 +92,7 @@ async fn discover(server: &Server, config: &DiscoverConfig, connections: usize) 
     route.connections = connections;
     let stage = Discover::new(Web::new(&route).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
     config.check().unwrap();
-    run(&stage, &config.params(queries.digest(), "now")[0], vec![]).await.unwrap()
+    run(&stage, &config.params(queries.digest(), "now").unwrap()[0], vec![]).await.unwrap()
 }
 
 /// `url | text | where it stood | page | queries`.
@@ -213,7 +213,7 @@ async fn another_query_list_is_refused() {
         Arc::new(Matcher::new(&QueryList::from_texts(["cat"])).unwrap()),
     );
     let other = QueryList::from_texts(["dog"]).digest();
-    let error = run(&stage, &config(&server).params(other, "now")[0], vec![]).await.unwrap_err();
+    let error = run(&stage, &config(&server).params(other, "now").unwrap()[0], vec![]).await.unwrap_err();
     assert!(!error.is_retryable() && error.to_string().contains("needs the query list with digest"), "{error}");
 }
 

@@ -14,11 +14,14 @@ pub struct Augmentation {
     pub min_area: f64,
     /// Whether half of the images are mirrored. Off by default: a mirrored image makes "to the left of" wrong.
     pub flip: bool,
+    /// Strength of the distortions, in `0..=1`; 0 never distorts. Two are drawn for each image (RandAugment, arXiv 1909.13719):
+    /// automatic contrast, histogram equalisation, brightness, shearing along an axis, rotation, or none. BLIP: 0.5.
+    pub distort: f64,
 }
 
 impl Default for Augmentation {
     fn default() -> Self {
-        Self { min_area: 0.5, flip: false }
+        Self { min_area: 0.5, flip: false, distort: 0.5 }
     }
 }
 
@@ -28,8 +31,16 @@ const ATTEMPTS: usize = 10;
 /// Ratio of width to height of a crop at most; its inverse at least.
 const MAX_RATIO: f64 = 4.0 / 3.0;
 
+/// Distortions of an image, as in BLIP.
+const DISTORTIONS: usize = 2;
+
+/// Full strength: pixels moved sideways per pixel, degrees, and change of brightness (`transform/randaugment.py` of BLIP).
+const MAX_SHEAR: f64 = 0.3;
+const MAX_DEGREES: f64 = 30.0;
+const MAX_BRIGHTNESS: f64 = 0.9;
+
 impl Augmentation {
-    /// A random resized crop of `pixels`, RGB8 of `side × side`, row by row; the result has the same size.
+    /// A random resized crop of `pixels`, RGB8 of `side × side`, row by row, perhaps mirrored and distorted; the result has the same size.
     ///
     /// The same seed, sample id and epoch give the same image.
     ///
@@ -61,6 +72,11 @@ impl Augmentation {
                 }
             }
         }
+        if self.distort > 0.0 {
+            for _ in 0..DISTORTIONS {
+                out = distorted(out, side, self.distort, &mut stream);
+            }
+        }
         Ok(out)
     }
 
@@ -79,6 +95,88 @@ impl Augmentation {
         }
         None
     }
+}
+
+/// One distortion, drawn evenly, at `strength` of its range and in a drawn direction.
+fn distorted(mut pixels: Vec<u8>, side: usize, strength: f64, stream: &mut Stream) -> Vec<u8> {
+    let kind = (stream.uniform() * 7.0) as usize;
+    let strength = if stream.uniform() < 0.5 { strength } else { -strength };
+    match kind {
+        0 => per_channel(&mut pixels, autocontrast),
+        1 => per_channel(&mut pixels, equalize),
+        2 => {
+            let factor = 1.0 + MAX_BRIGHTNESS * strength;
+            pixels.iter_mut().for_each(|value| *value = (f64::from(*value) * factor).round() as u8);
+        }
+        3 => return affine(&pixels, side, [1.0, MAX_SHEAR * strength, 0.0, 1.0]),
+        4 => return affine(&pixels, side, [1.0, 0.0, MAX_SHEAR * strength, 1.0]),
+        5 => {
+            let (sin, cos) = (MAX_DEGREES * strength).to_radians().sin_cos();
+            return affine(&pixels, side, [cos, -sin, sin, cos]);
+        }
+        _ => {}
+    }
+    pixels
+}
+
+/// Replaces the values of each colour by a table made from their histogram.
+fn per_channel(pixels: &mut [u8], table: impl Fn(&[usize; 256]) -> [u8; 256]) {
+    for channel in 0..3 {
+        let mut histogram = [0; 256];
+        pixels.iter().skip(channel).step_by(3).for_each(|value| histogram[usize::from(*value)] += 1);
+        let table = table(&histogram);
+        pixels.iter_mut().skip(channel).step_by(3).for_each(|value| *value = table[usize::from(*value)]);
+    }
+}
+
+/// Stretches the values so that the smallest becomes 0 and the largest 255.
+fn autocontrast(histogram: &[usize; 256]) -> [u8; 256] {
+    let low = histogram.iter().position(|&count| count > 0).unwrap_or(0);
+    let high = histogram.iter().rposition(|&count| count > 0).unwrap_or(255);
+    let scale = 255.0 / high.saturating_sub(low).max(1) as f64;
+    std::array::from_fn(|value| match high > low {
+        true => (value.saturating_sub(low) as f64 * scale).round().min(255.0) as u8,
+        false => value as u8,
+    })
+}
+
+/// Spreads the values so that each range of them is as frequent as any other.
+fn equalize(histogram: &[usize; 256]) -> [u8; 256] {
+    let last = histogram.iter().rev().find(|&&count| count > 0).copied().unwrap_or(0);
+    let step = (histogram.iter().sum::<usize>() - last) / 255;
+    let mut below = step / 2;
+    std::array::from_fn(|value| {
+        if step == 0 {
+            return value as u8;
+        }
+        let new = (below / step).min(255) as u8;
+        below += histogram[value];
+        new
+    })
+}
+
+/// The image seen through a linear map `[xx, xy, yx, yy]` about its centre, from places in the result to places in the source, with
+/// bilinear interpolation. Beyond its edge the image goes on in the colour of the edge.
+fn affine(pixels: &[u8], side: usize, [xx, xy, yx, yy]: [f64; 4]) -> Vec<u8> {
+    let centre = (side as f64 - 1.0) / 2.0;
+    let mut out = Vec::with_capacity(pixels.len());
+    for row in 0..side {
+        for column in 0..side {
+            let (x, y) = (column as f64 - centre, row as f64 - centre);
+            let place = |value: f64| (value + centre).clamp(0.0, side as f64 - 1.0);
+            let (x, y) = (place(xx * x + xy * y), place(yx * x + yy * y));
+            let (left, top) = (x as usize, y as usize);
+            let (right, bottom) = ((left + 1).min(side - 1), (top + 1).min(side - 1));
+            let (dx, dy) = (x - left as f64, y - top as f64);
+            for channel in 0..3 {
+                let at = |x: usize, y: usize| f64::from(pixels[3 * (y * side + x) + channel]);
+                let above = at(left, top) * (1.0 - dx) + at(right, top) * dx;
+                let below = at(left, bottom) * (1.0 - dx) + at(right, bottom) * dx;
+                out.push((above * (1.0 - dy) + below * dy).round() as u8);
+            }
+        }
+    }
+    out
 }
 
 /// A decoded image resized straight to `side × side`, RGB8 row by row: what [`crate::train::Example`] takes. The same filter as
@@ -137,7 +235,7 @@ mod tests {
     fn without_flip_left_stays_left_and_top_stays_top() {
         let image = gradient();
         for epoch in 0..200 {
-            let out = Augmentation::default().apply(&image, SIDE, 7, "a", epoch).unwrap();
+            let out = Augmentation { distort: 0.0, ..Augmentation::default() }.apply(&image, SIDE, 7, "a", epoch).unwrap();
             let at = |x: usize, y: usize| (out[3 * (y * SIDE + x)], out[3 * (y * SIDE + x) + 1]);
             assert!(at(0, 8).0 < at(15, 8).0 && at(8, 0).1 < at(8, 15).1, "epoch {epoch}");
             // At least half of the area: no side shorter than √(½ · ¾) = 0.61 of the image.
@@ -148,7 +246,7 @@ mod tests {
     #[test]
     fn flip_mirrors_about_half_of_the_images() {
         let image = gradient();
-        let augmentation = Augmentation { min_area: 1.0, flip: true };
+        let augmentation = Augmentation { min_area: 1.0, flip: true, distort: 0.0 };
         let mirrored = (0..200)
             .filter(|epoch| {
                 let out = augmentation.apply(&image, SIDE, 7, "a", *epoch).unwrap();
@@ -160,10 +258,48 @@ mod tests {
     }
 
     #[test]
-    fn min_area_one_leaves_the_image_alone() {
+    fn everything_off_leaves_the_image_alone() {
         let image = gradient();
-        let augmentation = Augmentation { min_area: 1.0, flip: false };
+        let augmentation = Augmentation { min_area: 1.0, flip: false, distort: 0.0 };
         assert_eq!(augmentation.apply(&image, SIDE, 7, "a", 3).unwrap(), image);
+    }
+
+    #[test]
+    fn distortions_are_what_their_names_say() {
+        let image = gradient();
+        // A quarter turn: what was red to the right is red downwards.
+        let turned = affine(&image, SIDE, [0.0, 1.0, -1.0, 0.0]);
+        let at = |image: &[u8], x: usize, y: usize| [image[3 * (y * SIDE + x)], image[3 * (y * SIDE + x) + 1]];
+        assert_eq!(at(&turned, 3, 5), at(&image, 5, SIDE - 1 - 3));
+        // Sheared along x: the middle stays, rows above and below move against each other, the edge goes on.
+        let sheared = affine(&image, SIDE, [1.0, 1.0, 0.0, 1.0]);
+        assert_eq!(at(&sheared, 8, 15), [225, 225]);
+        assert_eq!(at(&sheared, 7, 0), [0, 0]);
+        let mut histogram = [0; 256];
+        (histogram[50], histogram[110], histogram[150]) = (300, 300, 300);
+        let stretched = autocontrast(&histogram);
+        assert_eq!([stretched[50], stretched[110], stretched[150]], [0, 153, 255]);
+        let even = equalize(&histogram);
+        assert_eq!([even[50], even[110], even[150]], [0, 150, 255]);
+        // A plain image has no contrast to stretch.
+        let mut plain = vec![77; 12];
+        per_channel(&mut plain, autocontrast);
+        per_channel(&mut plain, equalize);
+        assert_eq!(plain, [77; 12]);
+    }
+
+    #[test]
+    fn distorted_images_stay_close_to_what_they_were() {
+        let image = gradient();
+        let kinds = (0..200).map(|epoch| {
+            let augmentation = Augmentation { min_area: 1.0, flip: false, distort: 0.5 };
+            augmentation.apply(&image, SIDE, 7, "a", epoch).unwrap()
+        });
+        let kinds: std::collections::BTreeSet<Vec<u8>> = kinds.collect();
+        assert!(kinds.len() > 20, "{} different images", kinds.len());
+        for out in &kinds {
+            assert!(out[3 * (8 * SIDE)] < out[3 * (8 * SIDE + 15)], "left stays left");
+        }
     }
 
     #[test]

@@ -119,7 +119,8 @@ fn the_gradient_is_the_slope_of_the_loss() {
 #[test]
 fn a_small_model_learns_its_batch() {
     let images = images();
-    let mut trainer = trainer(Recipe { augmentation: Augmentation { min_area: 1.0, flip: false }, ..recipe(Role::Med) });
+    let mut trainer =
+        trainer(Recipe { augmentation: Augmentation { min_area: 1.0, flip: false, distort: 0.0 }, ..recipe(Role::Med) });
     let first = trainer.step(&examples(&images, 0)).unwrap();
     let mut last = first;
     for epoch in 1..60 {
@@ -185,6 +186,27 @@ fn a_saved_checkpoint_opens_and_goes_on() {
     let half = full.save_checkpoint(&dir.path().join("half"), Precision::F16).unwrap();
     assert_eq!(half.parts(), Role::Med.parts());
     assert!(half.digest().unwrap() != checkpoint.digest().unwrap());
+}
+
+#[test]
+fn a_missing_text_transformer_starts_as_a_copy_of_the_other() {
+    let dir = tempfile::tempdir().unwrap();
+    for (from, to, ours, theirs) in [
+        (Role::Captioner, Role::Filter, "text_encoder.", "text_decoder.bert."),
+        (Role::Filter, Role::Captioner, "text_decoder.bert.", "text_encoder."),
+    ] {
+        let parent = trainer(recipe(from));
+        let checkpoint = parent.save_checkpoint(&dir.path().join(theirs), Precision::F32).unwrap();
+        let (child, parent) = (weights(&Trainer::from_checkpoint(&checkpoint, recipe(to)).unwrap()), weights(&parent));
+        let mut copied = 0;
+        for (name, bits) in &child {
+            let source = name.strip_prefix(ours).map_or_else(|| name.clone(), |rest| format!("{theirs}{rest}"));
+            let known = parent.get(&source).filter(|_| name != "temperature");
+            assert!(known.is_none_or(|known| known == bits), "{name}");
+            copied += usize::from(known.is_some());
+        }
+        assert!(copied > 40, "{copied} tensors came from the parent");
+    }
 }
 
 #[test]

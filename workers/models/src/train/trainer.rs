@@ -171,19 +171,36 @@ impl Trainer {
         Self::new(config, tensors, tokenizer, preprocessor, recipe)
     }
 
-    /// Goes on from a checkpoint. Parts that it lacks are drawn afresh; parts that the role does not need are left out.
+    /// Goes on from a checkpoint. Parts that the role does not need are left out; of those that the checkpoint lacks, a text transformer
+    /// starts as a copy of the one that is there, and the rest is drawn afresh.
+    ///
+    /// BLIP trains encoder and decoder as one transformer but for their self-attention. The copy brings a filter the cross-attention of a
+    /// captioner; from random weights, matching begins to learn only after hundreds of steps.
     ///
     /// # Errors
     ///
     /// The checkpoint or the recipe is unusable.
     pub fn from_checkpoint(checkpoint: &Checkpoint, recipe: Recipe) -> Result<Self> {
+        const ENCODER: &str = "text_encoder.";
+        const DECODER: &str = "text_decoder.bert.";
         let config = checkpoint.config().clone();
+        let stored = checkpoint.tensors(&Device::Cpu)?;
+        let copied = |name: &str| {
+            let twin = match name.strip_prefix(ENCODER) {
+                Some(rest) => format!("{DECODER}{rest}"),
+                None => format!("{ENCODER}{}", name.strip_prefix(DECODER)?),
+            };
+            stored.get(&twin).cloned()
+        };
         let mut tensors = drawn(&config, &recipe)?;
-        let untied_head = |name: &str| recipe.role.parts().decoder && name.starts_with("text_decoder.");
-        for (name, tensor) in checkpoint.tensors(&Device::Cpu)? {
-            if tensors.contains_key(&name) || untied_head(&name) {
-                tensors.insert(name, tensor);
+        for (name, tensor) in &mut tensors {
+            if let Some(known) = stored.get(name).cloned().or_else(|| copied(name)) {
+                *tensor = known;
             }
+        }
+        // The untied weight of the language-model head is there only in files that have it.
+        if recipe.role.parts().decoder {
+            tensors.extend(stored.into_iter().filter(|(name, _)| name.starts_with("text_decoder.")));
         }
         Self::new(config, tensors, checkpoint.tokenizer()?, checkpoint.preprocessor()?, recipe)
     }

@@ -26,7 +26,7 @@ async fn read_as(name: &str, bytes: &[u8], columns: (&str, &str)) -> Result<(Vec
     std::fs::write(&path, bytes).unwrap();
     let work = work(folder.path()).await;
     let list = ListConfig { path, format: None, url_col: columns.0.to_owned(), caption_col: columns.1.to_owned() };
-    let found: Vec<Vec<Found>> = read_list(list, 50, work.clone()).try_collect().await?;
+    let found: Vec<Vec<Found>> = read_list(list, None, 50, work.clone()).try_collect().await?;
     Ok((found.into_iter().flatten().map(|f| format!("{} {}", f.url, f.text)).collect(), work.facts.to_value()))
 }
 
@@ -82,7 +82,7 @@ async fn a_file_that_is_no_list_fails_the_task_with_its_reason() {
     assert!(say("l.csv.gz", &gzip(&b"url,caption\n".repeat(9000))[..50]).await.contains("breaks off"));
     let gone = ListConfig { path: "/nowhere/l.csv".into(), format: None, url_col: "a".into(), caption_col: "b".into() };
     let folder = tempfile::tempdir().unwrap();
-    let found: Result<Vec<_>, _> = read_list(gone, 50, work(folder.path()).await).try_collect().await;
+    let found: Result<Vec<_>, _> = read_list(gone, None, 50, work(folder.path()).await).try_collect().await;
     assert_eq!(found.unwrap_err().to_string(), "cannot read `/nowhere/l.csv`");
 }
 
