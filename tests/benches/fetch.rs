@@ -168,5 +168,7 @@ fn main() {
         }
     }
     let peer = peer.map(|_| ("img2dataset".to_owned(), of_peer));
-    Figures { name: "fetch", unit: "images/s/core (2 Mpixel JPEG, shorter side to 256, Parquet)", ours: of_us, peer }.report().unwrap();
+    Figures { name: "fetch", unit: "images/s/core (2 Mpixel JPEG, shorter side to 256, Parquet)", ours: of_us, peer }
+        .report()
+        .unwrap();
 }

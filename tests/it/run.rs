@@ -105,6 +105,9 @@ fn an_external_trainer_is_given_the_export_and_leaves_a_model() {
     let run = world.run(&[&command, "run.rounds=1"]);
     assert_eq!(run["tasks_given_up"], 0);
     assert!(run["results"][0]["challenger_metrics"]["filter/auroc"].is_f64());
+    // Another run that shares the build has no version of its own yet; it must not depend on who built.
+    let other = world.run(&[&command, "run.rounds=1", "run.name=other"]);
+    assert_eq!(other["tasks_given_up"], 0);
     let failing = "train.filter={ command = ['sh', '-c', 'echo out of paper >&2; exit 3'] }";
     let (code, said) =
         world.refuse(&["run", "run.toml", "--set", "run.rounds=1", "--set", failing, "--set", "worker.runtime.max_attempts=1"]);

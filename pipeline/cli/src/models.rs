@@ -146,3 +146,32 @@ fn history(events: &[AliasEvent]) -> String {
     }
     table(&rows)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_rollback_goes_further_back() {
+        let event = |number: u64, model: &str, action: &str| AliasEvent {
+            role: "filter".to_owned(),
+            number,
+            model: Digest::of(model.as_bytes()),
+            action: action.to_owned(),
+            reason: String::new(),
+            key: String::new(),
+            metrics: BTreeMap::new(),
+            created_at_ms: number,
+        };
+        let mut events =
+            vec![event(1, "a", "import"), event(2, "b", "promote"), event(3, "b", "promote"), event(4, "c", "promote")];
+        let back = |events: &[AliasEvent]| before_last(events).map(|e| e.model);
+        for (number, model) in [(5, "b"), (6, "a")] {
+            assert_eq!(back(&events), Some(Digest::of(model.as_bytes())));
+            events.push(event(number, model, "rollback"));
+        }
+        assert_eq!(back(&events), None);
+        events.push(event(7, "d", "promote"));
+        assert_eq!(back(&events), Some(Digest::of(b"a")));
+    }
+}

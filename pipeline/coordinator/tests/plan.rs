@@ -172,6 +172,36 @@ fn another_threshold_builds_again_and_computes_no_text_and_no_score() {
 }
 
 #[test]
+fn what_is_trained_later_is_promoted_all_the_same() {
+    let (mut config, mut world) = (config(), World::default());
+    config.retrain.enabled = false;
+    let without = world.run(&config, || true);
+    assert!(without.complete && world.promotions == 0);
+    config.retrain.enabled = true;
+    assert!(world.run(&config, || true).complete);
+    // The last round can still lead to other models, and does so once.
+    let promoted = world.promotions;
+    assert_eq!(promoted, 1);
+    let last = world.seen.results.last().unwrap();
+    assert!(!last.challenger_metrics.is_empty() && !last.promoted.is_empty());
+    assert!(world.run(&config, || true).complete);
+    assert_eq!(world.promotions, promoted);
+    // Other judges, another result.
+    let results = world.seen.results.len();
+    config.stages.evaluate = json!({"other": true});
+    assert!(world.run(&config, || true).complete);
+    assert!(world.seen.results.len() > results);
+}
+
+#[test]
+fn without_a_challenger_there_are_no_metrics_of_one() {
+    let (mut config, mut world) = (config(), World::default());
+    config.stages.train.clear();
+    assert!(world.run(&config, || true).complete);
+    assert!(world.seen.results.iter().all(|r| r.challenger_metrics.is_empty()));
+}
+
+#[test]
 fn a_further_round_goes_on_from_the_last() {
     let (mut config, mut world) = (config(), World::default());
     config.rounds = 1;

@@ -145,7 +145,8 @@ fn sizes(coco: &CocoFile, set: &AnnotatedSource) -> Result<Digest, CrawlError> {
         list.extend([image.file_name.as_str(), " ", &size.map_or_else(|| "missing".to_owned(), |n| n.to_string()), "\n"]);
     }
     if found == 0 && !coco.images.is_empty() {
-        let what = format!("none of its {} images is in `{}`; say in `images` where they are", coco.images.len(), folder.display());
+        let what =
+            format!("none of its {} images is in `{}`; say in `images` where they are", coco.images.len(), folder.display());
         return Err(CrawlError::format(&set.annotations, what));
     }
     Ok(Digest::of(list.as_bytes()))

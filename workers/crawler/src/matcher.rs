@@ -87,7 +87,8 @@ fn push_char(c: char, out: &mut String) {
         if out.chars().next_back().is_some_and(is_unspaced) {
             end_word(out);
         }
-        out.extend(c.to_uppercase().flat_map(char::to_lowercase));
+        // Down, up and down again: `ẞ` and `ß` both become `ss`.
+        out.extend(c.to_lowercase().flat_map(char::to_uppercase).flat_map(char::to_lowercase));
     } else {
         end_word(out);
     }
@@ -136,7 +137,7 @@ mod tests {
         assert_eq!(words("don't"), " don t ");
         assert_eq!(words(""), " ");
         assert_eq!(words("?!"), " ");
-        assert_eq!(words("Straße STRASSE"), " strasse strasse ");
+        assert_eq!(words("Straße STRASSE STRAẞE"), " strasse strasse strasse ");
         assert_eq!(words("ΟΔΟΣ οδος οδός"), " οδοσ οδοσ οδόσ ");
         assert_eq!(words("ﬁsh ２０２４ Ⅳ"), " fish 2024 iv ");
         assert_eq!(words("cafe\u{301} café"), " café café ");

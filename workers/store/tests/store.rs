@@ -1,11 +1,11 @@
 //! The same behaviour on every kind of store.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{Float64Array, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, BinaryArray, Float64Array, RecordBatch, StringArray, UInt32Array};
 use capfilt_schemas::{Commit, Output, RunId, StageKind, Table, Task};
 use capfilt_store::{CommitResult, ShardWriter, Store, StoreError};
 
@@ -64,6 +64,39 @@ async fn shards_do_not_depend_on_batching_and_read_back() {
         assert_eq!(sizes.iter().sum::<usize>(), 1500);
         assert!(sizes.iter().all(|s| *s <= 400));
     }
+}
+
+/// Values larger than a page of the file, so that pages are cut between rows.
+#[tokio::test]
+async fn shards_of_large_values_do_not_depend_on_batching() {
+    let store = Store::open("memory:").await.unwrap();
+    let rows = |from: u8, to: u8| {
+        let names: ArrayRef = Arc::new(StringArray::from_iter_values((from..to).map(|n| format!("file {n}"))));
+        let parts: ArrayRef = Arc::new(UInt32Array::from_iter_values((from..to).map(u32::from)));
+        let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values((from..to).map(|n| vec![n; 90_000])));
+        RecordBatch::try_new(Table::Models.schema(), vec![names, parts, bytes]).unwrap()
+    };
+    let mut digests = BTreeSet::new();
+    for size in [1, 7, 64, 150] {
+        let mut shard = ShardWriter::new(Table::Models).unwrap();
+        for from in (0..150).step_by(size) {
+            shard.write(&rows(from, from.saturating_add(size as u8).min(150))).unwrap();
+        }
+        digests.insert(shard.finish(&store).await.unwrap().digest);
+    }
+    assert_eq!(digests.len(), 1);
+}
+
+#[tokio::test]
+async fn an_object_that_was_damaged_is_mended_by_putting_it_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().to_str().unwrap()).await.unwrap();
+    let made = shard(&store, &[("a", 1.0)]).await;
+    let path = folder.path().join(store.object_path(Table::Evaluations, &made.digest).to_string());
+    std::fs::write(&path, b"nonsense").unwrap();
+    assert!(store.get_object(Table::Evaluations, &made.digest).await.is_err());
+    assert_eq!(shard(&store, &[("a", 1.0)]).await, made);
+    assert!(store.get_object(Table::Evaluations, &made.digest).await.is_ok());
 }
 
 #[tokio::test]

@@ -163,6 +163,28 @@ async fn people_win_over_the_web_and_are_never_scored_away() {
 }
 
 #[tokio::test]
+async fn an_image_that_two_sets_have_counts_once() {
+    let store = memory().await;
+    let human = [people(1, &["a"]), people(2, &["b"])];
+    let inputs = BuildInputs {
+        annotated: vec![annotated(&store, &human).await, annotated(&store, &human[1..]).await],
+        ..BuildInputs::default()
+    };
+    let done = build(&store, &sql(), &BuildConfig::default(), inputs).await.unwrap();
+    assert_eq!(says(&kept(&store, &done.shards).await, "human"), ["a", "b"]);
+}
+
+#[tokio::test]
+async fn a_held_out_image_does_not_stand_in_the_way_of_what_looks_like_it() {
+    let store = memory().await;
+    // 4 bits from the held-out image, and as many again from it: only the second may stay.
+    let near = |bits: u32, n: u64| Sample { image: Some(lookalike(1, bits)), ..sample(n, "looks alike", 0.99) };
+    let samples = [near(4, 2), near(8, 3)];
+    let done = run(&store, &BuildConfig::default(), &samples, &[], &[people(1, &["x"])]).await;
+    assert_eq!(kept(&store, &done.shards).await.len(), 1);
+}
+
+#[tokio::test]
 async fn heldout_images_never_get_in() {
     let store = memory().await;
     let samples = [

@@ -188,7 +188,8 @@ async fn rounds(store: &Store, input: &ReportInput, commits: &[Commit]) -> Resul
     let numbers: BTreeSet<u32> = records.iter().map(|r| r.round).chain(versions.iter().map(|v| v.round)).collect();
     let round = |number: u32| {
         let of_round = || versions.iter().filter(|v| v.round == number);
-        let version = of_round().rfind(|v| meant.as_ref().is_none_or(|meant| v.settings == *meant)).or_else(|| of_round().next_back());
+        let version =
+            of_round().rfind(|v| meant.as_ref().is_none_or(|meant| v.settings == *meant)).or_else(|| of_round().next_back());
         let version = version.cloned();
         let build = version.as_ref().map(|v| v.lineage.build);
         let same = |r: &&RoundResult| r.round == number && build.is_some_and(|build| r.rests_on.contains(&build));

@@ -23,8 +23,8 @@ use crate::html::clean;
 const BATCH: usize = 1024;
 /// Longest line of a JSONL file, in bytes; a longer one is passed over. Longest row of a CSV file.
 const MAX_LINE: u64 = 1 << 20;
-/// Most line breaks within one field of a CSV file.
-const MAX_BREAKS: usize = 100;
+/// What a CSV file is followed by while it is read.
+const LAST_ROW: &str = "capfilt: the list ends here";
 
 /// The texts of a list, in its order; `wanted` is the digest of the file that is meant. Rows without an address or a text, and rows that cannot be read, are counted and passed over.
 pub(crate) fn read_list(list: ListConfig, wanted: Option<Digest>, max_text: usize, work: Work) -> FoundStream {
@@ -149,24 +149,39 @@ fn read_parquet(list: &ListConfig, file: File, rows: &mut Rows<'_>) -> Result<()
 }
 
 fn read_csv(list: &ListConfig, reader: Box<dyn Read>, delimiter: u8, rows: &mut Rows<'_>) -> Result<(), CrawlError> {
-    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).quoting(delimiter == b',').from_reader(reader);
+    // A quote that nothing closes swallows the rows after it, at worst all. It would swallow this further row as well.
+    let last = format!("\n\"{LAST_ROW}");
+    let quoting = delimiter == b',';
+    let mut reader = csv::ReaderBuilder::new()
+        .delimiter(delimiter)
+        .flexible(true)
+        .quoting(quoting)
+        .from_reader(reader.chain(if quoting { last.as_bytes() } else { b"" }));
     let header = reader.byte_headers().map_err(|e| csv_broken(&list.path, &e))?;
     let names: Vec<String> =
         header.iter().map(|n| String::from_utf8_lossy(n).trim_start_matches('\u{feff}').trim().to_owned()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let (url, caption) = (column(list, &names, &list.url_col)?, column(list, &names, &list.caption_col)?);
     let mut record = csv::ByteRecord::new();
+    let mut line = 0;
+    let mut whole = !quoting;
     while !rows.stopped && reader.read_byte_record(&mut record).map_err(|e| csv_broken(&list.path, &e))? {
-        // A quote that nothing closes swallows rows, up to the end of the file.
-        if record.as_slice().len() as u64 > MAX_LINE || record.iter().any(|field| field.iter().filter(|b| **b == b'\n').count() > MAX_BREAKS) {
-            let line = record.position().map_or(0, csv::Position::line);
-            let what = format!("the row at line {line} runs over many lines: is there a `\"` that nothing closes?");
-            return Err(CrawlError::format(&list.path, what));
+        whole |= record.len() == 1 && &record[0] == LAST_ROW.as_bytes();
+        if whole && quoting {
+            break;
+        }
+        line = record.position().map_or(0, csv::Position::line);
+        if record.as_slice().len() as u64 > MAX_LINE {
+            whole = false;
+            break;
         }
         let field = |i: usize| record.get(i).map(String::from_utf8_lossy);
         rows.push(field(url).as_deref(), field(caption).as_deref());
     }
-    Ok(())
+    if whole || rows.stopped {
+        return Ok(());
+    }
+    Err(CrawlError::format(&list.path, format!("the row at line {line} does not end: is there a `\"` that nothing closes?")))
 }
 
 fn read_jsonl(list: &ListConfig, reader: Box<dyn Read>, rows: &mut Rows<'_>) -> Result<(), CrawlError> {

@@ -53,10 +53,14 @@ async fn a_row_for_each_image_with_all_its_captions() {
 #[tokio::test]
 async fn what_is_no_such_set_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let config = set(folder.path(), r#"{"images": [1]}"#);
+    let refused = |json: &str| Annotate::new(&set(folder.path(), json)).err().unwrap().to_string();
+    let error = refused(r#"{"images": [1]}"#);
+    assert!(error.contains("not a COCO captions file"), "{error}");
+    let error = refused(r#"{"images": [{"id": 1, "file_name": "gone.png"}], "annotations": []}"#);
+    assert!(error.contains("none of its 1 images is in"), "{error}");
+
+    let config = set(folder.path(), r#"{"images": [], "annotations": [] }"#);
     let (stage, tasks) = Annotate::new(&config).unwrap();
-    let error = run(&stage, &tasks[0], vec![]).await.unwrap_err();
-    assert!(!error.is_retryable() && error.to_string().contains("not a COCO captions file"), "{error}");
     std::fs::write(folder.path().join("set.json"), r#"{"images": [], "annotations": []}"#).unwrap();
     let error = run(&stage, &tasks[0], vec![]).await.unwrap_err();
     assert!(error.to_string().contains("needs the annotations with digest"), "a file that changed after planning: {error}");

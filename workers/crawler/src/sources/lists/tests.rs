@@ -87,6 +87,21 @@ async fn a_file_that_is_no_list_fails_the_task_with_its_reason() {
 }
 
 #[tokio::test]
+async fn a_quote_that_nothing_closes_loses_no_row_in_silence() {
+    let row = |i: usize, text: &str| format!("http://a.test/{i},{text}\n");
+    for rows in [20, 400] {
+        let mut csv = "url,caption\n".to_owned();
+        csv.extend((0..rows).map(|i| row(i, if i == 3 { "\"a torn quote" } else { "a car" })));
+        let error = read_as("l.csv", csv.as_bytes(), ("url", "caption")).await.unwrap_err().to_string();
+        assert!(error.contains("the row at line 5 does not end"), "{error}");
+    }
+    // A quote within a text is no such thing, nor is a text of two lines.
+    let csv = format!("url,caption\n{}{}", row(1, "a 5\" disk"), row(2, "\"two\nlines\""));
+    let (found, _) = read_as("l.csv", csv.as_bytes(), ("url", "caption")).await.unwrap();
+    assert_eq!(found, ["http://a.test/1 a 5\" disk", "http://a.test/2 two lines"]);
+}
+
+#[tokio::test]
 async fn an_endless_line_is_passed_over() {
     let mut bytes = b"{\"url\":\"".to_vec();
     bytes.extend(vec![b'x'; 3 << 20]);
