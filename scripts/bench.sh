@@ -6,5 +6,7 @@ cd "$(dirname "$0")/.."
 command -v cargo >/dev/null || export PATH="$HOME/.cargo/bin:$PATH"
 scripts/setup.sh bench
 export IMG2DATASET=$PWD/.venv-bench/bin/img2dataset
+# The peer of `models` is large; it takes part where `scripts/setup.sh goldens` has been run.
+[ ! -x .venv-goldens/bin/python ] || export BLIP_PYTHON=$PWD/.venv-goldens/bin/python
 if [ $# -gt 0 ]; then selection=(--bench "$1"); else selection=(--bench fetch --bench models --bench rebuild); fi
 exec cargo bench --profile dev --workspace --locked --quiet "${selection[@]}"

@@ -156,12 +156,6 @@ pub(crate) struct WorkerSection {
     pub(crate) sql: SqlConfig,
 }
 
-impl WorkerSection {
-    pub(crate) fn work_dir(&self) -> PathBuf {
-        self.runtime.work_dir.clone()
-    }
-}
-
 /// The models of the first round.
 pub(crate) struct Models {
     pub(crate) captioner: Digest,
@@ -347,7 +341,7 @@ impl RunConfig {
             retrain: self.retrain.clone(),
             max_attempts: self.worker.runtime.max_attempts,
             sql: self.worker.sql.clone(),
-            work_dir: self.worker.work_dir(),
+            work_dir: self.worker.runtime.work_dir.clone(),
         })
     }
 }

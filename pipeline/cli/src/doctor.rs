@@ -29,7 +29,7 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
         Ok(config) => {
             note("config", Ok(format!("run `{}`, {} rounds", config.run.name, config.run.rounds)));
             note("threads", Ok(std::thread::available_parallelism().map_or(1, usize::from).to_string()));
-            note("work folder", writable(&config.worker.work_dir()));
+            note("work folder", writable(&config.worker.runtime.work_dir));
             note("inputs", config.inputs().map_err(|e| e.text()));
             match Store::open(&config.run.store).await {
                 Err(e) => note("store", Err(Failure::from(e).text())),

@@ -149,7 +149,9 @@ impl State {
             return;
         }
         let detail = counters.and_then(|c| c.detail).filter(|_| pending);
-        let by_rows = progress.rows > progress.rows_done || (progress.rows > 0 && detail.is_none());
+        // Rows of models and metrics tell nobody how far a stage is.
+        let counted = !matches!(stage, StageKind::Train | StageKind::Evaluate);
+        let by_rows = counted && (progress.rows > progress.rows_done || (progress.rows > 0 && detail.is_none()));
         let (done, of, unit) = match detail {
             Some(detail) if !by_rows => detail,
             _ if by_rows => (progress.rows_done, progress.rows, "rows"),

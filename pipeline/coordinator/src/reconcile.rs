@@ -38,7 +38,7 @@ pub trait TaskSink: Send + Sync {
 pub struct RunOutcome {
     /// The last plan; its `progress` says how much was done.
     pub plan: Plan,
-    /// Tasks that were not yet done when this run began and are now.
+    /// Tasks that have been done, under this run's name, since it was called.
     pub tasks_done: u64,
     /// The newest dataset version that the run's settings lead to.
     pub dataset: Option<DatasetVersion>,
@@ -114,11 +114,11 @@ pub async fn reconcile(
     loop {
         let now = plan(config, observer.observe(config).await?);
         watch(&now);
-        let done = |p: &Plan| p.progress.values().map(|s| s.done).sum::<u64>();
-        let begin = *done_before.get_or_insert_with(|| done(&now));
+        let done = observer.seen.commits.values().filter(|c| c.run == config.run).count() as u64;
+        let begin = *done_before.get_or_insert(done);
         if now.complete || now.stuck.is_some() {
             let dataset = newest_dataset(store, config, &now).await?;
-            return Ok(RunOutcome { tasks_done: done(&now).saturating_sub(begin), plan: now, dataset });
+            return Ok(RunOutcome { tasks_done: done - begin, plan: now, dataset });
         }
         if since.elapsed() > RESUBMIT {
             submitted.clear();

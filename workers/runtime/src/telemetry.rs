@@ -22,14 +22,6 @@ pub struct StageCounters {
     pub detail: Option<(u64, u64, &'static str)>,
 }
 
-impl StageCounters {
-    /// Rows written, whatever their status.
-    #[must_use]
-    pub fn all_rows(&self) -> u64 {
-        self.rows.values().sum()
-    }
-}
-
 /// The counters of a process. Cheap to clone; all clones are one.
 #[derive(Clone, Debug, Default)]
 pub struct Telemetry(Arc<Mutex<BTreeMap<StageKind, StageCounters>>>);
