@@ -16,7 +16,8 @@ use capfilt_models::parameters::fresh_tensors;
 use capfilt_models::preprocess::Pixels;
 use capfilt_models::sampling::Sampling;
 use capfilt_models::score::{FilterScorer, ItmToken};
-use capfilt_models::tokenizer::{special, train_wordpiece};
+use capfilt_models::special;
+use capfilt_models::tokenizer::train_wordpiece;
 use capfilt_tests::Figures;
 
 /// Images of one measurement, and measurements.

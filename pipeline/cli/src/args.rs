@@ -33,9 +33,9 @@ pub(crate) enum Verb {
     /// Do everything that a config asks for and that is not done yet, in this process
     Run(RunArgs),
     /// Show what `run` would do, without doing it
-    Plan(PlanArgs),
+    Plan(ViewArgs),
     /// Show how far a run is: stages, rounds, failures, history
-    Status(StatusArgs),
+    Status(ViewArgs),
     /// Look at dataset versions, compare and export them
     #[command(subcommand)]
     Dataset(DatasetVerb),
@@ -46,7 +46,7 @@ pub(crate) enum Verb {
     #[command(subcommand)]
     Store(StoreVerb),
     /// Check that this machine and a config are fit for a run
-    Doctor(DoctorArgs),
+    Doctor(ViewArgs),
 }
 
 /// Which config, and what to change in it.
@@ -74,26 +74,9 @@ pub(crate) struct RunArgs {
     pub(crate) json: bool,
 }
 
+// For verbs that look and change nothing.
 #[derive(Args, Debug)]
-pub(crate) struct PlanArgs {
-    #[command(flatten)]
-    pub(crate) config: ConfigArgs,
-    /// Write JSON
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct StatusArgs {
-    #[command(flatten)]
-    pub(crate) config: ConfigArgs,
-    /// Write JSON
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct DoctorArgs {
+pub(crate) struct ViewArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
     /// Write JSON

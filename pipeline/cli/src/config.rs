@@ -89,7 +89,7 @@ const fn one() -> u32 {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct QueriesSection {
-    /// A text file with one query a line, or a table; see the README.
+    /// A text file with one query a line (after a tab may stand its source), the same with `.gz`, or Parquet with a column `text`.
     pub(crate) path: PathBuf,
 }
 
@@ -224,6 +224,7 @@ impl RunConfig {
         self.balance.validate().map_err(|e| usage(&e))?;
         self.build.validate().map_err(|e| usage(&e))?;
         self.worker.sql.validate().map_err(|e| usage(&e))?;
+        self.worker.crawler.check().map_err(|e| usage(&e))?;
         self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
         if self.run.rounds == 0 {
             return Err(Failure::Usage("`run.rounds` is 0; ask for at least one".to_owned()));

@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use capfilt_store::Store;
 use serde::Serialize;
 
-use crate::args::DoctorArgs;
+use crate::args::ViewArgs;
 use crate::config::RunConfig;
+use crate::models;
 use crate::output::{Failure, say, say_json};
-use crate::run::resolve_models;
 
 #[derive(Serialize)]
 struct Finding {
@@ -18,7 +18,7 @@ struct Finding {
     says: String,
 }
 
-pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
+pub(crate) async fn run(args: ViewArgs) -> Result<ExitCode, Failure> {
     let mut findings = Vec::new();
     let mut note = |what: &str, result: Result<String, String>| {
         let (ok, says) = result.map_or_else(|e| (false, e), |s| (true, s));
@@ -35,7 +35,7 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
                 Err(e) => note("store", Err(Failure::from(e).text())),
                 Ok(store) => {
                     note("store", Ok(store.url().to_string()));
-                    let models = resolve_models(&config, &store, false).await;
+                    let models = models::of_run(&config, &store, false).await;
                     let says = models.map(|m| format!("captioner {}, filter {}", m.captioner.short(), m.filter.short()));
                     note("models", says.map_err(|e| e.text()));
                 }

@@ -10,6 +10,7 @@ use capfilt_store::{ROLES, Store};
 use serde_json::json;
 
 use crate::args::ModelVerb;
+use crate::config::{Models, RunConfig};
 use crate::output::{Failure, bytes, moment, say, say_json, table};
 use crate::store::open;
 
@@ -65,6 +66,47 @@ fn before_last(events: &[AliasEvent]) -> Option<&AliasEvent> {
         }
     }
     in_force.iter().rev().nth(1).copied()
+}
+
+/// The models of the first round: checkpoint folders, put into the store if `write`, or whatever plays the role there.
+pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Result<Models, Failure> {
+    let mut digests = Vec::new();
+    // A digest can be worked out without touching the store.
+    let aside = Store::open("memory:").await?;
+    for (role, model) in ROLES.iter().zip([&config.models.captioner, &config.models.filter]) {
+        if model == "promoted" {
+            let event = store.model_in_role(role).await?;
+            let event =
+                event.ok_or_else(|| Failure::Usage(format!("models.{role} is `promoted`, but no model plays that role yet")))?;
+            digests.push(event.model);
+            continue;
+        }
+        let digest = import(if write { store } else { &aside }, Path::new(model)).await?;
+        if write && store.model_in_role(role).await?.is_none() {
+            let reason = format!("first model of run {}", config.run.name);
+            store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
+        }
+        digests.push(digest);
+    }
+    Ok(Models { captioner: digests[0], filter: digests[1] })
+}
+
+/// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
+pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: &Models) -> Result<(), Failure> {
+    let rounds = store.rounds(&config.run.name).await?;
+    let Some(first) = rounds.iter().find(|record| record.round == 1) else { return Ok(()) };
+    let pairs = [
+        (&config.models.captioner, models.captioner, first.captioner, ROLES[0]),
+        (&config.models.filter, models.filter, first.filter, ROLES[1]),
+    ];
+    for (named, now, then, role) in pairs {
+        if named != "promoted" && now != then {
+            let (run, now, then) = (&config.run.name, now.short(), then.short());
+            let what = format!("run `{run}` began with the {role} {then}, but models.{role} is {now} now");
+            return Err(Failure::Usage(format!("{what}; give a run with other models another `run.name`")));
+        }
+    }
+    Ok(())
 }
 
 /// Puts a checkpoint folder into the store and tells its digest.

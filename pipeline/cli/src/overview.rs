@@ -8,12 +8,12 @@ use capfilt_schemas::StageKind;
 use capfilt_store::Store;
 use serde_json::json;
 
-use crate::args::{PlanArgs, StatusArgs};
+use crate::args::ViewArgs;
 use crate::config::RunConfig;
+use crate::models;
 use crate::output::{Failure, count, moment, say, say_json, table};
-use crate::run::resolve_models;
 
-pub(crate) async fn plan(args: PlanArgs) -> Result<ExitCode, Failure> {
+pub(crate) async fn plan(args: ViewArgs) -> Result<ExitCode, Failure> {
     let config = RunConfig::load(&args.config.config, &args.config.set)?;
     show_plan(&config, args.json).await
 }
@@ -21,7 +21,7 @@ pub(crate) async fn plan(args: PlanArgs) -> Result<ExitCode, Failure> {
 /// Shows what is left to do, and changes nothing.
 pub(crate) async fn show_plan(config: &RunConfig, as_json: bool) -> Result<ExitCode, Failure> {
     let store = Store::open(&config.run.store).await?;
-    let models = resolve_models(config, &store, false).await?;
+    let models = models::of_run(config, &store, false).await?;
     let planned = config.plan(&models)?;
     let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
     if as_json {
@@ -59,13 +59,13 @@ fn stages(now: &Plan) -> String {
     table(&rows)
 }
 
-pub(crate) async fn status(args: StatusArgs) -> Result<ExitCode, Failure> {
+pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
     let config = RunConfig::load(&args.config.config, &args.config.set)?;
     let store = Store::open(&config.run.store).await?;
     let run = &config.run.name;
     let (rounds, results, events) = (store.rounds(run).await?, store.round_results(run).await?, store.events(run).await?);
     let failures: Vec<_> = store.all_failures().await?.into_iter().filter(|f| f.run == *run).collect();
-    let planned = config.plan(&resolve_models(&config, &store, false).await?)?;
+    let planned = config.plan(&models::of_run(&config, &store, false).await?)?;
     let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
     if args.json {
         say_json(&json!({

@@ -1,7 +1,7 @@
 //! `capfilt run`: coordinator, queue and workers in one process.
 
 use std::fs::{File, TryLockError};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,12 +15,12 @@ use capfilt_coordinator::report::{self, ReportInput};
 use capfilt_crawler::{Discover, Fetch, Matcher, Web};
 use capfilt_runtime::{MemoryQueue, Stage, Telemetry, WorkQueue, Worker};
 use capfilt_schemas::{DatasetVersion, Task};
-use capfilt_store::{ROLES, Store};
+use capfilt_store::Store;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::RunArgs;
-use crate::config::{Models, RunConfig};
+use crate::config::RunConfig;
 use crate::output::{self, Failure, count, duration, say, say_json, table};
 use crate::overview::show_plan;
 use crate::progress::{Bar, RunProgress};
@@ -46,8 +46,8 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     config.inputs()?;
     let _alone = lock_work_dir(&config)?;
     let store = Store::open(&config.run.store).await?;
-    let models = resolve_models(&config, &store, true).await?;
-    same_models(&config, &store, &models).await?;
+    let models = models::of_run(&config, &store, true).await?;
+    models::same_as_begun(&config, &store, &models).await?;
     let planned = config.plan(&models)?;
     if args.retry_failed {
         for failure in store.all_failures().await? {
@@ -118,24 +118,6 @@ fn lock_work_dir(config: &RunConfig) -> Result<File, Failure> {
     }
 }
 
-/// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
-async fn same_models(config: &RunConfig, store: &Store, models: &Models) -> Result<(), Failure> {
-    let rounds = store.rounds(&config.run.name).await?;
-    let Some(first) = rounds.iter().find(|record| record.round == 1) else { return Ok(()) };
-    let pairs = [
-        (&config.models.captioner, models.captioner, first.captioner, ROLES[0]),
-        (&config.models.filter, models.filter, first.filter, ROLES[1]),
-    ];
-    for (named, now, then, role) in pairs {
-        if named != "promoted" && now != then {
-            let (run, now, then) = (&config.run.name, now.short(), then.short());
-            let what = format!("run `{run}` began with the {role} {then}, but models.{role} is {now} now");
-            return Err(Failure::Usage(format!("{what}; give a run with other models another `run.name`")));
-        }
-    }
-    Ok(())
-}
-
 /// The stages of this process's worker.
 fn stages(config: &RunConfig) -> Result<Vec<Arc<dyn Stage>>, Failure> {
     let vision = &config.worker.vision;
@@ -150,29 +132,6 @@ fn stages(config: &RunConfig) -> Result<Vec<Arc<dyn Stage>>, Failure> {
         Arc::new(capfilt_trainer::TrainStage),
         Arc::new(capfilt_trainer::EvaluateStage),
     ])
-}
-
-/// The models of the first round: checkpoint folders, put into the store if `write`, or whatever plays the role there.
-pub(crate) async fn resolve_models(config: &RunConfig, store: &Store, write: bool) -> Result<Models, Failure> {
-    let mut digests = Vec::new();
-    // A digest can be worked out without touching the store.
-    let aside = Store::open("memory:").await?;
-    for (role, model) in ROLES.iter().zip([&config.models.captioner, &config.models.filter]) {
-        if model == "promoted" {
-            let event = store.model_in_role(role).await?;
-            let event =
-                event.ok_or_else(|| Failure::Usage(format!("models.{role} is `promoted`, but no model plays that role yet")))?;
-            digests.push(event.model);
-            continue;
-        }
-        let digest = models::import(if write { store } else { &aside }, Path::new(model)).await?;
-        if write && store.model_in_role(role).await?.is_none() {
-            let reason = format!("first model of run {}", config.run.name);
-            store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
-        }
-        digests.push(digest);
-    }
-    Ok(Models { captioner: digests[0], filter: digests[1] })
 }
 
 /// Report, export, and the last words.

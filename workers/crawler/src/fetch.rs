@@ -87,7 +87,8 @@ impl Stage for Fetch {
     }
 }
 
-/// The most bytes that a stored image can have: three a pixel of the largest stored size, or of the largest allowed one.
+/// The most bytes that a stored image can have: three (PNG) or two (JPEG) a pixel of the largest stored size, or of the largest
+/// allowed one.
 fn largest_result(config: &FetchConfig) -> usize {
     let ImageConfig { size, max_aspect, max_pixels, .. } = config.image;
     let pixels = if size == 0 { max_pixels } else { (f64::from(size) * f64::from(size) * max_aspect) as u64 };

@@ -160,7 +160,7 @@ impl MedConfig {
     /// [`crate::tokenizer::train_wordpiece`], whose special tokens have fixed ids.
     #[must_use]
     pub fn tiny(vocab_size: usize) -> Self {
-        use crate::tokenizer::special;
+        use crate::special;
         Self {
             vision_config: VisionConfig {
                 hidden_size: 128,

@@ -19,6 +19,7 @@ pub mod random;
 pub mod retrieval;
 pub mod sampling;
 pub mod score;
+pub mod special;
 pub mod text;
 pub mod tokenizer;
 pub mod train;

@@ -15,23 +15,10 @@ use tokenizers::{
 
 use crate::config::TextConfig;
 use crate::error::{ModelError, Result};
+use crate::special;
 
 /// Words that a cleaned caption keeps at most (`max_words` of BLIP's `pre_caption`).
 pub const MAX_WORDS: usize = 50;
-
-/// Special tokens of a vocabulary made by [`train_wordpiece`]; they take the first ids, in this order.
-pub mod special {
-    /// Their texts.
-    pub const TOKENS: [&str; 7] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"];
-    /// Padding.
-    pub const PAD_ID: u32 = 0;
-    /// End of text.
-    pub const SEP_ID: u32 = 3;
-    /// Start of a generated text.
-    pub const DEC_ID: u32 = 5;
-    /// Start of a text for the image-grounded encoder.
-    pub const ENC_ID: u32 = 6;
-}
 
 /// A caption as BLIP's models were trained on it (`pre_caption` of `data/utils.py`): lower case, the characters
 /// `. ! " ( ) * # : ; ~` and every run of white space become one space, at most `max_words` words.

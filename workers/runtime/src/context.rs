@@ -90,8 +90,8 @@ impl Work {
         self.task.model.ok_or_else(|| StageError::Input(format!("the {} task {} names no model", self.task.stage, self.id)))
     }
 
-    /// Tells how many rows were dealt with since the last call, for the progress display; the worker counts written rows by itself,
-    /// so this is for stages whose rows come late or not at all (training steps, crawled pages).
+    /// Tells how far the task is, `done` of `of`, for the progress display; the worker counts written rows by itself, so this is for
+    /// stages whose rows come late or not at all (training steps, crawled pages).
     pub fn progress(&self, done: u64, of: u64, unit: &'static str) {
         self.telemetry.detail(self.task.stage, done, of, unit);
     }

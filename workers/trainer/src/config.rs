@@ -1,7 +1,7 @@
 //! Settings of a training run.
 
 use capfilt_models::config::{MedConfig, TextConfig};
-use capfilt_models::tokenizer::special;
+use capfilt_models::special;
 use capfilt_models::train::{AdamWConfig, Augmentation, Precision, Recipe, Role, Schedule};
 use serde::{Deserialize, Serialize};
 

@@ -8,13 +8,13 @@ use capfilt_models::ModelError;
 use capfilt_models::device::Device;
 use capfilt_models::generate::Captioner;
 use capfilt_models::sampling::Sampling;
-use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
+use capfilt_runtime::{RowStream, Stage, StageError, Work};
 use capfilt_schemas::{StageKind, Table, column};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{Loaded, ModelSlot, VisionWorkerConfig, dtype};
-use crate::pixels::{prepare, spread, status_columns, text_column};
+use crate::pixels::{RowPixels, prepared, spread, status_columns, text_column};
 
 /// `[caption]`: how captions are drawn. Part of the task's name.
 #[derive(Clone, Default, PartialEq, Debug, Serialize, Deserialize)]
@@ -63,17 +63,8 @@ impl Stage for CaptionStage {
                 Captioner::new(checkpoint.med(device, dtype(device))?, checkpoint.tokenizer()?, sampling)
             };
             let loaded = slot.get(&work, make).await?;
-            let (seed, preparing) = (config.seed, loaded.clone());
-            // While the model works on one batch, the next one is decoded.
-            let rows = input
-                .map(move |batch| {
-                    let preprocessor = Arc::clone(&preparing.preprocessor);
-                    async move {
-                        let batch = batch?;
-                        on_rayon(move || prepare(&batch, &preprocessor).map(|pixels| (batch, pixels))).await?
-                    }
-                })
-                .buffered(2)
+            let seed = config.seed;
+            let rows = prepared(input, Arc::clone(&loaded.preprocessor))
                 .and_then(move |(batch, pixels)| caption(loaded.clone(), seed, batch, pixels));
             Ok::<_, StageError>(rows)
         };
@@ -85,7 +76,7 @@ async fn caption(
     loaded: Loaded<Captioner>,
     seed: u64,
     batch: RecordBatch,
-    rows: Vec<crate::pixels::RowPixels>,
+    rows: Vec<RowPixels>,
 ) -> Result<RecordBatch, StageError> {
     let (status, error) = status_columns(&rows);
     let present: Vec<bool> = rows.iter().map(Result::is_ok).collect();

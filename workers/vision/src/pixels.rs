@@ -1,16 +1,34 @@
 //! Rows of `samples` as pixels.
 
+use std::sync::Arc;
+
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use capfilt_models::preprocess::{Pixels, Preprocessor};
-use capfilt_runtime::StageError;
+use capfilt_runtime::{RowStream, StageError, on_rayon};
 use capfilt_schemas::{FetchStatus, RowStatus, column};
+use futures::{Stream, StreamExt};
 use rayon::prelude::*;
 
 /// An image of a row: pixels, or why there are none.
 pub(crate) type RowPixels = Result<Pixels, (RowStatus, Option<String>)>;
 
+/// The batches of `input` with their pixels. While the model works on one batch, the next one is decoded.
+pub(crate) fn prepared(
+    input: RowStream,
+    preprocessor: Arc<Preprocessor>,
+) -> impl Stream<Item = Result<(RecordBatch, Vec<RowPixels>), StageError>> {
+    let decode = move |batch: Result<RecordBatch, StageError>| {
+        let preprocessor = Arc::clone(&preprocessor);
+        async move {
+            let batch = batch?;
+            on_rayon(move || prepare(&batch, &preprocessor).map(|pixels| (batch, pixels))).await?
+        }
+    };
+    input.map(decode).buffered(2)
+}
+
 /// Decodes and prepares the image of every row, on the rayon pool of the caller.
-pub(crate) fn prepare(batch: &RecordBatch, preprocessor: &Preprocessor) -> Result<Vec<RowPixels>, StageError> {
+fn prepare(batch: &RecordBatch, preprocessor: &Preprocessor) -> Result<Vec<RowPixels>, StageError> {
     let statuses = text_column(batch, column::STATUS)?;
     let images = batch
         .column_by_name(column::IMAGE)

@@ -6,13 +6,13 @@ use arrow::array::{ArrayRef, AsArray, Float32Array, Float32Builder, ListBuilder,
 use arrow::datatypes::{DataType, Field};
 use capfilt_models::device::Device;
 use capfilt_models::score::{FilterScorer, ItmToken, ScoredText};
-use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
+use capfilt_runtime::{RowStream, Stage, StageError, Work};
 use capfilt_schemas::{StageKind, Table, column};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{Loaded, ModelSlot, VisionWorkerConfig, dtype};
-use crate::pixels::{RowPixels, prepare, spread, status_columns, text_column};
+use crate::pixels::{RowPixels, prepared, spread, status_columns, text_column};
 
 /// `[score]`: how texts are scored. Part of the task's name.
 #[derive(Clone, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -48,16 +48,7 @@ impl Stage for ScoreStage {
                 FilterScorer::new(checkpoint.med(device, dtype(device))?, checkpoint.tokenizer()?, config.first_token)
             };
             let loaded = slot.get(&work, make).await?;
-            let preparing = loaded.clone();
-            let rows = input
-                .map(move |batch| {
-                    let preprocessor = Arc::clone(&preparing.preprocessor);
-                    async move {
-                        let batch = batch?;
-                        on_rayon(move || prepare(&batch, &preprocessor).map(|pixels| (batch, pixels))).await?
-                    }
-                })
-                .buffered(2)
+            let rows = prepared(input, Arc::clone(&loaded.preprocessor))
                 .and_then(move |(batch, pixels)| score(loaded.clone(), batch, pixels));
             Ok::<_, StageError>(rows)
         };

@@ -1,8 +1,7 @@
 //! The samples section: image, texts, scores, verdicts. The filter is made of radio buttons and style rules, so it needs no script.
 
 use super::data::Report;
-use super::html::{Html, shortened};
-use super::page::{nothing, open};
+use super::html::{Html, nothing, open, shortened};
 use super::samples::{Fate, Sample, Text, Verdict};
 
 /// Characters of a text and of an address that are shown.

@@ -2,6 +2,8 @@
 
 use std::fmt::{Display, Write as _};
 
+use capfilt_schemas::StageKind;
+
 /// A page being written. Markup can only come from literals; whatever is data goes through an escape.
 #[derive(Debug, Default)]
 pub(super) struct Html(String);
@@ -155,6 +157,26 @@ pub(super) fn shortened(text: &str, limit: usize) -> String {
         Some((end, _)) => format!("{}…", text[..end].trim_end()),
         None => text.to_owned(),
     }
+}
+
+/// Opens a section.
+pub(super) fn open(h: &mut Html, id: &'static str, title: &'static str, lead: &dyn Display) {
+    h.put("\n<section id=\"{}\"><h2>{}</h2>", &[&id, &title]);
+    let lead = lead.to_string();
+    if !lead.is_empty() {
+        h.put("<p class=\"lead\">{}</p>", &[&lead]);
+    }
+}
+
+/// What stands where there is nothing to show.
+pub(super) fn nothing(h: &mut Html, why: &'static str) {
+    h.put("<p class=\"nothing\">{}</p>", &[&why]);
+}
+
+/// A stage's name as a title.
+pub(super) fn title(stage: StageKind) -> String {
+    let name = stage.name();
+    name[..1].to_uppercase() + &name[1..]
 }
 
 #[cfg(test)]

@@ -2,11 +2,11 @@
 
 use std::fmt::Display;
 
-use capfilt_schemas::{FetchStatus, Origin, StageKind};
+use capfilt_schemas::{FetchStatus, Origin};
 
 use super::chart::{Bar, Series, bars, histogram};
 use super::data::{Report, Round};
-use super::html::{Html, count, date, duration, number, percent, ratio};
+use super::html::{Html, count, date, duration, nothing, number, open, percent, ratio};
 use super::{gallery, rounds};
 
 /// The whole page.
@@ -40,20 +40,6 @@ pub(super) fn page(report: &Report) -> String {
     );
     h.raw("</body></html>\n");
     h.finish()
-}
-
-/// Opens a section.
-pub(super) fn open(h: &mut Html, id: &'static str, title: &'static str, lead: &dyn Display) {
-    h.put("\n<section id=\"{}\"><h2>{}</h2>", &[&id, &title]);
-    let lead = lead.to_string();
-    if !lead.is_empty() {
-        h.put("<p class=\"lead\">{}</p>", &[&lead]);
-    }
-}
-
-/// What stands where there is nothing to show.
-pub(super) fn nothing(h: &mut Html, why: &'static str) {
-    h.put("<p class=\"nothing\">{}</p>", &[&why]);
 }
 
 fn header(h: &mut Html, report: &Report) {
@@ -272,10 +258,4 @@ fn noise(h: &mut Html, report: &Report) {
         nothing(h, "Not recorded.");
     }
     h.raw("</section>");
-}
-
-/// A stage's name as a title.
-pub(super) fn title(stage: StageKind) -> String {
-    let name = stage.name();
-    name[..1].to_uppercase() + &name[1..]
 }

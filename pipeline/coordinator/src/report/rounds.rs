@@ -7,8 +7,7 @@ use serde_json::Value;
 
 use super::chart::{Curve, curve};
 use super::data::{Report, Round};
-use super::html::{Html, count, date, duration, number, percent, shortened};
-use super::page::{nothing, open, title};
+use super::html::{Html, count, date, duration, nothing, number, open, percent, shortened, title};
 
 /// Failed tasks that are listed one by one.
 const MAX_FAILED: usize = 50;

@@ -10,7 +10,7 @@ use capfilt_models::med::{Med, Parts};
 use capfilt_models::parameters::parameters;
 use capfilt_models::preprocess::Pixels;
 use capfilt_models::random::Stream;
-use capfilt_models::tokenizer::special::SEP_ID;
+use capfilt_models::special::SEP_ID;
 use capfilt_models::tokenizer::{TextTokenizer, train_wordpiece};
 
 /// The folder of golden files.

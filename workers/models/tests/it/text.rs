@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use capfilt_models::config::MedConfig;
-use capfilt_models::tokenizer::{FirstToken, TextBatch, TextTokenizer, clean_caption, special, train_wordpiece};
+use capfilt_models::special;
+use capfilt_models::tokenizer::{FirstToken, TextBatch, TextTokenizer, clean_caption, train_wordpiece};
 
 use crate::fixture::{CAPTIONS, config, tokenizer, tokenizer_json};
 
