@@ -95,6 +95,16 @@ fn models_are_promoted_and_rolled_back() {
     let shown = world.json(&["model", "show", "filter", "--store", "store", "--json"]);
     assert_eq!(shown["digest"], now);
     assert!(shown["trained_by"].is_string());
+    // What a person put in service is what the next round works with.
+    let first = filters[0]["model"].as_str().unwrap();
+    world.json(&["model", "promote", "filter", &first[..12], "--store", "store", "--json"]);
+    world.run(&["run.rounds=3"]);
+    let third = std::fs::read_to_string(world.folder.path().join("store/runs/test/rounds/00000003.json")).unwrap();
+    assert!(third.contains(first), "{third}");
+    // A model plays only the role that it has the parts for.
+    let (code, said) = world.refuse(&["model", "promote", "captioner", &first[..12], "--store", "store"]);
+    assert_eq!(code, 1);
+    assert!(said.contains("no usable captioner") && said.contains("text_decoder"), "{said}");
 }
 
 #[test]

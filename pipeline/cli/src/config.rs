@@ -233,6 +233,10 @@ impl RunConfig {
             let roles = capfilt_store::ROLES.join("] or [train.");
             return Err(Failure::Usage(format!("[retrain] is on, but nothing says how to train; add [train.{roles}]")));
         }
+        if self.retrain.enabled && self.heldout.sources.is_empty() {
+            let what = "[retrain] is on, but there are no held-out pairs to compare models on; add [[heldout.sources]]";
+            return Err(Failure::Usage(what.to_owned()));
+        }
         if let Some(role) = self.retrain.metric.keys().find(|role| !capfilt_store::ROLES.contains(&role.as_str())) {
             let roles = capfilt_store::ROLES.join(" and ");
             return Err(Failure::Usage(format!("retrain.metric.{role}: the roles are {roles}")));

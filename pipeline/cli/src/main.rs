@@ -61,7 +61,10 @@ fn logging(cli: &Cli) {
         _ => "info,capfilt=debug,capfilt_coordinator=debug,capfilt_runtime=debug,capfilt_crawler=debug,capfilt_trainer=debug",
     };
     let filter = EnvFilter::try_from_env("CAPFILT_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(progress::LogWriter::default);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(progress::LogWriter::default)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
     if cli.log_json {
         builder.json().init();
     } else {

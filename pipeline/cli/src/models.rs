@@ -36,13 +36,23 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
         }
         ModelVerb::Promote(args) => {
             let store = open(&args.store).await?;
+            known_role(&args.role)?;
             let folder = Path::new(&args.model);
-            let model = if folder.is_dir() { import(&store, folder).await? } else { resolve(&store, &args.model).await? };
+            let model = if folder.is_dir() {
+                import(&store, folder, &args.role).await?
+            } else {
+                let model = resolve(&store, &args.model).await?;
+                let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+                store.write_model(&model, folder.path()).await?;
+                usable(folder.path(), &args.role).with_context(|| format!("model {}", model.short()))?;
+                model
+            };
             let event = store.set_alias(&args.role, model, "promote", &args.reason, "", BTreeMap::new()).await?;
             tell(&event, args.store.json)?;
         }
         ModelVerb::Rollback(args) => {
             let store = open(&args.store).await?;
+            known_role(&args.role)?;
             let events = store.alias_events(&args.role).await?;
             let Some(before) = before_last(&events) else {
                 return Err(Failure::Usage(format!("no other model has played the role `{}` yet", args.role)));
@@ -81,7 +91,7 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
             digests.push(event.model);
             continue;
         }
-        let digest = import(if write { store } else { &aside }, Path::new(model)).await?;
+        let digest = import(if write { store } else { &aside }, Path::new(model), role).await?;
         if write && store.model_in_role(role).await?.is_none() {
             let reason = format!("first model of run {}", config.run.name);
             store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
@@ -110,8 +120,8 @@ pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: &Mo
 }
 
 /// Puts a checkpoint folder into the store and tells its digest.
-pub(crate) async fn import(store: &Store, folder: &Path) -> Result<Digest, Failure> {
-    capfilt_vision::check_checkpoint(folder).with_context(|| format!("`{}` is no usable checkpoint", folder.display()))?;
+async fn import(store: &Store, folder: &Path, role: &str) -> Result<Digest, Failure> {
+    usable(folder, role)?;
     let mut files = BTreeMap::new();
     for name in capfilt_store::CHECKPOINT_FILES {
         let path = folder.join(name);
@@ -119,6 +129,17 @@ pub(crate) async fn import(store: &Store, folder: &Path) -> Result<Digest, Failu
         files.insert((*name).to_owned(), bytes);
     }
     Ok(store.put_model(&files).await?.digest)
+}
+
+fn usable(folder: &Path, role: &str) -> anyhow::Result<()> {
+    capfilt_vision::check_checkpoint(folder, role).with_context(|| format!("`{}` is no usable {role}", folder.display()))
+}
+
+fn known_role(role: &str) -> Result<(), Failure> {
+    if ROLES.contains(&role) {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!("no role `{role}`; the roles are {}", ROLES.join(" and "))))
 }
 
 /// The model that a role or the first characters of a digest mean.

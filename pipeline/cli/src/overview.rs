@@ -22,6 +22,7 @@ pub(crate) async fn plan(args: ViewArgs) -> Result<ExitCode, Failure> {
 pub(crate) async fn show_plan(config: &RunConfig, as_json: bool) -> Result<ExitCode, Failure> {
     let store = Store::open(&config.run.store).await?;
     let models = models::of_run(config, &store, false).await?;
+    models::same_as_begun(config, &store, &models).await?;
     let planned = config.plan(&models)?;
     let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
     if as_json {

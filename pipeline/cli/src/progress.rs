@@ -103,6 +103,8 @@ pub(crate) struct RunProgress {
 struct State {
     round: u32,
     bars: BTreeMap<StageKind, Shown>,
+    /// Rows that were there when this process began.
+    before: BTreeMap<StageKind, u64>,
 }
 
 struct Shown {
@@ -152,9 +154,13 @@ impl State {
         // Rows of models and metrics tell nobody how far a stage is.
         let counted = !matches!(stage, StageKind::Train | StageKind::Evaluate);
         let by_rows = counted && (progress.rows > progress.rows_done || (progress.rows > 0 && detail.is_none()));
+        // Rows of tasks under way count as well: a shard may take minutes.
+        let written: u64 = counters.map_or(0, |c| c.rows.values().sum());
+        let before = *self.before.entry(stage).or_insert_with(|| progress.rows_done.saturating_sub(written));
+        let rows_done = progress.rows_done.max((before + written).min(progress.rows));
         let (done, of, unit) = match detail {
             Some(detail) if !by_rows => detail,
-            _ if by_rows => (progress.rows_done, progress.rows, "rows"),
+            _ if by_rows => (rows_done, progress.rows, "rows"),
             _ => (progress.done, progress.tasks, "tasks"),
         };
         let shown = self.bars.entry(stage).or_insert_with(|| {

@@ -222,6 +222,12 @@ impl<'a> Planner<'a> {
         if !(samples.all && scored.all && annotated.all && heldout.all) {
             return false;
         }
+        // What a few tasks failed at, the others make up for. Where all have failed, a dataset would say what is not so.
+        let shards = samples.commits.iter().map(|fetched| fetched.outputs.len()).sum::<usize>();
+        if shards > 0 && build_inputs.is_empty() {
+            self.plan.stuck = Some(format!("of round {}, every caption or score task was given up", record.round));
+            return false;
+        }
         let clean = annotated.commits.iter().flat_map(|c| c.as_inputs());
         build_inputs.extend(clean);
         let mut params = json!({ "settings": stages.build.clone() });

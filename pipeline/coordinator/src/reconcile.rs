@@ -7,14 +7,15 @@ use arrow::array::AsArray;
 use arrow::datatypes::Float64Type;
 use async_trait::async_trait;
 use capfilt_schemas::{
-    Commit, DatasetRef, DatasetVersion, Lineage, Output, RoundResult, StageKind, StatusCounts, Table, Task, TaskId,
+    AliasEvent, Commit, DatasetRef, DatasetVersion, Lineage, Output, RoundRecord, RoundResult, StageKind, StatusCounts, Table,
+    Task, TaskId,
 };
 use capfilt_store::{CommitResult, Store, now_ms};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
 
 use crate::plan::{Action, Finish, Observation, Plan, PlanConfig, build_inputs, plan};
-use crate::{CoordinatorError, balance, build, external};
+use crate::{CoordinatorError, balance, build, external, retrain};
 
 /// How often the store is looked at while workers are busy.
 const TICK: Duration = Duration::from_millis(300);
@@ -146,6 +147,7 @@ async fn act(
 ) -> Result<(), CoordinatorError> {
     match action {
         Action::StartRound(record) => {
+            let record = &in_service(store, record, seen).await?;
             store.start_round(&config.run, record.clone()).await?;
             let models = format!("captioner {}, filter {}", record.captioner.short(), record.filter.short());
             store.log_event(&config.run, &format!("round {} started with {models}", record.round)).await?;
@@ -165,6 +167,21 @@ async fn act(
         },
     }
     Ok(())
+}
+
+/// The models of a round that follows another: what a person promoted or rolled back to since the end of that one comes first.
+async fn in_service(store: &Store, record: &RoundRecord, seen: &Observation) -> Result<RoundRecord, CoordinatorError> {
+    let mut record = record.clone();
+    let before = seen.results.iter().filter(|r| r.round + 1 == record.round).map(|r| r.finished_at_ms).max();
+    let Some(before) = before else { return Ok(record) };
+    for (role, model) in [(retrain::CAPTIONER, &mut record.captioner), (retrain::FILTER, &mut record.filter)] {
+        // Promotions by a run have a key.
+        let by_hand = |event: &AliasEvent| event.key.is_empty() && event.created_at_ms >= before;
+        if let Some(event) = store.model_in_role(role).await?.filter(by_hand) {
+            *model = event.model;
+        }
+    }
+    Ok(record)
 }
 
 /// Does one of the coordinator's own tasks and commits it, by the same protocol as a worker.

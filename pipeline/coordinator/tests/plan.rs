@@ -220,6 +220,27 @@ fn a_further_round_goes_on_from_the_last() {
 }
 
 #[test]
+fn where_every_caption_was_given_up_nothing_is_built() {
+    let (config, mut world) = (config(), World::default());
+    loop {
+        let now = plan(&config, &world.seen);
+        if let Some(why) = now.stuck {
+            assert!(why.contains("every caption or score task was given up"), "{why}");
+            break;
+        }
+        assert!(!now.complete);
+        for task in &now.tasks {
+            match task.stage {
+                StageKind::Caption => _ = world.seen.failures.insert(task.id(), (1, false)),
+                _ => world.work(task),
+            }
+        }
+        now.actions.iter().for_each(|action| world.act(action));
+    }
+    assert!(world.of_stage(StageKind::Build).is_empty());
+}
+
+#[test]
 fn a_task_that_was_given_up_does_not_stop_the_rest() {
     let (config, mut world) = (config(), World::default());
     loop {

@@ -43,6 +43,14 @@ pub enum CrawlError {
         /// What there is.
         found: String,
     },
+    /// A crawl that found no way in.
+    #[error("no page could be read, starting from {seeds} ({why}); check the addresses and that the hosts answer")]
+    Seeds {
+        /// The addresses of the config.
+        seeds: String,
+        /// What became of the requests, by status.
+        why: String,
+    },
     /// The query list cannot be turned into an automaton.
     #[error("the query list cannot be compiled: {0}")]
     Compile(String),
@@ -65,6 +73,7 @@ impl CrawlError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Read { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
+            Self::Seeds { .. } => true,
             _ => false,
         }
     }

@@ -83,14 +83,30 @@ impl<M: 'static> ModelSlot<M> {
     }
 }
 
-/// Checks that `folder` holds a usable checkpoint: every file, and every tensor in its place.
+/// Checks that `folder` holds a checkpoint that can play `role` (`captioner` or `filter`): every file, every tensor in its place, and
+/// every number finite.
 ///
 /// # Errors
 /// What is missing or does not fit, by name.
-pub fn check_checkpoint(folder: &Path) -> Result<(), ModelError> {
+pub fn check_checkpoint(folder: &Path, role: &str) -> Result<(), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
     checkpoint.tokenizer()?;
     checkpoint.preprocessor()?;
+    let parts = checkpoint.parts();
+    if role == "captioner" && !parts.decoder {
+        return Err(ModelError::MissingPart { wanted: "a captioner", missing: "text_decoder" });
+    }
+    if role == "filter" && !parts.encoder {
+        return Err(ModelError::MissingPart { wanted: "a filter", missing: "text_encoder" });
+    }
+    for (name, tensor) in checkpoint.tensors(&Device::Cpu)? {
+        if !tensor.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+            return Err(ModelError::Config(format!(
+                "the tensor {name} of {} holds numbers that are not finite",
+                folder.display()
+            )));
+        }
+    }
     Ok(())
 }
 

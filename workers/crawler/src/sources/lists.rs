@@ -30,9 +30,12 @@ const LAST_ROW: &str = "capfilt: the list ends here";
 pub(crate) fn read_list(list: ListConfig, wanted: Option<Digest>, max_text: usize, work: Work) -> FoundStream {
     let (sender, receiver) = mpsc::channel(2);
     tokio::task::spawn_blocking(move || {
-        let mut rows = Rows { out: &sender, batch: Vec::new(), max_text, work: &work, stopped: false };
+        let mut rows = Rows { out: &sender, batch: Vec::new(), max_text, work: &work, stopped: false, read: 0, used: 0 };
         match same_file(&list, wanted).and_then(|()| read(&list, &mut rows)) {
-            Ok(()) => rows.flush(),
+            Ok(()) => match rows.usable(&list) {
+                Ok(()) => rows.flush(),
+                Err(e) => _ = sender.blocking_send(Err(e.into())),
+            },
             Err(e) => _ = sender.blocking_send(Err(e)),
         }
     });
@@ -46,6 +49,9 @@ struct Rows<'a> {
     work: &'a Work,
     /// Nobody listens any more.
     stopped: bool,
+    /// Rows seen, those that cannot be read included, and rows that have an address and a text.
+    read: u64,
+    used: u64,
 }
 
 impl Rows<'_> {
@@ -53,18 +59,36 @@ impl Rows<'_> {
         let url = url.unwrap_or("").trim();
         let text = clean(text.unwrap_or(""), self.max_text);
         self.work.facts.add("rows_read", 1);
+        self.read += 1;
         if url.is_empty() || text.is_empty() {
             self.work.facts.add("rows_without_address_or_text", 1);
             return;
         }
+        self.used += 1;
         self.batch.push(Found { url: url.to_owned(), text, text_source: TextSource::List, page_url: None });
         if self.batch.len() >= BATCH {
             self.flush();
         }
     }
 
-    fn unreadable(&self) {
+    fn unreadable(&mut self) {
         self.work.facts.add("rows_unreadable", 1);
+        self.read += 1;
+    }
+
+    /// A list of which no row can be used was meant to be read otherwise.
+    fn usable(&self, list: &ListConfig) -> Result<(), CrawlError> {
+        if self.used > 0 || self.stopped {
+            return Ok(());
+        }
+        let (url, caption) = (&list.url_col, &list.caption_col);
+        let what = match self.read {
+            0 => "it holds no row".to_owned(),
+            n => format!(
+                "none of its {n} rows has an address in `{url}` and a text in `{caption}`; set `url_col` and `caption_col`"
+            ),
+        };
+        Err(CrawlError::format(&list.path, what))
     }
 
     fn flush(&mut self) {
@@ -160,7 +184,7 @@ fn read_csv(list: &ListConfig, reader: Box<dyn Read>, delimiter: u8, rows: &mut 
     let header = reader.byte_headers().map_err(|e| csv_broken(&list.path, &e))?;
     let names: Vec<String> =
         header.iter().map(|n| String::from_utf8_lossy(n).trim_start_matches('\u{feff}').trim().to_owned()).collect();
-    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).filter(|name| *name != LAST_ROW).collect();
     let (url, caption) = (column(list, &names, &list.url_col)?, column(list, &names, &list.caption_col)?);
     let mut record = csv::ByteRecord::new();
     let mut line = 0;

@@ -11,9 +11,9 @@ use url::Url;
 use super::frontier::Frontier;
 use super::{Found, FoundStream, Sender, sitemap};
 use crate::config::{PagesConfig, WebConfig};
-use crate::html;
 use crate::opt_out::Directives;
 use crate::web::{Failure, Want, Web};
+use crate::{CrawlError, html};
 
 /// Pages of which the answer may be at hand before an earlier one's: for each connection so many.
 const AHEAD: usize = 8;
@@ -59,10 +59,11 @@ impl Crawler {
     async fn run(&self, pages: PagesConfig, out: &Sender) -> Result<(), StageError> {
         let ahead = self.web.settings().connections * AHEAD;
         let (with_sitemaps, max_depth, max_sitemap) = (pages.sitemaps, pages.max_depth, pages.max_pages_per_host);
+        let seeds = pages.seeds.join(", ");
         let mut frontier = Frontier::new(pages);
         let mut known_sites = BTreeSet::new();
         let mut emitted = std::collections::HashSet::new();
-        let mut visited = 0;
+        let (mut visited, mut read) = (0, 0);
         for depth in 0..=max_depth {
             let level = frontier.next_level();
             if level.is_empty() {
@@ -81,6 +82,7 @@ impl Crawler {
             while let Some(visit) = visits.next().await {
                 let Visit { url, mut found, links } = visit?;
                 visited += 1;
+                read += u64::from(url.is_some());
                 self.work.progress(visited, known, "pages");
                 match &url {
                     Some(url) if !frontier.in_scope(url) => continue,
@@ -101,6 +103,12 @@ impl Crawler {
                     pages.into_iter().for_each(|page| frontier.offer(page));
                 }
             }
+        }
+        if read == 0 {
+            let facts = self.work.facts.to_value();
+            let misses = facts.as_object().into_iter().flatten().filter_map(|(name, n)| Some((name.strip_prefix("pages_")?, n)));
+            let why = misses.map(|(status, n)| format!("{status} {n}")).collect::<Vec<_>>().join(", ");
+            return Err(CrawlError::Seeds { seeds, why }.into());
         }
         Ok(())
     }

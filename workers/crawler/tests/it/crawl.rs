@@ -206,6 +206,16 @@ async fn lists_are_matched_too() {
 }
 
 #[tokio::test]
+async fn a_crawl_that_finds_no_way_in_fails_and_says_why() {
+    let server = Server::start(|_| status(404)).await;
+    let queries = QueryList::from_texts(["cat"]);
+    let stage = Discover::new(Web::new(&worker(server.address)).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
+    let error = run(&stage, &config(&server).params(queries.digest(), "now").unwrap()[0], vec![]).await.unwrap_err();
+    let said = error.to_string();
+    assert!(error.is_retryable() && said.contains("starting from http://a.test/ (http_4xx 1)"), "{said}");
+}
+
+#[tokio::test]
 async fn another_query_list_is_refused() {
     let server = Server::start(|_| status(404)).await;
     let stage = Discover::new(

@@ -78,6 +78,10 @@ async fn a_file_that_is_no_list_fails_the_task_with_its_reason() {
     assert!(say("l.csv", b"link,text\n1,2\n").await.contains("no column `url`, only link, text"));
     assert!(say("l.parquet", &parquet(3)).await.contains("no column `url`, only n, TEXT, URL"));
     assert!(say("l.parquet", b"nonsense").await.contains("not readable Parquet"));
+    assert!(say("l.csv", b"").await.contains("no column `url`, only "));
+    assert!(say("l.csv", b"url,caption\n").await.contains("it holds no row"));
+    let strange = b"{\"URL\": \"http://a.test/\", \"TEXT\": \"a car\"}\n{broken\n";
+    assert!(say("l.jsonl", strange).await.contains("none of its 2 rows has an address in `url` and a text in `caption`"));
     assert!(say("l.txt", b"x").await.contains("its name tells no format"));
     assert!(say("l.csv.gz", &gzip(&b"url,caption\n".repeat(9000))[..50]).await.contains("breaks off"));
     let gone = ListConfig { path: "/nowhere/l.csv".into(), format: None, url_col: "a".into(), caption_col: "b".into() };
