@@ -34,11 +34,20 @@ pub struct WorkerConfig {
     pub batch_rows: usize,
     /// Tasks of one stage at work at the same time.
     pub tasks_at_once: usize,
+    /// The same for discover and fetch, which mostly wait: while one task waits for its slowest server, others go on.
+    pub web_tasks_at_once: usize,
 }
 
 impl Default for WorkerConfig {
     fn default() -> Self {
-        Self { work_dir: PathBuf::from("work"), lease_seconds: 60, max_attempts: 3, batch_rows: 64, tasks_at_once: 1 }
+        Self {
+            work_dir: PathBuf::from("work"),
+            lease_seconds: 60,
+            max_attempts: 3,
+            batch_rows: 64,
+            tasks_at_once: 1,
+            web_tasks_at_once: 4,
+        }
     }
 }
 
@@ -80,7 +89,11 @@ impl Worker {
         let this = Arc::new(self);
         let mut loops = JoinSet::new();
         for stage in this.stages.keys().copied() {
-            for _ in 0..this.config.tasks_at_once.max(1) {
+            let at_once = match stage {
+                StageKind::Discover | StageKind::Fetch => this.config.web_tasks_at_once,
+                _ => this.config.tasks_at_once,
+            };
+            for _ in 0..at_once.max(1) {
                 let (this, cancel) = (Arc::clone(&this), cancel.clone());
                 loops.spawn(async move {
                     while !cancel.is_cancelled() {
