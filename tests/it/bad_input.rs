@@ -20,7 +20,7 @@ fn a_config_is_read_strictly() {
     let world = World::new(5);
     let config = std::fs::read_to_string(world.path("run.toml")).unwrap();
     for (wrong, right, needle) in [
-        ("min_itmm = 0.3", "min_itm = 0.3", "min_itmm"),
+        ("min_itmm = 0.02", "min_itm = 0.02", "min_itmm"),
         ("[bild]\nmin_itm", "[build]\nmin_itm", "bild"),
         ("rounds = 0", "rounds = 2", "rounds"),
         ("rounds = \"two\"", "rounds = 2", "line"),

@@ -170,7 +170,7 @@ annotations = "held/captions.json"
 captioner = "{checkpoints}/captioner"
 filter = "{checkpoints}/filter"
 [build]
-min_itm = 0.3
+min_itm = 0.02
 max_phash_distance = 0
 [retrain]
 enabled = true
