@@ -9,7 +9,8 @@ use capfilt_coordinator::build::BuildConfig;
 use capfilt_coordinator::plan::{PlanConfig, StageParams};
 use capfilt_coordinator::retrain::RetrainConfig;
 use capfilt_crawler::{
-    Annotate, AnnotateConfig, CrawlerWorkerConfig, DiscoverConfig, DiscoverParams, FetchConfig, QueryList, SourceConfig,
+    Annotate, AnnotateConfig, AnnotateParams, CrawlError, CrawlerWorkerConfig, DiscoverConfig, DiscoverParams, FetchConfig,
+    QueryList, SourceConfig,
 };
 use capfilt_runtime::WorkerConfig;
 use capfilt_schemas::{Digest, RunId, StageKind};
@@ -156,6 +157,16 @@ pub(crate) struct WorkerSection {
     pub(crate) sql: SqlConfig,
 }
 
+/// The local files that a run starts from, as its tasks know them.
+pub(crate) struct Inputs {
+    pub(crate) queries: QueryList,
+    pub(crate) discover: Vec<DiscoverParams>,
+    /// The stage that reads the clean and the held-out sets.
+    pub(crate) annotate: Annotate,
+    pub(crate) annotated: Vec<AnnotateParams>,
+    pub(crate) heldout: Vec<AnnotateParams>,
+}
+
 /// The models of the first round.
 pub(crate) struct Models {
     pub(crate) captioner: Digest,
@@ -254,33 +265,17 @@ impl RunConfig {
         self.run.dataset.clone().unwrap_or_else(|| self.run.name.to_string())
     }
 
-    /// Checks that every file the config names is there and readable, and says what there is.
-    pub(crate) fn inputs(&self) -> Result<String, Failure> {
-        let queries = self.query_list()?;
-        self.discover_params(&queries)?;
-        self.annotate_stage()?;
-        Ok(format!(
-            "{} queries, {} sources, {} annotated and {} held-out sets",
-            queries.len(),
-            self.discover.sources.len(),
-            self.annotated.sources.len(),
-            self.heldout.sources.len()
-        ))
-    }
-
-    fn discover_params(&self, queries: &QueryList) -> Result<Vec<DiscoverParams>, Failure> {
-        self.discover.params(queries.digest(), &self.run.snapshot).map_err(|e| Failure::Usage(capfilt_store::chain(&e)))
-    }
-
-    pub(crate) fn query_list(&self) -> Result<QueryList, Failure> {
-        QueryList::load(&self.queries.path).map_err(|e| Failure::Usage(e.to_string()))
-    }
-
-    /// The stage that reads the clean and the held-out sets.
-    pub(crate) fn annotate_stage(&self) -> Result<Annotate, Failure> {
-        let mut all = self.annotated.clone();
-        all.sources.extend(self.heldout.sources.iter().cloned());
-        Ok(Annotate::new(&all).map_err(|e| Failure::Usage(capfilt_store::chain(&e)))?.0)
+    /// Reads every local file that the config names.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] names the file and what is wrong with it.
+    pub(crate) fn inputs(&self) -> Result<Inputs, Failure> {
+        let usage = |e: &CrawlError| Failure::Usage(capfilt_store::chain(e));
+        let queries = QueryList::load(&self.queries.path).map_err(|e| usage(&e))?;
+        let discover = self.discover.params(queries.digest(), &self.run.snapshot).map_err(|e| usage(&e))?;
+        let (clean, annotated) = Annotate::new(&self.annotated).map_err(|e| usage(&e))?;
+        let (kept_apart, heldout) = Annotate::new(&self.heldout).map_err(|e| usage(&e))?;
+        Ok(Inputs { queries, discover, annotate: clean.and(kept_apart), annotated, heldout })
     }
 
     fn train_params(&self) -> Result<BTreeMap<String, Value>, Failure> {
@@ -306,19 +301,14 @@ impl RunConfig {
         Ok(params)
     }
 
-    /// What the planner needs. Reads the query list and the annotation files, for their digests.
-    pub(crate) fn plan(&self, models: &Models) -> Result<PlanConfig, Failure> {
-        let queries = self.query_list()?;
-        let usage = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
-        let annotate = |config: &AnnotateConfig| -> Result<Vec<Value>, Failure> {
-            Annotate::new(config).map_err(|e| usage(&e))?.1.iter().map(json).collect()
-        };
+    /// What the planner needs.
+    pub(crate) fn plan(&self, inputs: &Inputs, models: &Models) -> Result<PlanConfig, Failure> {
         let stages = StageParams {
-            discover: self.discover_params(&queries)?.iter().map(json).collect::<Result<_, _>>()?,
+            discover: inputs.discover.iter().map(json).collect::<Result<_, _>>()?,
             balance: json(&self.balance)?,
             fetch: json(&self.fetch.params(&self.run.snapshot))?,
-            annotated: annotate(&self.annotated)?,
-            heldout: annotate(&self.heldout)?,
+            annotated: inputs.annotated.iter().map(json).collect::<Result<_, _>>()?,
+            heldout: inputs.heldout.iter().map(json).collect::<Result<_, _>>()?,
             caption: json(&self.caption)?,
             score: json(&self.score)?,
             build: json(&self.build)?,

@@ -7,7 +7,7 @@ use capfilt_store::Store;
 use serde::Serialize;
 
 use crate::args::ViewArgs;
-use crate::config::RunConfig;
+use crate::config::{Inputs, RunConfig};
 use crate::models;
 use crate::output::{Failure, say, say_json};
 
@@ -30,7 +30,11 @@ pub(crate) async fn run(args: ViewArgs) -> Result<ExitCode, Failure> {
             note("config", Ok(format!("run `{}`, {} rounds", config.run.name, config.run.rounds)));
             note("threads", Ok(std::thread::available_parallelism().map_or(1, usize::from).to_string()));
             note("work folder", writable(&config.worker.runtime.work_dir));
-            note("inputs", config.inputs().map_err(|e| e.text()));
+            let says = |inputs: Inputs| {
+                let (sources, clean, heldout) = (inputs.discover.len(), inputs.annotated.len(), inputs.heldout.len());
+                format!("{} queries, {sources} sources, {clean} annotated and {heldout} held-out sets", inputs.queries.len())
+            };
+            note("inputs", config.inputs().map(says).map_err(|e| e.text()));
             match Store::open(&config.run.store).await {
                 Err(e) => note("store", Err(Failure::from(e).text())),
                 Ok(store) => {

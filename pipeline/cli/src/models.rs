@@ -39,7 +39,7 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
             known_role(&args.role)?;
             let folder = Path::new(&args.model);
             let model = if folder.is_dir() {
-                import(&store, folder, &args.role).await?
+                import(Some(&store), folder, &args.role).await?
             } else {
                 let model = resolve(&store, &args.model).await?;
                 let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
@@ -81,8 +81,6 @@ fn before_last(events: &[AliasEvent]) -> Option<&AliasEvent> {
 /// The models of the first round: checkpoint folders, put into the store if `write`, or whatever plays the role there.
 pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Result<Models, Failure> {
     let mut digests = Vec::new();
-    // A digest can be worked out without touching the store.
-    let aside = Store::open("memory:").await?;
     for (role, model) in ROLES.iter().zip([&config.models.captioner, &config.models.filter]) {
         if model == "promoted" {
             let event = store.model_in_role(role).await?;
@@ -91,7 +89,7 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
             digests.push(event.model);
             continue;
         }
-        let digest = import(if write { store } else { &aside }, Path::new(model), role).await?;
+        let digest = import(write.then_some(store), Path::new(model), role).await?;
         if write && store.model_in_role(role).await?.is_none() {
             let reason = format!("first model of run {}", config.run.name);
             store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
@@ -119,8 +117,8 @@ pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: &Mo
     Ok(())
 }
 
-/// Puts a checkpoint folder into the store and tells its digest.
-async fn import(store: &Store, folder: &Path, role: &str) -> Result<Digest, Failure> {
+/// Tells a checkpoint folder's digest, and puts it into the store, if one is given and has it not.
+async fn import(store: Option<&Store>, folder: &Path, role: &str) -> Result<Digest, Failure> {
     usable(folder, role)?;
     let mut files = BTreeMap::new();
     for name in capfilt_store::CHECKPOINT_FILES {
@@ -128,7 +126,13 @@ async fn import(store: &Store, folder: &Path, role: &str) -> Result<Digest, Fail
         let bytes = std::fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
         files.insert((*name).to_owned(), bytes);
     }
-    Ok(store.put_model(&files).await?.digest)
+    let model = Store::open("memory:").await?.put_model(&files).await?;
+    if let Some(store) = store
+        && !store.holds(&model).await?
+    {
+        store.put_model(&files).await?;
+    }
+    Ok(model.digest)
 }
 
 fn usable(folder: &Path, role: &str) -> anyhow::Result<()> {

@@ -20,10 +20,11 @@ pub(crate) async fn plan(args: ViewArgs) -> Result<ExitCode, Failure> {
 
 /// Shows what is left to do, and changes nothing.
 pub(crate) async fn show_plan(config: &RunConfig, as_json: bool) -> Result<ExitCode, Failure> {
+    let inputs = config.inputs()?;
     let store = Store::open(&config.run.store).await?;
     let models = models::of_run(config, &store, false).await?;
     models::same_as_begun(config, &store, &models).await?;
-    let planned = config.plan(&models)?;
+    let planned = config.plan(&inputs, &models)?;
     let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
     if as_json {
         let tasks: Vec<_> = now.tasks.iter().map(|t| json!({"id": t.id(), "task": t})).collect();
@@ -66,7 +67,7 @@ pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
     let run = &config.run.name;
     let (rounds, results, events) = (store.rounds(run).await?, store.round_results(run).await?, store.events(run).await?);
     let failures: Vec<_> = store.all_failures().await?.into_iter().filter(|f| f.run == *run).collect();
-    let planned = config.plan(&models::of_run(&config, &store, false).await?)?;
+    let planned = config.plan(&config.inputs()?, &models::of_run(&config, &store, false).await?)?;
     let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
     if args.json {
         say_json(&json!({

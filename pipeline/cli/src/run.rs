@@ -20,7 +20,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::RunArgs;
-use crate::config::RunConfig;
+use crate::config::{Inputs, RunConfig};
 use crate::output::{self, Failure, count, duration, say, say_json, table};
 use crate::overview::show_plan;
 use crate::progress::{Bar, RunProgress};
@@ -43,12 +43,12 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         return show_plan(&config, args.json).await;
     }
     // Before anything is written.
-    config.inputs()?;
+    let inputs = config.inputs()?;
     let _alone = lock_work_dir(&config)?;
     let store = Store::open(&config.run.store).await?;
     let models = models::of_run(&config, &store, true).await?;
     models::same_as_begun(&config, &store, &models).await?;
-    let planned = config.plan(&models)?;
+    let planned = config.plan(&inputs, &models)?;
     if args.retry_failed {
         for failure in store.all_failures().await? {
             store.forget_failures(&failure.task_id).await?;
@@ -60,7 +60,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         store.clone(),
         config.run.name.clone(),
         Arc::clone(&queue) as Arc<dyn WorkQueue>,
-        stages(&config)?,
+        stages(&config, inputs)?,
         config.worker.runtime.clone(),
         telemetry.clone(),
     );
@@ -119,13 +119,13 @@ fn lock_work_dir(config: &RunConfig) -> Result<File, Failure> {
 }
 
 /// The stages of this process's worker.
-fn stages(config: &RunConfig) -> Result<Vec<Arc<dyn Stage>>, Failure> {
+fn stages(config: &RunConfig, inputs: Inputs) -> Result<Vec<Arc<dyn Stage>>, Failure> {
     let vision = &config.worker.vision;
     let web = Web::new(&config.worker.crawler).map_err(|e| Failure::Usage(e.to_string()))?;
-    let matcher = Arc::new(Matcher::new(&config.query_list()?).map_err(|e| Failure::Usage(e.to_string()))?);
+    let matcher = Arc::new(Matcher::new(&inputs.queries).map_err(|e| Failure::Usage(e.to_string()))?);
     Ok(vec![
         Arc::new(Discover::new(web.clone(), matcher)),
-        Arc::new(config.annotate_stage()?),
+        Arc::new(inputs.annotate),
         Arc::new(Fetch::new(web)),
         Arc::new(capfilt_vision::CaptionStage::new(vision.clone())),
         Arc::new(capfilt_vision::ScoreStage::new(vision.clone())),

@@ -13,9 +13,10 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::CrawlError;
-use crate::config::{AnnotateConfig, AnnotateParams, AnnotatedSource, ImageConfig};
+use crate::config::{AnnotateConfig, AnnotatedSource, ImageConfig};
 use crate::html::clean;
 use crate::image::{self, Refused};
+use crate::params::AnnotateParams;
 use crate::rows::{ImageColumns, Outcome, list_of};
 
 /// Raised whenever the same task would give other rows than before.
@@ -73,6 +74,13 @@ impl Annotate {
             sets.insert((annotations, images), source.clone());
         }
         Ok((Self { sets }, tasks))
+    }
+
+    /// The stage for the sets of both.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        self.sets.extend(other.sets);
+        self
     }
 
     fn start(&self, work: &Work) -> Result<RowStream, StageError> {

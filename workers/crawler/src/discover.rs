@@ -8,7 +8,8 @@ use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
 use capfilt_schemas::{StageKind, Table, sample_id};
 use futures::{StreamExt, TryStreamExt, stream};
 
-use crate::config::{DiscoverParams, SourceConfig};
+use crate::config::SourceConfig;
+use crate::params::DiscoverParams;
 use crate::rows::list_of;
 use crate::sources::{Found, FoundStream, crawl, read_list};
 use crate::{CrawlError, Matcher, Web};

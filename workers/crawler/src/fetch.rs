@@ -9,8 +9,9 @@ use futures::{StreamExt, TryStreamExt, stream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
-use crate::config::{FetchConfig, FetchParams, ImageConfig, StoredFormat};
+use crate::config::{FetchConfig, ImageConfig, StoredFormat};
 use crate::image::{self, Refused};
+use crate::params::FetchParams;
 use crate::rows::{ImageColumns, Outcome};
 use crate::web::{Want, Web};
 

@@ -13,6 +13,7 @@ mod html;
 mod image;
 mod matcher;
 mod opt_out;
+mod params;
 mod queries;
 mod rows;
 mod sources;
@@ -21,12 +22,13 @@ mod web;
 
 pub use annotate::{ANNOTATE_VERSION, Annotate};
 pub use config::{
-    AnnotateConfig, AnnotateParams, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, DiscoverParams, FetchConfig,
-    FetchParams, ImageConfig, ListConfig, ListFormat, PagesConfig, Side, SourceConfig, StoredFormat, WebConfig,
+    AnnotateConfig, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, ImageConfig, ListConfig, ListFormat,
+    PagesConfig, Side, SourceConfig, StoredFormat, WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
 pub use error::CrawlError;
 pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::Matcher;
+pub use params::{AnnotateParams, DiscoverParams, FetchParams};
 pub use queries::{Query, QueryList};
 pub use web::Web;

@@ -18,8 +18,15 @@ use crate::{Result, Store, StoreError};
 /// Rows in a row group: small, so that a reader of images holds few of them at a time.
 const ROW_GROUP_ROWS: usize = 512;
 
-/// Rows that go to the encoder at a time. It cuts pages where a batch ends, so batches are made anew: all of this many rows.
-const BATCH_ROWS: usize = 64;
+/// Rows that go to the encoder at a time. It cuts pages where a batch ends, so batches are made anew: all of this many rows, few where
+/// a row is large, since a column of a batch holds 2 GiB at most.
+const fn batch_rows(table: Table) -> usize {
+    match table {
+        Table::Models => 1,
+        Table::Samples | Table::Annotated => 8,
+        _ => 1024,
+    }
+}
 
 /// Writes rows of one table into one shard. How the rows were batched does not matter to its bytes.
 pub struct ShardWriter {
@@ -47,7 +54,7 @@ impl ShardWriter {
         }
         let writer = ArrowWriter::try_new(Vec::new(), table.schema(), Some(properties.build()))
             .map_err(|source| writing(table, source))?;
-        Ok(Self { table, batches: BatchCoalescer::new(table.schema(), BATCH_ROWS), writer, rows: 0 })
+        Ok(Self { table, batches: BatchCoalescer::new(table.schema(), batch_rows(table)), writer, rows: 0 })
     }
 
     /// Appends rows.

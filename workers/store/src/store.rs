@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use capfilt_schemas::{Digest, Table};
+use capfilt_schemas::{Digest, Output, Table};
 use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
@@ -92,6 +92,19 @@ impl Store {
         match self.inner.put(&path, PutPayload::from_bytes(bytes)).await {
             Ok(_) => Ok(digest),
             Err(source) => Err(StoreError::Io { verb: "write", path: path.to_string(), source }),
+        }
+    }
+
+    /// Whether an object is there with the size that it should have.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub async fn holds(&self, output: &Output) -> Result<bool> {
+        let path = layout::object(output.table, &output.digest);
+        match self.inner.head(&path).await {
+            Ok(there) => Ok(there.size == output.bytes),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(source) => Err(StoreError::Io { verb: "read", path: path.to_string(), source }),
         }
     }
 

@@ -16,8 +16,9 @@ use tokio::sync::mpsc;
 
 use super::{Found, FoundStream, Sender};
 use crate::CrawlError;
-use crate::config::{ListConfig, ListFormat, file_digest};
+use crate::config::{ListConfig, ListFormat};
 use crate::html::clean;
+use crate::params::file_digest;
 
 /// Rows sent at a time.
 const BATCH: usize = 1024;
