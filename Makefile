@@ -1,5 +1,5 @@
 # The targets; each script says at its top what it does.
-.PHONY: help demo test bench goldens checkpoint clean-demo
+.PHONY: help demo test bench fuzz goldens checkpoint clean-demo
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ bench: ## All benches, or one: make bench NAME=fetch
 goldens: ## Makes the models' golden files again with transformers (installs torch into .venv-goldens)
 	@scripts/setup.sh goldens
 	@.venv-goldens/bin/python workers/models/tests/goldens/make_goldens.py
+
+fuzz: ## Fuzzes the parsers of foreign bytes for ten minutes each (needs a nightly toolchain)
+	@scripts/fuzz.sh
 
 checkpoint: ## Makes the repository's demo checkpoint again from the demo's annotated pictures
 	@scripts/checkpoint.sh

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs, once, what the Makefile's targets need on a Debian or Ubuntu machine that has git, make, curl and a Rust toolchain.
 #
-#     scripts/setup.sh demo       a C compiler, Python 3 with venv, and in .venv what builds the demo's site
+#     scripts/setup.sh demo       a C compiler, cmake, nasm, Python 3 with venv, and in .venv what builds the demo's site
 #     scripts/setup.sh test       the same, rustfmt and clippy, and in .venv what opens the exports
-#     scripts/setup.sh bench      a C compiler, Python 3 with venv, and in .venv-bench the peers that the benches run beside ours
+#     scripts/setup.sh bench      the same tools, and in .venv-bench the peers that the benches run beside ours
 #     scripts/setup.sh goldens    the same as demo, and in .venv-goldens what the models' golden files are made with (large)
 #
 # What is there already is left alone; then it takes a fraction of a second and says nothing.
@@ -33,6 +33,9 @@ command -v cargo >/dev/null || fail "no cargo found: install a Rust toolchain (r
 
 missing=()
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
+# libjpeg-turbo is built from source; its fast loops are in assembler
+command -v cmake >/dev/null || missing+=(cmake)
+command -v nasm >/dev/null || missing+=(nasm)
 venv=.venv
 case "$level" in bench | goldens) venv=.venv-$level ;; esac
 requirements=scripts/requirements-$level.txt

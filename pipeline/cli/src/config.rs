@@ -1,6 +1,7 @@
 //! The config of a run: one TOML file, joined from the settings of all crates.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use capfilt_coordinator::SqlConfig;
@@ -151,6 +152,10 @@ impl Default for ReportSection {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct WorkerSection {
+    /// Where metrics are served for Prometheus, `127.0.0.1:9464`; nowhere if not given.
+    pub(crate) metrics: Option<SocketAddr>,
+    /// The price of this machine an hour, in any currency: progress and result then say what a million images cost.
+    pub(crate) hourly_price: Option<f64>,
     pub(crate) runtime: WorkerConfig,
     pub(crate) crawler: CrawlerWorkerConfig,
     pub(crate) vision: VisionWorkerConfig,

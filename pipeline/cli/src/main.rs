@@ -10,6 +10,7 @@ mod overview;
 mod progress;
 mod run;
 mod store;
+mod traffic;
 
 use std::process::ExitCode;
 

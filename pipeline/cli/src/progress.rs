@@ -6,11 +6,13 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use capfilt_coordinator::plan::{Plan, StageProgress};
+use capfilt_crawler::Traffic;
 use capfilt_runtime::{StageCounters, Telemetry};
 use capfilt_schemas::StageKind;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::output::{count, duration};
+use crate::traffic;
 
 /// How often a plain line is written for a stage that moves.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -96,6 +98,8 @@ fn style(unit: &str) -> ProgressStyle {
 /// The progress of a run: a bar a stage.
 pub(crate) struct RunProgress {
     telemetry: Telemetry,
+    traffic: Traffic,
+    hourly_price: Option<f64>,
     state: Mutex<State>,
 }
 
@@ -117,8 +121,8 @@ struct Shown {
 }
 
 impl RunProgress {
-    pub(crate) fn new(telemetry: Telemetry) -> Self {
-        Self { telemetry, state: Mutex::new(State::default()) }
+    pub(crate) fn new(telemetry: Telemetry, traffic: Traffic, hourly_price: Option<f64>) -> Self {
+        Self { telemetry, traffic, hourly_price, state: Mutex::new(State::default()) }
     }
 
     /// Shows a plan and what workers have done since.
@@ -132,8 +136,10 @@ impl RunProgress {
         }
         let counters = self.telemetry.snapshot();
         for (stage, progress) in &plan.progress {
-            state.stage(*stage, progress, counters.get(stage));
+            let note = if *stage == StageKind::Fetch { traffic::line(&self.traffic, self.hourly_price) } else { String::new() };
+            state.stage(*stage, progress, counters.get(stage), &note);
         }
+        traffic::publish(&self.traffic);
     }
 
     pub(crate) fn finish(&self) {
@@ -145,7 +151,7 @@ impl RunProgress {
 }
 
 impl State {
-    fn stage(&mut self, stage: StageKind, progress: &StageProgress, counters: Option<&StageCounters>) {
+    fn stage(&mut self, stage: StageKind, progress: &StageProgress, counters: Option<&StageCounters>, note: &str) {
         let pending = progress.tasks > progress.done + progress.dead;
         if !pending && !self.bars.contains_key(&stage) {
             return;
@@ -173,12 +179,12 @@ impl State {
             shown.began = None;
             shown.bar.set_style(style(unit));
         }
-        shown.update(stage, done, of, pending, progress.dead);
+        shown.update(stage, (done, of), pending, progress.dead, note);
     }
 }
 
 impl Shown {
-    fn update(&mut self, stage: StageKind, done: u64, of: u64, pending: bool, dead: u64) {
+    fn update(&mut self, stage: StageKind, (done, of): (u64, u64), pending: bool, dead: u64, note: &str) {
         let (began, first) = *self.began.get_or_insert_with(|| (Instant::now(), done));
         let seconds = began.elapsed().as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
@@ -196,6 +202,9 @@ impl Shown {
         }
         if dead > 0 {
             message = format!("{message} ({dead} given up)");
+        }
+        if pending && !note.is_empty() {
+            message = format!("{message}  {note}");
         }
         self.bar.set_length(of.max(done));
         self.bar.set_position(done);

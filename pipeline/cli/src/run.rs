@@ -12,7 +12,7 @@ use capfilt_coordinator::export::{ExportConfig, export};
 use capfilt_coordinator::plan::Plan;
 use capfilt_coordinator::reconcile::{RunOutcome, TaskSink, reconcile};
 use capfilt_coordinator::report::{self, ReportInput};
-use capfilt_crawler::{Discover, Fetch, Matcher, Web};
+use capfilt_crawler::{Discover, Fetch, Matcher, Traffic, Web};
 use capfilt_runtime::{MemoryQueue, Stage, Telemetry, WorkQueue, Worker};
 use capfilt_schemas::{DatasetVersion, Task};
 use capfilt_store::Store;
@@ -24,7 +24,7 @@ use crate::config::{Inputs, RunConfig};
 use crate::output::{self, Failure, count, duration, say, say_json, table};
 use crate::overview::show_plan;
 use crate::progress::{Bar, RunProgress};
-use crate::{dataset, models};
+use crate::{dataset, models, traffic};
 
 /// The embedded queue as the coordinator sees it.
 struct Sink(Arc<MemoryQueue>);
@@ -55,17 +55,21 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         }
     }
 
+    if let Some(address) = config.worker.metrics {
+        traffic::serve_metrics(address)?;
+    }
+    let (stages, traffic) = stages(&config, inputs)?;
     let (queue, telemetry, stop) = (Arc::new(MemoryQueue::new()), Telemetry::default(), CancellationToken::new());
     let worker = Worker::new(
         store.clone(),
         config.run.name.clone(),
         Arc::clone(&queue) as Arc<dyn WorkQueue>,
-        stages(&config, inputs)?,
+        stages,
         config.worker.runtime.clone(),
         telemetry.clone(),
     );
     let working = tokio::spawn(worker.run(stop.clone()));
-    let progress = Arc::new(RunProgress::new(telemetry));
+    let progress = Arc::new(RunProgress::new(telemetry, traffic.clone(), config.worker.hourly_price));
     let latest: Arc<Mutex<Option<Plan>>> = Arc::default();
     let watch = {
         let latest = Arc::clone(&latest);
@@ -99,7 +103,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     showing.abort();
     progress.show(&outcome.plan);
     progress.finish();
-    conclude(&config, &store, &outcome, began, args.json).await
+    conclude(&config, &store, &outcome, &traffic, began, args.json).await
 }
 
 /// Takes the work folder for this process: two runs in one would overwrite each other's unfinished work. The lock dies with the process.
@@ -118,20 +122,23 @@ fn lock_work_dir(config: &RunConfig) -> Result<File, Failure> {
     }
 }
 
-/// The stages of this process's worker.
-fn stages(config: &RunConfig, inputs: Inputs) -> Result<Vec<Arc<dyn Stage>>, Failure> {
+/// The stages of this process's worker, and what its downloads will lead to.
+fn stages(config: &RunConfig, inputs: Inputs) -> Result<(Vec<Arc<dyn Stage>>, Traffic), Failure> {
     let vision = &config.worker.vision;
     let web = Web::new(&config.worker.crawler).map_err(|e| Failure::Usage(e.to_string()))?;
     let matcher = Arc::new(Matcher::new(&inputs.queries).map_err(|e| Failure::Usage(e.to_string()))?);
-    Ok(vec![
-        Arc::new(Discover::new(web.clone(), matcher)),
+    let fetch = Fetch::new(web.clone());
+    let traffic = fetch.traffic();
+    let stages: Vec<Arc<dyn Stage>> = vec![
+        Arc::new(Discover::new(web, matcher)),
         Arc::new(inputs.annotate),
-        Arc::new(Fetch::new(web)),
+        Arc::new(fetch),
         Arc::new(capfilt_vision::CaptionStage::new(vision.clone())),
         Arc::new(capfilt_vision::ScoreStage::new(vision.clone())),
         Arc::new(capfilt_trainer::TrainStage),
         Arc::new(capfilt_trainer::EvaluateStage),
-    ])
+    ];
+    Ok((stages, traffic))
 }
 
 /// Report, export, and the last words.
@@ -139,6 +146,7 @@ async fn conclude(
     config: &RunConfig,
     store: &Store,
     outcome: &RunOutcome,
+    traffic: &Traffic,
     began: Instant,
     as_json: bool,
 ) -> Result<ExitCode, Failure> {
@@ -172,6 +180,7 @@ async fn conclude(
             "tasks_done": outcome.tasks_done,
             "tasks_given_up": given_up,
             "progress": outcome.plan.progress,
+            "fetch": traffic::to_json(traffic, config.worker.hourly_price),
             "dataset": outcome.dataset,
             "results": results,
             "report": report_path,
@@ -181,6 +190,9 @@ async fn conclude(
     } else {
         if outcome.tasks_done == 0 {
             say("nothing to do: everything that this config asks for is done already");
+        }
+        if let Some(summary) = traffic::summary(traffic, config.worker.hourly_price) {
+            say(&summary);
         }
         if let Some(version) = &outcome.dataset {
             say(&summary(version));

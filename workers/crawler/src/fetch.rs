@@ -1,6 +1,7 @@
 //! The fetch stage: `selected` rows in, the same rows with their image, or the reason why there is none, out.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use arrow::array::{AsArray, RecordBatch};
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
@@ -13,6 +14,7 @@ use crate::config::{FetchConfig, ImageConfig, StoredFormat};
 use crate::image::{self, Refused};
 use crate::params::FetchParams;
 use crate::rows::{ImageColumns, Outcome};
+use crate::traffic::Traffic;
 use crate::web::{Want, Web};
 
 /// Raised whenever the same task would give other rows than before.
@@ -26,13 +28,20 @@ const UNIT: usize = 1024;
 /// Downloads images. Many requests are at work at once; rows come out in the order in which they came in.
 pub struct Fetch {
     web: Web,
+    traffic: Traffic,
 }
 
 impl Fetch {
     /// The stage.
     #[must_use]
-    pub const fn new(web: Web) -> Self {
-        Self { web }
+    pub fn new(web: Web) -> Self {
+        Self { web, traffic: Traffic::default() }
+    }
+
+    /// What its downloads lead to, for whoever watches.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        self.traffic.clone()
     }
 
     fn start(&self, work: &Work, input: RowStream) -> Result<RowStream, StageError> {
@@ -41,7 +50,7 @@ impl Fetch {
         let largest = (largest_result(&config) / UNIT + 1).min(memory.max(1)).min(u32::MAX as usize) as u32;
         let room = Arc::new(Semaphore::new(memory.clamp(1, Semaphore::MAX_PERMITS)));
         let format = config.image.format;
-        let (web, facts) = (self.web.clone(), work.facts.clone());
+        let (web, traffic, facts) = (self.web.clone(), self.traffic.clone(), work.facts.clone());
         let rows = input
             .map_ok(|batch| {
                 let batch = Arc::new(batch);
@@ -56,12 +65,14 @@ impl Fetch {
                 async move { Ok((row, room.acquire_many_owned(largest).await.map_err(|_| StageError::Cancelled)?)) }
             })
             .map_ok(move |((batch, row), room)| {
-                let (web, config) = (web.clone(), Arc::clone(&config));
+                let (web, traffic, config) = (web.clone(), traffic.clone(), Arc::clone(&config));
                 async move {
                     let url = batch
                         .column_by_name(column::URL)
                         .map_or_else(String::new, |c| c.as_string::<i32>().value(row).to_owned());
+                    let began = Instant::now();
                     let outcome = fetch(&web, &url, &config).await?;
+                    traffic.record(&url, outcome.status, outcome.bytes_downloaded.unwrap_or(0), began.elapsed());
                     let size = outcome.image.as_ref().map_or(0, |i| i.bytes.len());
                     Ok((batch, row, outcome, shrunk(room, size)))
                 }

@@ -9,6 +9,8 @@ mod config;
 mod discover;
 mod error;
 mod fetch;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod html;
 mod image;
 mod matcher;
@@ -17,6 +19,7 @@ mod params;
 mod queries;
 mod rows;
 mod sources;
+mod traffic;
 mod units;
 mod web;
 
@@ -31,4 +34,5 @@ pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::Matcher;
 pub use params::{AnnotateParams, DiscoverParams, FetchParams};
 pub use queries::{Query, QueryList};
+pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
 pub use web::Web;

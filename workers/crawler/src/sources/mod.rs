@@ -4,7 +4,7 @@ mod address;
 mod frontier;
 mod lists;
 mod pages;
-mod sitemap;
+pub(crate) mod sitemap;
 
 use capfilt_runtime::StageError;
 use capfilt_schemas::TextSource;

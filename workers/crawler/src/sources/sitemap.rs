@@ -15,13 +15,13 @@ pub(super) const MAX_BYTES: usize = 16 << 20;
 
 /// What a sitemap names.
 #[derive(Default, Debug, PartialEq)]
-pub(super) struct Sitemap {
-    pub(super) pages: Vec<Url>,
-    pub(super) sitemaps: Vec<Url>,
+pub(crate) struct Sitemap {
+    pub(crate) pages: Vec<Url>,
+    pub(crate) sitemaps: Vec<Url>,
 }
 
 /// Reads a sitemap; at most `max` addresses of it.
-pub(super) fn parse(body: &[u8], max: usize) -> Sitemap {
+pub(crate) fn parse(body: &[u8], max: usize) -> Sitemap {
     let mut unpacked = Vec::new();
     let body = if body.starts_with(b"\x1f\x8b") {
         // A packed file that breaks off is read as far as it goes.

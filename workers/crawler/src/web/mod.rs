@@ -21,6 +21,8 @@ use crate::config::{CrawlerWorkerConfig, WebConfig};
 use exchange::{Budget, Reply, client, exchange};
 use hosts::{Hosts, Slot};
 use robots::{Robots, Site};
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use rules::Rules;
 
 /// Longest wait between two attempts where the server names none.
 const MAX_BACKOFF: Duration = Duration::from_secs(10);

@@ -15,13 +15,13 @@ const MAX_SITEMAPS: usize = 50;
 
 /// The rules for one crawler on one site.
 #[derive(Clone, Default, Debug)]
-pub(super) struct Rules {
+pub(crate) struct Rules {
     /// Longest pattern first, `Allow` before `Disallow` of the same length: the first that matches decides.
     rules: Vec<Rule>,
     /// Least time between two requests.
-    pub(super) delay: Duration,
+    pub(crate) delay: Duration,
     /// Addresses of sitemaps, as written.
-    pub(super) sitemaps: Vec<String>,
+    pub(crate) sitemaps: Vec<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -40,7 +40,7 @@ struct Group {
 impl Rules {
     /// Reads a file for the crawler with the product token `token`. Lines that are none of a robots.txt, and so all of an HTML page,
     /// are passed over.
-    pub(super) fn parse(body: &[u8], token: &str) -> Self {
+    pub(crate) fn parse(body: &[u8], token: &str) -> Self {
         let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
         let (mut ours, mut everybody, mut sitemaps) = (Group::default(), Group::default(), Vec::new());
         // Whether the group at hand is for us, for everybody; and whether its list of agents may still grow.
@@ -86,7 +86,7 @@ impl Rules {
     }
 
     /// Whether an address of the site may be asked for.
-    pub(super) fn allow(&self, url: &Url) -> bool {
+    pub(crate) fn allow(&self, url: &Url) -> bool {
         let target = &url[Position::BeforePath..Position::AfterQuery];
         if target == "/robots.txt" {
             return true;

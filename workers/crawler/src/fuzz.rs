@@ -1,0 +1,93 @@
+//! The parsers of foreign bytes, each behind one function: any bytes in, a panic if a promise is broken. For `scripts/fuzz.sh`, and for the
+//! tests, which run every input that once broke one (`fuzz/regressions/`).
+
+use std::time::Duration;
+
+use url::Url;
+
+use crate::config::ImageConfig;
+use crate::html::{self, MAX_URL};
+use crate::sources::sitemap;
+use crate::web::Rules;
+use crate::{Matcher, QueryList, image};
+
+/// Reads any bytes.
+pub type Parser = fn(&[u8]);
+
+/// The parsers with the names of their fuzz targets, which are those of their folders of inputs.
+pub const TARGETS: &[(&str, Parser)] =
+    &[("html", page), ("robots", robots), ("sitemap", site_map), ("image", picture), ("text", text)];
+
+/// Runs the parser of that name.
+///
+/// # Panics
+/// If there is none, or if the parser breaks a promise.
+#[allow(clippy::panic)]
+pub fn run(target: &str, data: &[u8]) {
+    match TARGETS.iter().find(|(name, _)| *name == target) {
+        Some((_, parser)) => parser(data),
+        None => panic!("no parser is named {target}"),
+    }
+}
+
+fn page(data: &[u8]) {
+    let content = html::decode(data, None);
+    let Ok(url) = Url::parse("http://a.test/b/c.html") else { return };
+    let page = html::extract(&content, &url, "capfilt", 100);
+    for image in &page.images {
+        assert!(image.url.as_str().len() <= MAX_URL && matches!(image.url.scheme(), "http" | "https"));
+        assert!(image.texts.iter().all(|(_, text)| !text.is_empty() && text.chars().count() <= 100));
+    }
+}
+
+fn robots(data: &[u8]) {
+    let rules = Rules::parse(data, "capfilt");
+    assert!(rules.delay <= Duration::from_secs(10) && rules.sitemaps.len() <= 50);
+    for address in ["http://a.test/", "http://a.test/%61b/c.jpg?d=*$", "http://a.test/robots.txt"] {
+        if let Ok(url) = Url::parse(address) {
+            assert!(rules.allow(&url) || !address.ends_with("robots.txt"));
+        }
+    }
+}
+
+fn site_map(data: &[u8]) {
+    let found = sitemap::parse(data, 100);
+    assert!(found.pages.len() + found.sitemaps.len() <= 100);
+}
+
+fn picture(data: &[u8]) {
+    // Small, so that a run sees many inputs; the guards are the same.
+    let config = ImageConfig { max_pixels: 1 << 20, ..ImageConfig::default() };
+    if let Ok(stored) = image::store(data, &config) {
+        assert!(stored.width > 0 && stored.height > 0 && !stored.bytes.is_empty());
+    }
+}
+
+fn text(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let (queries, text) = text.split_at(text.char_indices().nth(text.chars().count() / 3).map_or(0, |(at, _)| at));
+    let list = QueryList::from_texts(queries.split('\n'));
+    let Ok(matcher) = Matcher::new(&list) else { return };
+    let mut found = Vec::new();
+    matcher.find(text, &mut String::new(), &mut found);
+    assert!(found.is_sorted() && found.iter().all(|q| (*q as usize) < list.len()));
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn what_once_broke_a_parser_is_read() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/regressions");
+        for (name, parser) in TARGETS {
+            parser(b"");
+            let Ok(files) = std::fs::read_dir(folder.join(name)) else { continue };
+            for file in files {
+                parser(&std::fs::read(file.unwrap().path()).unwrap());
+            }
+        }
+    }
+}
