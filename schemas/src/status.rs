@@ -68,6 +68,8 @@ closed_list! {
         Truncated = "truncated",
         /// The body is empty.
         Empty = "empty",
+        /// The body has another digest than the one that was expected.
+        HashMismatch = "hash_mismatch",
         /// The body is not an image of a known format.
         NotImage = "not_image",
         /// The image has more pixels than the guard allows.

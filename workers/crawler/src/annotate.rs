@@ -20,7 +20,7 @@ use crate::params::AnnotateParams;
 use crate::rows::{ImageColumns, Outcome, list_of};
 
 /// Raised whenever the same task would give other rows than before.
-pub const ANNOTATE_VERSION: u32 = 1;
+pub const ANNOTATE_VERSION: u32 = 2;
 
 /// Longest caption kept, in characters.
 const MAX_CAPTION: usize = 1_000;
@@ -99,7 +99,6 @@ impl Annotate {
             facts.add("images_without_caption", without);
             Ok::<_, StageError>(stream::iter(images.into_iter().map(Ok)))
         };
-        let format = config.format;
         let rows = stream::once(read)
             .try_flatten()
             .map_ok(move |annotated: Annotated| {
@@ -112,7 +111,7 @@ impl Annotate {
             .try_buffered(AT_ONCE)
             .try_chunks(AT_ONCE)
             .map_err(|e| e.1)
-            .and_then(move |rows| std::future::ready(batch(&name, &rows, format)));
+            .and_then(move |rows| std::future::ready(batch(&name, &rows)));
         Ok(rows.boxed())
     }
 }
@@ -199,7 +198,7 @@ fn load(file: &Path, config: &ImageConfig) -> Outcome {
 }
 
 /// Rows of `annotated`. The address of an image is `annotated:<set>/<file>`: it has none on the web.
-fn batch(name: &str, rows: &[(Annotated, Outcome)], format: crate::config::StoredFormat) -> Result<RecordBatch, StageError> {
+fn batch(name: &str, rows: &[(Annotated, Outcome)]) -> Result<RecordBatch, StageError> {
     let mut texts: [StringBuilder; 3] = Default::default();
     let mut captions = list_of(StringBuilder::new(), DataType::Utf8);
     let mut images = ImageColumns::default();
@@ -211,7 +210,7 @@ fn batch(name: &str, rows: &[(Annotated, Outcome)], format: crate::config::Store
         source.append_value(name);
         annotated.captions.iter().for_each(|c| captions.values().append_value(c));
         captions.append(true);
-        images.push(outcome, format);
+        images.push(outcome);
     }
     let mut columns: Vec<ArrayRef> = texts.iter_mut().map(|b| Arc::new(b.finish()) as ArrayRef).collect();
     columns.push(Arc::new(captions.finish()));

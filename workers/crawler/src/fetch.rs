@@ -10,7 +10,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
-use crate::config::{FetchConfig, ImageConfig, StoredFormat};
+use crate::config::{FetchConfig, ImageConfig, Reencode, ResizeMode, StoredFormat};
 use crate::image::{self, Refused};
 use crate::params::FetchParams;
 use crate::rows::{ImageColumns, Outcome};
@@ -18,7 +18,7 @@ use crate::traffic::Traffic;
 use crate::web::{Want, Web};
 
 /// Raised whenever the same task would give other rows than before.
-pub const FETCH_VERSION: u32 = 1;
+pub const FETCH_VERSION: u32 = 2;
 
 /// Rows begun before an earlier one has ended; a row that waits for a slow host holds little, so there may be many.
 const AHEAD: usize = 4096;
@@ -49,7 +49,6 @@ impl Fetch {
         let memory = self.web.settings().buffer / UNIT;
         let largest = (largest_result(&config) / UNIT + 1).min(memory.max(1)).min(u32::MAX as usize) as u32;
         let room = Arc::new(Semaphore::new(memory.clamp(1, Semaphore::MAX_PERMITS)));
-        let format = config.image.format;
         let (web, traffic, facts) = (self.web.clone(), self.traffic.clone(), work.facts.clone());
         let rows = input
             .map_ok(|batch| {
@@ -81,7 +80,7 @@ impl Fetch {
         let mut columns = ImageColumns::default();
         let batches = results.try_filter_map(move |(batch, row, outcome, _room)| {
             facts.add("bytes_downloaded", outcome.bytes_downloaded.unwrap_or(0));
-            columns.push(&outcome, format);
+            columns.push(&outcome);
             let done = (row + 1 == batch.num_rows()).then(|| samples(&batch, std::mem::take(&mut columns))).transpose();
             std::future::ready(done)
         });
@@ -99,13 +98,19 @@ impl Stage for Fetch {
     }
 }
 
-/// The most bytes that a stored image can have: three (PNG) or two (JPEG) a pixel of the largest stored size, or of the largest
-/// allowed one.
+/// The most bytes that a stored image can have: three (PNG) or two a pixel of the largest stored size, or of the largest allowed one;
+/// or those of the largest body that may be kept as it is.
 fn largest_result(config: &FetchConfig) -> usize {
-    let ImageConfig { size, max_aspect, max_pixels, .. } = config.image;
-    let pixels = if size == 0 { max_pixels } else { (f64::from(size) * f64::from(size) * max_aspect) as u64 };
-    let bytes_a_pixel = if config.image.format == StoredFormat::Png { 3 } else { 2 };
-    usize::try_from(pixels.min(max_pixels)).unwrap_or(usize::MAX).saturating_mul(bytes_a_pixel)
+    let ImageConfig { size, resize, max_aspect, max_pixels, format, reencode, .. } = config.image;
+    let square = f64::from(size) * f64::from(size);
+    let pixels = if resize == ResizeMode::No { max_pixels } else { (square * max_aspect) as u64 };
+    let bytes_a_pixel = if format == StoredFormat::Png { 3 } else { 2 };
+    let encoded = usize::try_from(pixels.min(max_pixels)).unwrap_or(usize::MAX).saturating_mul(bytes_a_pixel);
+    match reencode {
+        Reencode::Always => encoded,
+        Reencode::IfNeeded => encoded.max(config.max_body),
+        Reencode::Never => config.max_body,
+    }
 }
 
 /// Keeps of the room what `size` bytes need.

@@ -25,8 +25,8 @@ mod web;
 
 pub use annotate::{ANNOTATE_VERSION, Annotate};
 pub use config::{
-    AnnotateConfig, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, ImageConfig, ListConfig, ListFormat,
-    PagesConfig, Side, SourceConfig, StoredFormat, WebConfig,
+    AnnotateConfig, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, ImageConfig, Interpolation, ListConfig,
+    ListFormat, PagesConfig, Reencode, ResizeMode, SourceConfig, StoredFormat, WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
 pub use error::CrawlError;

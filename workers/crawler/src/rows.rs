@@ -6,7 +6,6 @@ use arrow::array::{ArrayRef, BinaryBuilder, ListBuilder, StringBuilder, UInt16Bu
 use arrow::datatypes::{DataType, Field};
 use capfilt_schemas::FetchStatus;
 
-use crate::config::StoredFormat;
 use crate::image::{Refused, StoredImage};
 
 /// What became of one image.
@@ -41,13 +40,13 @@ pub(crate) struct ImageColumns {
 }
 
 impl ImageColumns {
-    pub(crate) fn push(&mut self, outcome: &Outcome, format: StoredFormat) {
+    pub(crate) fn push(&mut self, outcome: &Outcome) {
         let image = outcome.image.as_ref();
         self.status.append_value(outcome.status.as_str());
         self.error.append_option(outcome.error.as_ref());
         self.http_status.append_option(outcome.http_status);
         self.image.append_option(image.map(|i| &i.bytes));
-        self.format.append_option(image.map(|_| format.name()));
+        self.format.append_option(image.map(|i| i.format));
         let sizes = image.map(|i| [i.width, i.height, i.original_width, i.original_height]);
         for (i, column) in self.sizes.iter_mut().enumerate() {
             column.append_option(sizes.map(|s| s[i]));

@@ -7,7 +7,7 @@ use image::codecs::{bmp::BmpDecoder, gif::GifDecoder, jpeg::JpegDecoder, png::Pn
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageResult, Limits};
 
-use super::Refused;
+use super::{Refused, jpeg};
 use crate::html::clean;
 
 /// Longest text of a decoder that goes into a row, in characters.
@@ -15,7 +15,7 @@ const MAX_REASON: usize = 200;
 
 /// A format that can be decoded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Format {
+pub(super) enum Format {
     Jpeg,
     Png,
     Gif,
@@ -23,62 +23,118 @@ enum Format {
     Bmp,
 }
 
-/// A decoded image: opaque, 8 bits a channel, not yet turned as its EXIF asks.
+impl Format {
+    /// The text in the `format` column.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Jpeg => "jpeg",
+            Self::Png => "png",
+            Self::Gif => "gif",
+            Self::WebP => "webp",
+            Self::Bmp => "bmp",
+        }
+    }
+}
+
+/// A decoded image: opaque RGB, 8 bits a channel, in the file's colours (inks excepted) and not yet turned as its EXIF asks.
 pub(super) struct Pixels {
     pub(super) rgb: Vec<u8>,
-    pub(super) orientation: Orientation,
+    /// Width and height.
+    pub(super) size: (u32, u32),
 }
 
 /// What is known of an image before its pixels are decoded.
 pub(super) struct Opened<'a> {
+    pub(super) format: Format,
     pub(super) width: u32,
     pub(super) height: u32,
-    decoder: Box<dyn ImageDecoder + 'a>,
-    orientation: Orientation,
+    pub(super) orientation: Orientation,
+    /// The colour profile.
+    pub(super) profile: Option<Vec<u8>>,
+    /// Whether the file is one opaque picture in grey or RGB.
+    pub(super) is_plain: bool,
+    source: Source<'a>,
+}
+
+enum Source<'a> {
+    Jpeg(jpeg::Header, &'a [u8]),
+    Other(Box<dyn ImageDecoder + 'a>),
 }
 
 /// Reads the header. The format is told by the first bytes, never by a name or a `Content-Type`.
 pub(super) fn open(body: &[u8]) -> Result<Opened<'_>, Refused> {
     let format = sniff(body).map_err(|found| Refused::new(FetchStatus::NotImage, format!("the body is {found}")))?;
-    if format == Format::Jpeg && !jpeg_has_end(body) {
-        return Err(Refused::new(FetchStatus::Decode, "the jpeg ends early"));
+    if format == Format::Jpeg {
+        let mut header = jpeg::Header::read(body)?;
+        let orientation = header.exif.as_deref().and_then(Orientation::from_exif_chunk).unwrap_or(Orientation::NoTransforms);
+        let (width, height, is_plain) = (header.width, header.height, !header.is_cmyk);
+        let profile = header.profile();
+        return Ok(Opened { format, width, height, orientation, profile, is_plain, source: Source::Jpeg(header, body) });
     }
-    let mut decoder = decoder(format, body).map_err(|e| refusal(&e))?;
+    let (mut decoder, is_animated) = decoder(format, body).map_err(|e| refusal(&e))?;
     let (width, height) = decoder.dimensions();
     if width == 0 || height == 0 {
         return Err(Refused::new(FetchStatus::Decode, "the image has no pixels"));
     }
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    Ok(Opened { width, height, decoder, orientation })
+    let profile = decoder.icc_profile().ok().flatten();
+    let is_plain = !is_animated && !decoder.color_type().has_alpha();
+    Ok(Opened { format, width, height, orientation, profile, is_plain, source: Source::Other(decoder) })
 }
 
-impl Opened<'_> {
-    /// Decodes the pixels. `max_pixels` bounds the decoder's own memory, too.
-    pub(super) fn decode(mut self, max_pixels: u64) -> Result<Pixels, Refused> {
-        // Up to 16 bits for each of four channels, and as much again for the decoder's work.
-        let mut limits = Limits::no_limits();
-        limits.max_alloc = Some(max_pixels.saturating_mul(16));
-        self.decoder.set_limits(limits).map_err(|e| refusal(&e))?;
-        let image = DynamicImage::from_decoder(self.decoder).map_err(|e| refusal(&e))?;
-        let rgb = if image.color().has_alpha() { on_white(&image) } else { image.into_rgb8().into_raw() };
-        Ok(Pixels { rgb, orientation: self.orientation })
+/// The EXIF data of a file that can be opened.
+pub(super) fn exif(body: &[u8]) -> Option<Vec<u8>> {
+    match open(body).ok()?.source {
+        Source::Jpeg(header, _) => header.exif,
+        Source::Other(mut decoder) => decoder.exif_metadata().ok().flatten(),
     }
 }
 
-fn decoder(format: Format, body: &[u8]) -> ImageResult<Box<dyn ImageDecoder + '_>> {
+impl Opened<'_> {
+    /// Decodes the pixels, perhaps scaled down, but not below `at_least`. `max_pixels` bounds the decoder's own memory, too.
+    pub(super) fn decode(self, max_pixels: u64, at_least: (u32, u32)) -> Result<Pixels, Refused> {
+        let mut decoder = match self.source {
+            Source::Jpeg(header, body) => return header.decode(body, at_least, self.profile.as_deref()),
+            Source::Other(decoder) => decoder,
+        };
+        // Up to 16 bits for each of four channels, and as much again for the decoder's work.
+        let mut limits = Limits::no_limits();
+        limits.max_alloc = Some(max_pixels.saturating_mul(16));
+        decoder.set_limits(limits).map_err(|e| refusal(&e))?;
+        let image = DynamicImage::from_decoder(decoder).map_err(|e| refusal(&e))?;
+        let rgb = if image.color().has_alpha() { on_white(&image) } else { image.into_rgb8().into_raw() };
+        Ok(Pixels { rgb, size: (self.width, self.height) })
+    }
+}
+
+/// The decoder, and whether there is more than one picture for it.
+fn decoder(format: Format, body: &[u8]) -> ImageResult<(Box<dyn ImageDecoder + '_>, bool)> {
     let body = Cursor::new(body);
     Ok(match format {
-        Format::Jpeg => Box::new(JpegDecoder::new(body)?),
-        Format::Png => Box::new(PngDecoder::new(body)?),
-        Format::Gif => Box::new(GifDecoder::new(body)?),
-        Format::WebP => Box::new(WebPDecoder::new(body)?),
-        Format::Bmp => Box::new(BmpDecoder::new(body)?),
+        Format::Jpeg => (Box::new(JpegDecoder::new(body)?), false),
+        Format::Png => {
+            let decoder = PngDecoder::new(body)?;
+            let is_animated = decoder.is_apng()?;
+            (Box::new(decoder), is_animated)
+        }
+        Format::Gif => (Box::new(GifDecoder::new(body)?), true),
+        Format::WebP => {
+            let decoder = WebPDecoder::new(body)?;
+            let is_animated = decoder.has_animation();
+            (Box::new(decoder), is_animated)
+        }
+        Format::Bmp => (Box::new(BmpDecoder::new(body)?), false),
     })
 }
 
 fn refusal(error: &ImageError) -> Refused {
     let status = if matches!(error, ImageError::Limits(_)) { FetchStatus::TooManyPixels } else { FetchStatus::Decode };
-    Refused::new(status, clean(&error.to_string(), MAX_REASON))
+    Refused::new(status, reason(error))
+}
+
+/// What a decoder says, fit for a row.
+pub(super) fn reason(error: &dyn std::fmt::Display) -> String {
+    clean(&error.to_string(), MAX_REASON)
 }
 
 /// The format by its first bytes, or what the body is instead.
@@ -117,22 +173,6 @@ fn sniff_text(body: &[u8]) -> &'static str {
     } else {
         "no known image format"
     }
-}
-
-/// Whether the end marker follows the first scan. Decoders fill what is missing with grey; half a picture is no sample.
-fn jpeg_has_end(body: &[u8]) -> bool {
-    let mut at = 2;
-    while let Some(&[0xff, marker, high, low]) = body.get(at..at + 4) {
-        match marker {
-            // Fill bytes may stand before a marker.
-            0xff => at += 1,
-            0xda => return body[at..].windows(2).rev().any(|w| w == [0xff, 0xd9]),
-            0x01 | 0xd0..=0xd8 => at += 2,
-            _ => at += 2 + usize::from(u16::from_be_bytes([high, low])),
-        }
-    }
-    // No scan where one should be: the decoder says what is wrong.
-    true
 }
 
 /// The image laid on white.

@@ -1,22 +1,35 @@
 //! From a downloaded body to the stored image and its hashes. Pure CPU work: never run on a tokio thread.
 
+mod colour;
 mod decode;
+mod digest;
+mod jpeg;
 mod phash;
 mod resize;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use capfilt_schemas::{Digest, FetchStatus};
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageEncoder, RgbImage};
+use resize::Plan;
 
-use crate::config::{ImageConfig, StoredFormat};
+use crate::config::{ImageConfig, Reencode, ResizeMode, StoredFormat};
+
+#[allow(unused_imports)]
+pub(crate) use digest::{HashKind, verify};
+
+/// Shorter side of the pixels that are only hashed, since the file is kept as it is.
+const HASHED_SIDE: u32 = 128;
 
 /// An image as it is stored in a row.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct StoredImage {
-    /// The file, re-encoded.
+    /// The file.
     pub(crate) bytes: Vec<u8>,
+    /// `jpeg`, `png` or `webp`; what the server sent is kept as it is only if the settings say so, and may be `gif` or `bmp`, too.
+    pub(crate) format: &'static str,
     /// Of the stored image, in pixels.
     pub(crate) width: u32,
     pub(crate) height: u32,
@@ -55,39 +68,61 @@ pub(crate) fn store(body: &[u8], config: &ImageConfig) -> Result<StoredImage, Re
         .unwrap_or_else(|_| Err(Refused::new(FetchStatus::Decode, "the decoder panicked")))
 }
 
+/// The TIFF structure of a JPEG's EXIF segment or of another format's EXIF chunk.
+#[allow(dead_code)]
+pub(crate) fn exif(body: &[u8]) -> Option<Vec<u8>> {
+    catch_unwind(|| decode::exif(body)).ok().flatten()
+}
+
 fn store_unguarded(body: &[u8], config: &ImageConfig) -> Result<StoredImage, Refused> {
     let opened = decode::open(body)?;
-    let (width, height) = (opened.width, opened.height);
+    let (width, height, orientation) = (opened.width, opened.height, opened.orientation);
     check_size(width, height, config)?;
-    let pixels = opened.decode(config.max_pixels)?;
-    let to = resize::stored_size(width, height, config.size, config.side);
-    let rgb = if to == (width, height) {
-        pixels.rgb
-    } else {
-        resize::lanczos(&pixels.rgb, (width, height), to)
-            .ok_or_else(|| Refused::new(FetchStatus::Decode, "the decoder gave too few pixels"))?
+    let profile = opened.profile.clone().filter(|profile| colour::is_other(profile));
+    let mut plan = Plan::of(width, height, config);
+    let kept = match config.reencode {
+        Reencode::Always => None,
+        Reencode::IfNeeded => {
+            let is_plain = opened.is_plain && orientation == Orientation::NoTransforms && profile.is_none();
+            let as_it_is = is_plain && plan.stored == (width, height) && opened.format.name() == config.format.name();
+            as_it_is.then_some(opened.format)
+        }
+        Reencode::Never => Some(opened.format),
     };
+    if kept.is_some() {
+        // The pixels are only hashed.
+        plan = Plan::of(width, height, &ImageConfig { size: HASHED_SIDE, resize: ResizeMode::KeepRatio, ..config.clone() });
+    }
+    for (width, height) in [plan.scaled, plan.stored] {
+        check_pixels(width, height, config)?;
+    }
+    let pixels = opened.decode(config.max_pixels, plan.scaled)?;
+    let few = || Refused::new(FetchStatus::Decode, "the decoder gave too few pixels");
+    let mut rgb = pixels.rgb;
+    if pixels.size != plan.scaled {
+        rgb = resize::scale(&rgb, pixels.size, plan.scaled, plan.interpolation).ok_or_else(few)?;
+    }
+    if let Some(profile) = profile {
+        rgb = colour::to_srgb(rgb, &profile);
+    }
+    if plan.scaled != plan.stored {
+        rgb = resize::fit(&rgb, plan.scaled, plan.stored).ok_or_else(few)?;
+    }
     // Turned only now: there are fewer pixels to turn.
-    let (rgb, to) = turn(rgb, to, pixels.orientation)?;
-    let (original_width, original_height) = if swaps_sides(pixels.orientation) { (height, width) } else { (width, height) };
-    Ok(StoredImage {
-        bytes: encode(&rgb, to, config)?,
-        width: to.0,
-        height: to.1,
-        original_width,
-        original_height,
-        sha256: Digest::of(body),
-        phash: phash::hash(&rgb, to.0, to.1),
-    })
+    let (rgb, size) = turn(rgb, plan.stored, orientation)?;
+    let (original_width, original_height) = if swaps_sides(orientation) { (height, width) } else { (width, height) };
+    let phash = phash::hash(&rgb, size.0, size.1);
+    let (bytes, format, (width, height)) = match kept {
+        Some(format) => (body.to_vec(), format.name(), (original_width, original_height)),
+        None => (encode(&rgb, size, config)?, config.format.name(), size),
+    };
+    Ok(StoredImage { bytes, format, width, height, original_width, original_height, sha256: Digest::of(body), phash })
 }
 
 /// Judges the size in the header, before a pixel is decoded.
 fn check_size(width: u32, height: u32, config: &ImageConfig) -> Result<(), Refused> {
     let (shorter, longer) = (width.min(height), width.max(height));
-    if u64::from(width) * u64::from(height) > config.max_pixels {
-        let reason = format!("{width}x{height} has more than {} pixels", config.max_pixels);
-        return Err(Refused::new(FetchStatus::TooManyPixels, reason));
-    }
+    check_pixels(width, height, config)?;
     if shorter < config.min_side {
         let reason = format!("the shorter side of {width}x{height} is below {}", config.min_side);
         return Err(Refused::new(FetchStatus::TooSmall, reason));
@@ -97,6 +132,14 @@ fn check_size(width: u32, height: u32, config: &ImageConfig) -> Result<(), Refus
         return Err(Refused::new(FetchStatus::Aspect, reason));
     }
     Ok(())
+}
+
+fn check_pixels(width: u32, height: u32, config: &ImageConfig) -> Result<(), Refused> {
+    if u64::from(width) * u64::from(height) <= config.max_pixels {
+        return Ok(());
+    }
+    let reason = format!("{width}x{height} has more than {} pixels", config.max_pixels);
+    Err(Refused::new(FetchStatus::TooManyPixels, reason))
 }
 
 fn turn(rgb: Vec<u8>, size: (u32, u32), orientation: Orientation) -> Result<(Vec<u8>, (u32, u32)), Refused> {
@@ -119,23 +162,34 @@ const fn swaps_sides(orientation: Orientation) -> bool {
 }
 
 fn encode(rgb: &[u8], (width, height): (u32, u32), config: &ImageConfig) -> Result<Vec<u8>, Refused> {
-    let mut out = Vec::new();
-    match config.format {
-        StoredFormat::Jpeg => {
-            let (Ok(w), Ok(h)) = (u16::try_from(width), u16::try_from(height)) else {
-                return Err(Refused::new(FetchStatus::TooManyPixels, format!("{width}x{height} is too large for a jpeg")));
-            };
-            let mut encoder = jpeg_encoder::Encoder::new(&mut out, config.quality);
-            encoder.set_sampling_factor(jpeg_encoder::SamplingFactor::R_4_2_0);
-            encoder
-                .encode(rgb, w, h, jpeg_encoder::ColorType::Rgb)
-                .map_err(|e| Refused::new(FetchStatus::Decode, e.to_string()))?;
-        }
-        StoredFormat::Png => image::codecs::png::PngEncoder::new(&mut out)
-            .write_image(rgb, width, height, image::ExtendedColorType::Rgb8)
-            .map_err(|e| Refused::new(FetchStatus::Decode, e.to_string()))?,
+    let longest = match config.format {
+        StoredFormat::Jpeg => 65_500,
+        StoredFormat::WebP => 16_383,
+        StoredFormat::Png => u32::MAX,
+    };
+    if width.max(height) > longest {
+        let reason = format!("{width}x{height} is too large for a {}", config.format.name());
+        return Err(Refused::new(FetchStatus::TooManyPixels, reason));
     }
-    Ok(out)
+    let fail = |reason: String| Refused::new(FetchStatus::Decode, reason);
+    match config.format {
+        StoredFormat::Jpeg => jpeg::encode(rgb, (width, height), config.quality()),
+        StoredFormat::Png => {
+            let mut out = Vec::new();
+            let effort = match config.quality() {
+                0 => CompressionType::Uncompressed,
+                effort => CompressionType::Level(effort),
+            };
+            PngEncoder::new_with_quality(&mut out, effort, FilterType::Adaptive)
+                .write_image(rgb, width, height, image::ExtendedColorType::Rgb8)
+                .map_err(|e| fail(e.to_string()))?;
+            Ok(out)
+        }
+        StoredFormat::WebP => webp::Encoder::from_rgb(rgb, width, height)
+            .encode_simple(false, config.quality().into())
+            .map(|file| file.to_vec())
+            .map_err(|e| fail(format!("webp: {e:?}"))),
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,8 @@
 
 use std::f64::consts::PI;
 
-use super::resize::box_average;
+use super::resize;
+use crate::config::Interpolation;
 
 const SIDE: usize = 32;
 /// Frequencies (i, j) with 0 < i + j <= 8: 44 of them.
@@ -20,7 +21,8 @@ const BRIGHTNESS: [f64; 4] = [64.0, 128.0, 192.0, 230.0];
 
 /// The hash of an image of `width`×`height` RGB pixels.
 pub(super) fn hash(rgb: &[u8], width: u32, height: u32) -> u64 {
-    let small = box_average(rgb, width, height, SIDE as u32);
+    let side = SIDE as u32;
+    let small = resize::scale(rgb, (width, height), (side, side), Interpolation::Area).unwrap_or_default();
     let pixels: Vec<[f64; 3]> = small.chunks_exact(3).map(ycbcr).collect();
     if pixels.len() != SIDE * SIDE {
         return 0;

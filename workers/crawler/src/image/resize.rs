@@ -1,66 +1,119 @@
-//! Making images smaller.
+//! Sizes of stored images, and pixels in another size.
 
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 
-use crate::config::Side;
+use crate::config::{ImageConfig, Interpolation, ResizeMode};
 
-/// The size in which an image of `width`×`height` is stored: scaled down so that the side is at most `size` pixels; 0 is no limit.
-pub(super) fn stored_size(width: u32, height: u32, size: u32, side: Side) -> (u32, u32) {
-    let reference = match side {
-        Side::Shorter => width.min(height),
-        Side::Longer => width.max(height),
-    };
-    if size == 0 || reference <= size {
-        return (width, height);
+/// How an image is brought to its stored size. All sizes are width and height, in pixels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Plan {
+    /// The whole image is scaled to this.
+    pub(super) scaled: (u32, u32),
+    /// Then cut, or widened with white, around its middle.
+    pub(super) stored: (u32, u32),
+    /// How the pixels of `scaled` are worked out.
+    pub(super) interpolation: Interpolation,
+}
+
+impl Plan {
+    /// What becomes of an image of `width`×`height`, neither of them 0: img2dataset 1.47 comes to the same sizes.
+    pub(super) fn of(width: u32, height: u32, config: &ImageConfig) -> Self {
+        let size = config.size;
+        let reference = match config.resize {
+            ResizeMode::KeepRatio | ResizeMode::CenterCrop => width.min(height),
+            ResizeMode::KeepRatioLargest | ResizeMode::Border => width.max(height),
+            ResizeMode::No => size,
+        };
+        let smaller = reference > size;
+        let interpolation = if smaller { config.downscale } else { config.upscale };
+        if config.resize == ResizeMode::No || (config.only_if_bigger && !smaller) {
+            return Self { scaled: (width, height), stored: (width, height), interpolation };
+        }
+        let scale = f64::from(size) / f64::from(reference);
+        // Python's `round`. What would not fit into 32 bits is far beyond any limit on pixels.
+        let scaled = |length: u32| ((f64::from(length) * scale).round_ties_even() as u32).max(1);
+        let scaled = (scaled(width), scaled(height));
+        let stored = match config.resize {
+            ResizeMode::CenterCrop | ResizeMode::Border => (size, size),
+            _ => scaled,
+        };
+        Self { scaled, stored, interpolation }
     }
-    let scaled = |length: u32| {
-        let rounded = (u64::from(length) * u64::from(size) + u64::from(reference) / 2) / u64::from(reference);
-        u32::try_from(rounded).unwrap_or(u32::MAX).max(1)
+}
+
+/// RGB pixels in another size; `None` if the sizes do not fit the pixels.
+pub(super) fn scale(rgb: &[u8], from: (u32, u32), to: (u32, u32), by: Interpolation) -> Option<Vec<u8>> {
+    let alg = match by {
+        Interpolation::Nearest => ResizeAlg::Nearest,
+        Interpolation::Bilinear => ResizeAlg::Convolution(FilterType::Bilinear),
+        Interpolation::Bicubic => ResizeAlg::Convolution(FilterType::CatmullRom),
+        Interpolation::Area => ResizeAlg::Convolution(FilterType::Box),
+        Interpolation::Lanczos => ResizeAlg::Convolution(FilterType::Lanczos3),
     };
-    (scaled(width), scaled(height))
-}
-
-/// RGB pixels in another size, by Lanczos3 convolution; `None` if the sizes do not fit the pixels.
-pub(super) fn lanczos(rgb: &[u8], from: (u32, u32), to: (u32, u32)) -> Option<Vec<u8>> {
-    convolve(rgb, from, to, FilterType::Lanczos3)
-}
-
-/// The image as `side`×`side` RGB pixels, each the average of its area; empty if the size does not fit the pixels.
-pub(super) fn box_average(rgb: &[u8], width: u32, height: u32, side: u32) -> Vec<u8> {
-    convolve(rgb, (width, height), (side, side), FilterType::Box).unwrap_or_default()
-}
-
-fn convolve(rgb: &[u8], from: (u32, u32), to: (u32, u32), filter: FilterType) -> Option<Vec<u8>> {
     let source = ImageRef::new(from.0, from.1, rgb, PixelType::U8x3).ok()?;
     let mut target = Image::new(to.0, to.1, PixelType::U8x3);
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
-    Resizer::new().resize(&source, &mut target, Some(&options)).ok()?;
+    Resizer::new().resize(&source, &mut target, Some(&ResizeOptions::new().resize_alg(alg))).ok()?;
     Some(target.into_vec())
+}
+
+/// The image cut, or widened with white, to another size around its middle; `None` if the size does not fit the pixels.
+pub(super) fn fit(rgb: &[u8], from: (u32, u32), to: (u32, u32)) -> Option<Vec<u8>> {
+    let [width, height, to_width, to_height] = [from.0, from.1, to.0, to.1].map(|n| n as usize);
+    let (columns, rows) = (width.min(to_width), height.min(to_height));
+    let (from_left, from_top) = ((width - columns) / 2, (height - rows) / 2);
+    let (to_left, to_top) = ((to_width - columns) / 2, (to_height - rows) / 2);
+    let mut out = vec![255; to_width * to_height * 3];
+    for row in 0..rows {
+        let source = rgb.get(((from_top + row) * width + from_left) * 3..)?.get(..columns * 3)?;
+        out.get_mut(((to_top + row) * to_width + to_left) * 3..)?.get_mut(..columns * 3)?.copy_from_slice(source);
+    }
+    Some(out)
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use proptest::prelude::*;
 
+    /// What img2dataset 1.47.0 makes of black images: `size,resize_mode,resize_only_if_bigger,width,height` and the width and height
+    /// that its `Resizer` gives.
+    const PEER: &str = include_str!("img2dataset_sizes.csv");
+
     #[test]
-    fn the_asked_side_is_scaled_down_and_nothing_up() {
-        assert_eq!(stored_size(1000, 500, 250, Side::Shorter), (500, 250));
-        assert_eq!(stored_size(1000, 500, 250, Side::Longer), (250, 125));
-        assert_eq!(stored_size(300, 200, 250, Side::Shorter), (300, 200));
-        assert_eq!(stored_size(1000, 500, 0, Side::Longer), (1000, 500));
-        assert_eq!(stored_size(10_000, 1, 100, Side::Longer), (100, 1));
+    fn sizes_are_those_of_img2dataset() {
+        let mut lines = 0;
+        for line in PEER.lines() {
+            let fields: Vec<&str> = line.split(',').collect();
+            let number = |i: usize| fields[i].parse::<u32>().unwrap();
+            let resize: ResizeMode = serde_json::from_value(fields[1].into()).unwrap();
+            let config = ImageConfig { size: number(0), resize, only_if_bigger: number(2) == 1, ..ImageConfig::default() };
+            assert_eq!(Plan::of(number(3), number(4), &config).stored, (number(5), number(6)), "{line}");
+            lines += 1;
+        }
+        assert!(lines > 500);
+    }
+
+    #[test]
+    fn images_are_cut_and_widened_around_their_middle() {
+        let pixels: Vec<u8> = (1..=6).flat_map(|n| [n; 3]).collect();
+        let grey = |of: Option<Vec<u8>>| of.unwrap().chunks_exact(3).map(|p| p[0]).collect::<Vec<_>>();
+        assert_eq!(grey(fit(&pixels, (3, 2), (2, 2))), [1, 2, 4, 5]);
+        assert_eq!(grey(fit(&pixels, (6, 1), (3, 1))), [2, 3, 4]);
+        assert_eq!(grey(fit(&pixels, (3, 2), (4, 4))), [255, 255, 255, 255, 1, 2, 3, 255, 4, 5, 6, 255, 255, 255, 255, 255]);
+        assert_eq!(fit(&pixels, (3, 3), (3, 3)), None);
     }
 
     proptest! {
         #[test]
-        fn the_side_ends_at_the_size_or_stays(w in 1_u32..20_000, h in 1_u32..20_000, size in 1_u32..3000) {
-            let (sw, sh) = stored_size(w, h, size, Side::Shorter);
-            prop_assert_eq!(sw.min(sh), w.min(h).min(size));
-            let (lw, lh) = stored_size(w, h, size, Side::Longer);
-            prop_assert_eq!(lw.max(lh), w.max(h).min(size));
-            prop_assert!(sw >= lw && sh >= lh && sw <= w && sh <= h);
+        fn the_asked_side_ends_at_the_size(w in 1_u32..20_000, h in 1_u32..20_000, size in 1_u32..3000, only_if_bigger: bool) {
+            let of = |resize| Plan::of(w, h, &ImageConfig { size, resize, only_if_bigger, ..ImageConfig::default() }).stored;
+            let (w1, h1) = of(ResizeMode::KeepRatio);
+            prop_assert_eq!(w1.min(h1), if only_if_bigger { w.min(h).min(size) } else { size });
+            let (w2, h2) = of(ResizeMode::KeepRatioLargest);
+            prop_assert_eq!(w2.max(h2), if only_if_bigger { w.max(h).min(size) } else { size });
+            prop_assert_eq!(of(ResizeMode::No), (w, h));
         }
     }
 }

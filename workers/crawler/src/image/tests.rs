@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
-use crate::config::Side;
+use crate::config::Interpolation;
 use image::codecs::gif::GifEncoder;
 use image::{Frame, ImageFormat, Rgb, Rgba, RgbaImage};
 use jpeg_encoder::{ColorType, Encoder};
@@ -69,7 +69,7 @@ fn large_images_are_scaled_down_and_encoded_as_asked() {
     assert_eq!((small.width, small.height, small.original_width), (200, 100, 800));
     assert!(small.bytes.starts_with(b"\xff\xd8\xff"));
     assert!(is_near(*pixels(&small).get_pixel(30, 50), RED, 8));
-    let longer = store(&body, &ImageConfig { size: 100, side: Side::Longer, ..config() }).unwrap();
+    let longer = store(&body, &ImageConfig { size: 100, resize: ResizeMode::KeepRatioLargest, ..config() }).unwrap();
     assert_eq!((longer.width, longer.height), (100, 50));
     assert!(longer.bytes.starts_with(b"\x89PNG"));
     assert_eq!(store(&body, &config()).unwrap(), store(&body, &config()).unwrap(), "same body, same bytes");
@@ -256,7 +256,7 @@ fn copies_hash_alike_and_other_drawings_do_not() {
         let mut bad_jpeg = Vec::new();
         Encoder::new(&mut bad_jpeg, 40).encode(image.as_raw(), 160, 120, ColorType::Rgb).unwrap();
         let copy = image::load_from_memory(&bad_jpeg).unwrap().into_rgb8();
-        let smaller = resize::lanczos(image.as_raw(), (160, 120), (80, 60)).unwrap();
+        let smaller = resize::scale(image.as_raw(), (160, 120), (80, 60), Interpolation::Lanczos).unwrap();
         apart.extend([hash(&copy), phash::hash(&smaller, 80, 60)].map(|copy| (copy ^ original).count_ones()));
     }
     let far = apart.iter().filter(|bits| **bits > 4).count();
