@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the benches, or the one named: scripts/bench.sh [fetch|models|rebuild], each beside its peer where there is one. Prints a line for
-# a person and a line of JSON for each figure; the JSON is kept in target/bench/<name>.jsonl. Built in the one profile of everything.
+# Runs the benches, or those named: scripts/bench.sh [fetch|models|rebuild ...], each beside its peer where there is one. Prints a line for
+# a person and a line of JSON for each figure; the JSON is kept in target/bench/<name>.jsonl. Built with all optimisations, each for
+# itself: `fetch` alone needs neither DataFusion nor candle.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v cargo >/dev/null || export PATH="$HOME/.cargo/bin:$PATH"
@@ -8,5 +9,17 @@ scripts/setup.sh bench
 export IMG2DATASET=$PWD/.venv-bench/bin/img2dataset
 # The peer of `models` is large; it takes part where `scripts/setup.sh goldens` has been run.
 [ ! -x .venv-goldens/bin/python ] || export BLIP_PYTHON=$PWD/.venv-goldens/bin/python
-if [ $# -gt 0 ]; then selection=(--bench "$1"); else selection=(--bench fetch --bench models --bench rebuild); fi
-exec cargo bench --profile dev --workspace --locked --quiet "${selection[@]}"
+
+[ $# -gt 0 ] || set -- fetch models rebuild
+for name in "$@"; do
+  case "$name" in
+    fetch)
+      package=capfilt-crawler
+      export FETCH_DATA=$PWD/.cache/bench/fetch
+      .venv-bench/bin/python workers/crawler/benches/fetch_data.py "$FETCH_DATA"
+      ;;
+    models | rebuild) package=capfilt-tests ;;
+    *) echo "bench: there is no bench '$name'" >&2 && exit 2 ;;
+  esac
+  cargo bench --package "$package" --locked --quiet --bench "$name"
+done

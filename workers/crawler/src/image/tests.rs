@@ -102,6 +102,14 @@ fn grey_sixteen_bit_and_cmyk_become_rgb() {
         let found = pixels(&store(&body, &config()).unwrap());
         assert!(is_near(*found.get_pixel(10, 10), [255, 0, 0], 8), "{kind:?}: {:?}", found.get_pixel(10, 10));
     }
+    // Only what Adobe's programs wrote is inverted.
+    let inverted: Vec<u8> = ink.iter().map(|value| 255 - value).collect();
+    let mut body = Vec::new();
+    Encoder::new(&mut body, 95).encode(&inverted, 32, 32, ColorType::Cmyk).unwrap();
+    let adobe = body.windows(2).position(|w| w == [0xff, 0xee]).unwrap();
+    body.drain(adobe..adobe + 16);
+    let found = pixels(&store(&body, &config()).unwrap());
+    assert!(is_near(*found.get_pixel(10, 10), [255, 0, 0], 8), "no Adobe: {:?}", found.get_pixel(10, 10));
 }
 
 /// A JPEG of a landscape picture, red on the left, whose EXIF says how to turn it.
@@ -227,6 +235,210 @@ proptest! {
         body.truncate(cut.max(4));
         let _ = store_unguarded(&body, &config());
     }
+}
+
+#[test]
+fn resize_modes_cut_pad_and_scale_up() {
+    let body = file(&two_halves(400, 200).into(), ImageFormat::Png);
+    let of = |resize, size, only_if_bigger| {
+        let stored = store(&body, &ImageConfig { resize, size, only_if_bigger, ..config() }).unwrap();
+        assert_eq!((stored.original_width, stored.original_height), (400, 200));
+        pixels(&stored)
+    };
+    let cut = of(ResizeMode::CenterCrop, 100, true);
+    assert_eq!(cut.dimensions(), (100, 100));
+    assert!(is_near(*cut.get_pixel(45, 50), RED, 8) && is_near(*cut.get_pixel(55, 50), BLUE, 8), "the middle is kept");
+    let padded = of(ResizeMode::Border, 100, true);
+    assert_eq!(padded.dimensions(), (100, 100));
+    assert!([24, 75].iter().all(|y| padded.get_pixel(20, *y).0 == [255; 3]) && is_near(*padded.get_pixel(20, 26), RED, 8));
+    let larger = of(ResizeMode::KeepRatio, 300, false);
+    assert_eq!(larger.dimensions(), (600, 300));
+    assert!(is_near(*larger.get_pixel(100, 150), RED, 8));
+    assert_eq!(of(ResizeMode::KeepRatio, 300, true).dimensions(), (400, 200));
+    assert_eq!(of(ResizeMode::No, 10, false).dimensions(), (400, 200));
+    for downscale in [Interpolation::Nearest, Interpolation::Bilinear, Interpolation::Bicubic, Interpolation::Area] {
+        let small = pixels(&store(&body, &ImageConfig { downscale, size: 64, ..config() }).unwrap());
+        assert!(is_near(*small.get_pixel(10, 20), RED, 8), "{downscale:?}");
+    }
+    let huge = ImageConfig { size: 60_000, only_if_bigger: false, ..config() };
+    assert_eq!(store(&body, &huge).unwrap_err().status, FetchStatus::TooManyPixels);
+}
+
+#[test]
+fn formats_and_their_quality() {
+    let photo = RgbImage::from_fn(90, 60, |x, y| Rgb([(x * y) as u8, (x * 3) as u8, (y * 4) as u8]));
+    let body = file(&photo.into(), ImageFormat::Png);
+    let size = |format, quality| {
+        let config = ImageConfig { format, quality, ..config() };
+        let stored = store(&body, &config).unwrap();
+        assert_eq!(stored.format, format.name());
+        assert_eq!(pixels(&stored).dimensions(), (90, 60));
+        assert_eq!(stored, store(&body, &config).unwrap(), "same body, same bytes");
+        stored.bytes.len()
+    };
+    for format in [StoredFormat::Jpeg, StoredFormat::WebP] {
+        assert!(size(format, Some(30)) < size(format, Some(80)) && size(format, Some(80)) < size(format, None), "{format:?}");
+    }
+    assert!(size(StoredFormat::Png, Some(0)) > size(StoredFormat::Png, Some(1)));
+    assert!(size(StoredFormat::Png, Some(9)) <= size(StoredFormat::Png, Some(1)));
+}
+
+#[test]
+fn files_are_kept_as_they_came_where_that_is_asked() {
+    let if_needed = ImageConfig { reencode: Reencode::IfNeeded, format: StoredFormat::Jpeg, size: 100, ..ImageConfig::default() };
+    let kept = |body: &[u8], config: &ImageConfig| store(body, config).unwrap().bytes == body;
+    let small = jpeg(&two_halves(90, 60));
+    assert!(kept(&small, &if_needed));
+    assert!(!kept(&small, &ImageConfig { reencode: Reencode::Always, ..if_needed.clone() }));
+    assert!(!kept(&jpeg(&two_halves(300, 200)), &if_needed), "it is scaled");
+    assert!(!kept(&turned(6), &if_needed), "it is turned");
+    assert!(!kept(&file(&two_halves(90, 60).into(), ImageFormat::Png), &if_needed), "it is another format");
+    let png = ImageConfig { format: StoredFormat::Png, ..if_needed };
+    let clear = RgbaImage::from_pixel(40, 40, Rgba([9, 9, 9, 255]));
+    assert!(!kept(&file(&clear.into(), ImageFormat::Png), &png), "it has an alpha channel");
+    let never = ImageConfig { reencode: Reencode::Never, size: 32, ..ImageConfig::default() };
+    let gif = file(&two_halves(300, 200).into(), ImageFormat::Gif);
+    let stored = store(&gif, &never).unwrap();
+    assert_eq!((stored.bytes == gif, stored.format, stored.width, stored.height), (true, "gif", 300, 200));
+    assert_eq!(
+        (store(&turned(6), &never).unwrap().width, store(&turned(6), &never).unwrap().phash),
+        (40, store(&turned(6), &config()).unwrap().phash)
+    );
+    assert_eq!(store(b"<html>", &never).unwrap_err().status, FetchStatus::NotImage);
+    let half = &small[..small.len() / 2];
+    assert_eq!(store(half, &never).unwrap_err().status, FetchStatus::Decode);
+}
+
+/// A smooth picture with detail, large enough to be scaled while it is decoded.
+fn scenery(width: u32, height: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| {
+        let wave = |k: f64| ((f64::from(x) / k).sin() * (f64::from(y) / (k + 40.0)).cos() * 90.0 + 128.0) as u8;
+        Rgb([wave(60.0), wave(140.0), wave(25.0) / 2 + (y * 100 / height) as u8])
+    })
+}
+
+/// A JPEG by libjpeg-turbo.
+fn turbo(image: &RgbImage, set: impl Fn(&mut turbojpeg::Compressor)) -> Vec<u8> {
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    let mut encoder = turbojpeg::Compressor::new().unwrap();
+    set(&mut encoder);
+    let format = turbojpeg::PixelFormat::RGB;
+    encoder.compress_to_vec(turbojpeg::Image { pixels: image.as_raw(), width, pitch: width * 3, height, format }).unwrap()
+}
+
+#[test]
+fn scaling_while_decoding_changes_little() {
+    let image = scenery(1601, 1199);
+    let body = turbo(&image, |_| ());
+    for size in [64, 149, 150, 151, 256, 384, 700] {
+        let stored = store(&body, &ImageConfig { size, ..config() }).unwrap();
+        let (width, height) = (stored.width, stored.height);
+        let full = resize::scale(image.as_raw(), (1601, 1199), (width, height), Interpolation::Lanczos).unwrap();
+        let found = pixels(&stored);
+        let off = found.as_raw().iter().zip(&full).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / full.len() as f64;
+        assert!(off < 3.0, "{size}: {off} levels off on average");
+        let apart = (stored.phash ^ phash::hash(&full, width, height)).count_ones();
+        assert!(apart <= 2, "{size}: {apart} bits apart");
+    }
+}
+
+#[test]
+fn odd_jpegs_are_read() {
+    let image = scenery(200, 120);
+    let progressive = turbo(&image, |e| e.set_progressive(true).unwrap());
+    let arithmetic = turbo(&image, |e| e.set_arithmetic(true).unwrap());
+    let lossless = turbo(&image, |e| e.set_lossless(true).unwrap());
+    let grey = turbo(&image, |e| e.set_subsamp(turbojpeg::Subsamp::Gray).unwrap());
+    for (name, body) in [("progressive", &progressive), ("arithmetic", &arithmetic), ("lossless", &lossless), ("grey", &grey)] {
+        let stored = store(body, &ImageConfig { size: 40, ..config() });
+        assert_eq!(stored.map(|s| (s.width, s.height)), Ok((67, 40)), "{name}");
+    }
+    let p = pixels(&store(&grey, &config()).unwrap());
+    assert!(p.pixels().all(|p| p[0] == p[1] && p[1] == p[2]));
+    let plain = turbo(&image, |_| ());
+    let archive = [plain.as_slice(), b"PK\x03\x04 and a <html> page"].concat();
+    assert_eq!(
+        pixels(&store(&archive, &config()).unwrap()),
+        pixels(&store(&plain, &config()).unwrap()),
+        "a polyglot is its picture"
+    );
+}
+
+/// Where the data of the last scan begins, its header included.
+fn last_scan(jpeg: &[u8]) -> usize {
+    jpeg.windows(2).rposition(|w| w == [0xff, 0xda]).unwrap()
+}
+
+#[test]
+fn damaged_and_hostile_jpegs_are_refused_harmless_oddities_are_not() {
+    let body = turbo(&scenery(300, 200), |_| ());
+    let end = body.len() - 2;
+    let extra = [&body[..end], b"rubbish", &body[end..]].concat();
+    assert!(store(&extra, &config()).is_ok(), "{:?}", store(&extra, &config()));
+    // A part of the coded picture is gone, the end marker is there.
+    let hole = [&body[..body.len() * 2 / 3], &body[end..]].concat();
+    assert_eq!(refused(&hole), FetchStatus::Decode);
+
+    let progressive = turbo(&scenery(300, 200), |e| e.set_progressive(true).unwrap());
+    let scan = &progressive[last_scan(&progressive)..progressive.len() - 2];
+    let bomb = [&progressive[..progressive.len() - 2], &scan.repeat(5_000), b"\xff\xd9"].concat();
+    let refusal = store(&bomb, &config()).unwrap_err();
+    assert_eq!(refusal.status, FetchStatus::Decode);
+    assert!(refusal.reason.contains("more than 100 scans"), "{}", refusal.reason);
+
+    let frame = body.windows(2).position(|w| w == [0xff, 0xc0]).unwrap();
+    let mut large = body.clone();
+    large[frame + 5..frame + 9].copy_from_slice(&[0xff; 4]);
+    assert_eq!(refused(&large), FetchStatus::TooManyPixels);
+    // A small frame header before the real one must not lead past the guard.
+    let length = 2 + usize::from(body[frame + 3]);
+    let mut twice = [&body[..frame], &body[frame..frame + length], &large[frame..]].concat();
+    assert_eq!(refused(&twice), FetchStatus::TooManyPixels);
+    twice = [&large[..frame + length], &body[frame..]].concat();
+    assert_eq!(refused(&twice), FetchStatus::Decode);
+    let mut no_height = body;
+    no_height[frame + 5..frame + 7].copy_from_slice(&[0; 2]);
+    assert_eq!(refused(&no_height), FetchStatus::Decode);
+}
+
+/// A JPEG with a colour profile, in as many segments.
+fn with_profile(image: &RgbImage, profile: &[u8], segments: usize) -> Vec<u8> {
+    let body = turbo(image, |e| e.set_subsamp(turbojpeg::Subsamp::None).unwrap());
+    let mut out = body[..2].to_vec();
+    for (i, part) in profile.chunks(profile.len().div_ceil(segments)).enumerate() {
+        out.extend([0xff, 0xe2]);
+        out.extend(((part.len() + 16) as u16).to_be_bytes());
+        out.extend(b"ICC_PROFILE\0");
+        out.extend([i as u8 + 1, segments as u8]);
+        out.extend(part);
+    }
+    out.extend(&body[2..]);
+    out
+}
+
+#[test]
+fn colour_profiles_are_heeded_and_broken_ones_are_not() {
+    let image = RgbImage::from_pixel(64, 64, Rgb([200, 60, 60]));
+    let colour = |body: &[u8]| *pixels(&store(body, &config()).unwrap()).get_pixel(30, 30);
+    let wide = moxcms::ColorProfile::new_display_p3().encode().unwrap();
+    // By the transfer function and matrices of both spaces, Display P3 (200, 60, 60) is sRGB (217, 42, 52).
+    for segments in [1, 3] {
+        let found = colour(&with_profile(&image, &wide, segments));
+        assert!(is_near(found, [217, 42, 52], 3), "{found:?}");
+    }
+    let same = with_profile(&image, &moxcms::ColorProfile::new_srgb().encode().unwrap(), 1);
+    assert!(is_near(colour(&same), [200, 60, 60], 2));
+    let if_needed = ImageConfig { reencode: Reencode::IfNeeded, format: StoredFormat::Jpeg, ..ImageConfig::default() };
+    assert_eq!(store(&same, &if_needed).unwrap().bytes, same);
+    assert_ne!(store(&with_profile(&image, &wide, 1), &if_needed).unwrap().bytes, with_profile(&image, &wide, 1));
+    for broken in [&wide[..wide.len() / 2], b"no profile at all", &[0xff; 4000]] {
+        assert!(is_near(colour(&with_profile(&image, broken, 1)), [200, 60, 60], 3));
+    }
+    let mut body = Vec::new();
+    let mut encoder = PngEncoder::new(&mut body);
+    encoder.set_icc_profile(wide).unwrap();
+    encoder.write_image(image.as_raw(), 64, 64, image::ExtendedColorType::Rgb8).unwrap();
+    assert!(is_near(colour(&body), [217, 42, 52], 2));
 }
 
 /// A drawing of a few shapes on white, a different one for each number.
