@@ -175,6 +175,9 @@ impl Default for FetchConfig {
     }
 }
 
+/// Pixels of an image, where nothing else is said.
+const MAX_PIXELS: u64 = 50_000_000;
+
 /// What the stored image looks like, and which images are refused. The settings of the size are img2dataset's, and lead to its sizes.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -200,7 +203,8 @@ pub struct ImageConfig {
     pub min_side: u32,
     /// An image whose longer side is more than this many times the shorter one is refused.
     pub max_aspect: f64,
-    /// An image with more pixels than this, before or after it is resized, is refused before it is decoded.
+    /// An image with more pixels than this is refused before it is decoded; so is one that would be scaled up beyond this and beyond
+    /// 50 million.
     pub max_pixels: u64,
 }
 
@@ -217,7 +221,7 @@ impl Default for ImageConfig {
             reencode: Reencode::Always,
             min_side: 24,
             max_aspect: 8.0,
-            max_pixels: 50_000_000,
+            max_pixels: MAX_PIXELS,
         }
     }
 }
@@ -414,6 +418,11 @@ impl ImageConfig {
     /// Quality or effort, as set or as is usual for the format.
     pub(crate) fn quality(&self) -> u8 {
         self.quality.unwrap_or(if self.format == StoredFormat::Png { 6 } else { 95 })
+    }
+
+    /// Most pixels of a stored image: a small `max_pixels` chooses among images, it does not forbid to scale them up.
+    pub(crate) fn max_stored_pixels(&self) -> u64 {
+        self.max_pixels.max(MAX_PIXELS)
     }
 
     fn check(&self, name: &str) -> Result<(), CrawlError> {

@@ -105,7 +105,8 @@ fn largest_result(config: &FetchConfig) -> usize {
     let square = f64::from(size) * f64::from(size);
     let pixels = if resize == ResizeMode::No { max_pixels } else { (square * max_aspect) as u64 };
     let bytes_a_pixel = if format == StoredFormat::Png { 3 } else { 2 };
-    let encoded = usize::try_from(pixels.min(max_pixels)).unwrap_or(usize::MAX).saturating_mul(bytes_a_pixel);
+    let encoded =
+        usize::try_from(pixels.min(config.image.max_stored_pixels())).unwrap_or(usize::MAX).saturating_mul(bytes_a_pixel);
     match reencode {
         Reencode::Always => encoded,
         Reencode::IfNeeded => encoded.max(config.max_body),

@@ -8,6 +8,8 @@ use moxcms::{ColorProfile, DataColorSpace, Layout, Transform8BitExecutor, Transf
 
 /// Profiles whose conversion each thread remembers: most pictures have one of a few.
 const REMEMBERED: usize = 16;
+/// Bytes of a profile; the largest that printers' colours need have about two million.
+const MAX_PROFILE: usize = 4 << 20;
 /// Pixels converted at a time.
 const AT_ONCE: usize = 4096;
 /// A profile that moves no colour further than this is sRGB by another name.
@@ -32,6 +34,9 @@ thread_local! {
 impl Conversion {
     /// The conversion that a profile asks for; `None` if it is sRGB, or broken: then the colours are taken as they are.
     fn of(profile: &[u8]) -> Option<Self> {
+        if profile.len() > MAX_PROFILE {
+            return None;
+        }
         let key = Digest::of(profile);
         CONVERSIONS.with_borrow_mut(|known| {
             if let Some(at) = known.iter().position(|entry| entry.0 == key) {

@@ -3,7 +3,7 @@
 use std::io::Cursor;
 
 use capfilt_schemas::FetchStatus;
-use image::codecs::{bmp::BmpDecoder, gif::GifDecoder, jpeg::JpegDecoder, png::PngDecoder, webp::WebPDecoder};
+use image::codecs::{bmp::BmpDecoder, gif::GifDecoder, png::PngDecoder, webp::WebPDecoder};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageResult, Limits};
 
@@ -12,6 +12,9 @@ use crate::html::clean;
 
 /// Longest text of a decoder that goes into a row, in characters.
 const MAX_REASON: usize = 200;
+
+/// Bytes that a PNG may unpack for anything but its pixels, and for a row of these.
+const MAX_UNPACKED: u64 = 64 << 20;
 
 /// A format that can be decoded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -64,14 +67,17 @@ enum Source<'a> {
 /// Reads the header. The format is told by the first bytes, never by a name or a `Content-Type`.
 pub(super) fn open(body: &[u8]) -> Result<Opened<'_>, Refused> {
     let format = sniff(body).map_err(|found| Refused::new(FetchStatus::NotImage, format!("the body is {found}")))?;
-    if format == Format::Jpeg {
-        let mut header = jpeg::Header::read(body)?;
-        let orientation = header.exif.as_deref().and_then(Orientation::from_exif_chunk).unwrap_or(Orientation::NoTransforms);
-        let (width, height, is_plain) = (header.width, header.height, !header.is_cmyk);
-        let profile = header.profile();
-        return Ok(Opened { format, width, height, orientation, profile, is_plain, source: Source::Jpeg(header, body) });
-    }
-    let (mut decoder, is_animated) = decoder(format, body).map_err(|e| refusal(&e))?;
+    let found = match format {
+        Format::Jpeg => return open_jpeg(body),
+        Format::Png => open_png(body),
+        Format::Gif => GifDecoder::new(Cursor::new(body)).map(|decoder| (boxed(decoder), true)),
+        Format::WebP => WebPDecoder::new(Cursor::new(body)).map(|decoder| {
+            let is_animated = decoder.has_animation();
+            (boxed(decoder), is_animated)
+        }),
+        Format::Bmp => BmpDecoder::new(Cursor::new(body)).map(|decoder| (boxed(decoder), false)),
+    };
+    let (mut decoder, is_animated) = found.map_err(|e| refusal(&e))?;
     let (width, height) = decoder.dimensions();
     if width == 0 || height == 0 {
         return Err(Refused::new(FetchStatus::Decode, "the image has no pixels"));
@@ -80,6 +86,28 @@ pub(super) fn open(body: &[u8]) -> Result<Opened<'_>, Refused> {
     let profile = decoder.icc_profile().ok().flatten();
     let is_plain = !is_animated && !decoder.color_type().has_alpha();
     Ok(Opened { format, width, height, orientation, profile, is_plain, source: Source::Other(decoder) })
+}
+
+fn open_jpeg(body: &[u8]) -> Result<Opened<'_>, Refused> {
+    let mut header = jpeg::Header::read(body)?;
+    let orientation = header.exif.as_deref().and_then(Orientation::from_exif_chunk).unwrap_or(Orientation::NoTransforms);
+    let (width, height, is_plain) = (header.width, header.height, !header.is_cmyk);
+    let profile = header.profile();
+    Ok(Opened { format: Format::Jpeg, width, height, orientation, profile, is_plain, source: Source::Jpeg(header, body) })
+}
+
+/// The decoder, and whether there is more than one picture for it.
+fn open_png(body: &[u8]) -> ImageResult<(Box<dyn ImageDecoder + '_>, bool)> {
+    // What is packed beside the pixels, a colour profile, may unpack to a thousand times its size.
+    let mut limits = Limits::no_limits();
+    limits.max_alloc = Some(MAX_UNPACKED);
+    let decoder = PngDecoder::with_limits(Cursor::new(body), limits)?;
+    let is_animated = decoder.is_apng()?;
+    Ok((boxed(decoder), is_animated))
+}
+
+fn boxed<'a>(decoder: impl ImageDecoder + 'a) -> Box<dyn ImageDecoder + 'a> {
+    Box::new(decoder)
 }
 
 /// The EXIF data of a file that can be opened.
@@ -105,26 +133,6 @@ impl Opened<'_> {
         let rgb = if image.color().has_alpha() { on_white(&image) } else { image.into_rgb8().into_raw() };
         Ok(Pixels { rgb, size: (self.width, self.height) })
     }
-}
-
-/// The decoder, and whether there is more than one picture for it.
-fn decoder(format: Format, body: &[u8]) -> ImageResult<(Box<dyn ImageDecoder + '_>, bool)> {
-    let body = Cursor::new(body);
-    Ok(match format {
-        Format::Jpeg => (Box::new(JpegDecoder::new(body)?), false),
-        Format::Png => {
-            let decoder = PngDecoder::new(body)?;
-            let is_animated = decoder.is_apng()?;
-            (Box::new(decoder), is_animated)
-        }
-        Format::Gif => (Box::new(GifDecoder::new(body)?), true),
-        Format::WebP => {
-            let decoder = WebPDecoder::new(body)?;
-            let is_animated = decoder.has_animation();
-            (Box::new(decoder), is_animated)
-        }
-        Format::Bmp => (Box::new(BmpDecoder::new(body)?), false),
-    })
 }
 
 fn refusal(error: &ImageError) -> Refused {

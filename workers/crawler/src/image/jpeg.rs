@@ -3,6 +3,8 @@
 //! The decoder scales by 1/2, 1/4 or 1/8 while it decodes. Both directions use the accurate integer DCT, whose SIMD code gives the same
 //! bytes as its C code: a file comes out the same on every machine.
 
+use std::ops::Range;
+
 use capfilt_schemas::FetchStatus;
 use turbojpeg::{Compressor, Decompressor, Image, PixelFormat, ScalingFactor, Subsamp};
 
@@ -13,16 +15,8 @@ use super::decode::{Pixels, reason};
 /// Scans of a progressive file: usual ones have about ten, one of hostile making has as many as fit into it, and each costs a pass.
 const MAX_SCANS: u32 = 100;
 /// Warnings of libjpeg after which the picture is still whole.
-const HARMLESS: [&str; 6] = [
-    "extraneous bytes before marker",
-    "Invalid SOS parameters for sequential JPEG",
-    "Inconsistent progression sequence",
-    "Unknown Adobe color transform code",
-    "unknown JFIF revision number",
-    "bad ICC marker",
-];
-/// Bytes of all segments of a colour profile together.
-const MAX_PROFILE: usize = 4 << 20;
+const HARMLESS: [&str; 3] =
+    ["extraneous bytes before marker", "Invalid SOS parameters for sequential JPEG", "Inconsistent progression sequence"];
 
 /// What the markers before the first scan say.
 #[derive(Default)]
@@ -37,6 +31,10 @@ pub(super) struct Header {
     pub(super) exif: Option<Vec<u8>>,
     /// The parts of a colour profile: number, number of all, bytes.
     profile: Vec<(u8, u8, Vec<u8>)>,
+    /// Where the segments are that a decoder needs.
+    needed: Vec<Range<usize>>,
+    /// Where the first scan begins.
+    scan: usize,
 }
 
 impl Header {
@@ -45,27 +43,33 @@ impl Header {
         let broken = |why: &str| Refused::new(FetchStatus::Decode, why);
         let mut header = Self::default();
         let mut at = 2;
-        while let Some(&[0xff, marker, high, low]) = body.get(at..at + 4) {
-            match marker {
-                // Fill bytes may stand before a marker.
-                0xff => at += 1,
-                0x01 | 0xd0..=0xd8 => at += 2,
+        while let Some(&[first, marker, high, low]) = body.get(at..at + 4) {
+            match (first, marker) {
+                // Bytes that belong to nothing, and fill bytes, may stand before a marker.
+                (0..0xff, _) | (0xff, 0 | 0xff) => at += 1,
+                (0xff, 0x01 | 0xd0..=0xd8) => at += 2,
+                (0xff, 0xd9) => break,
+                (0xff, 0xda) if header.width == 0 => break,
                 // Decoders fill what is missing with grey; half a picture is no sample.
-                0xda if header.width > 0 && memchr::memmem::rfind(&body[at..], b"\xff\xd9").is_none() => {
+                (0xff, 0xda) if memchr::memmem::rfind(&body[at..], b"\xff\xd9").is_none() => {
                     return Err(broken("the jpeg ends early"));
                 }
-                0xda if header.width > 0 => return Ok(header),
-                0xd9 | 0xda => break,
-                _ => {
+                (0xff, 0xda) => {
+                    header.scan = at;
+                    return Ok(header);
+                }
+                (0xff, _) => {
                     let length = usize::from(u16::from_be_bytes([high, low]));
                     let segment = body.get(at + 4..at + 2 + length).ok_or_else(|| broken("the jpeg ends early"))?;
                     header.segment(marker, segment)?;
+                    if !matches!(marker, 0xe0..=0xed | 0xef | 0xfe) {
+                        header.needed.push(at..at + 2 + length);
+                    }
                     at += 2 + length;
                 }
             }
         }
-        let whole = body.len() > at + 4;
-        Err(broken(if whole { "the jpeg has no picture" } else { "the jpeg ends early" }))
+        Err(broken(if body.len() < at + 4 { "the jpeg ends early" } else { "the jpeg has no picture" }))
     }
 
     fn segment(&mut self, marker: u8, segment: &[u8]) -> Result<(), Refused> {
@@ -98,8 +102,7 @@ impl Header {
         parts.sort_by_key(|part| part.0);
         let all = usize::from(parts.first()?.1);
         let whole = parts.len() == all && parts.iter().enumerate().all(|(i, part)| usize::from(part.0) == i + 1);
-        let size: usize = parts.iter().map(|part| part.2.len()).sum();
-        (whole && size <= MAX_PROFILE).then(|| parts.into_iter().flat_map(|part| part.2).collect())
+        whole.then(|| parts.into_iter().flat_map(|part| part.2).collect())
     }
 
     /// The pixels in the smallest size that is a half, a quarter or an eighth and not smaller than `at_least`, or in full size.
@@ -111,7 +114,18 @@ impl Header {
             .unwrap_or(ScalingFactor::ONE);
         let mut decoder = Decompressor::new().map_err(fail)?;
         decoder.set_scan_limit(MAX_SCANS).map_err(fail)?;
-        let header = decoder.read_header(body).map_err(fail)?;
+        let mut cleaned = Vec::new();
+        let (body, header) = match decoder.read_header(body) {
+            Ok(header) => (body, header),
+            // It warns of strays between the segments and of odd segments that it does not need, and gives up.
+            Err(_) => {
+                cleaned.extend_from_slice(b"\xff\xd8");
+                self.needed.iter().for_each(|range| cleaned.extend_from_slice(&body[range.clone()]));
+                cleaned.extend_from_slice(&body[self.scan..]);
+                let header = decoder.read_header(&cleaned).map_err(fail)?;
+                (cleaned.as_slice(), header)
+            }
+        };
         // Of two frame headers, the library and we might believe different ones.
         if (header.width, header.height) != (self.width as usize, self.height as usize) {
             return Err(Refused::new(FetchStatus::Decode, "the jpeg has two frame headers"));

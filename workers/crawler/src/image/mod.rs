@@ -77,7 +77,7 @@ pub(crate) fn exif(body: &[u8]) -> Option<Vec<u8>> {
 fn store_unguarded(body: &[u8], config: &ImageConfig) -> Result<StoredImage, Refused> {
     let opened = decode::open(body)?;
     let (width, height, orientation) = (opened.width, opened.height, opened.orientation);
-    check_size(width, height, config)?;
+    check_source(width, height, config)?;
     let profile = opened.profile.clone().filter(|profile| colour::is_other(profile));
     let mut plan = Plan::of(width, height, config);
     let kept = match config.reencode {
@@ -91,10 +91,11 @@ fn store_unguarded(body: &[u8], config: &ImageConfig) -> Result<StoredImage, Ref
     };
     if kept.is_some() {
         // The pixels are only hashed.
-        plan = Plan::of(width, height, &ImageConfig { size: HASHED_SIDE, resize: ResizeMode::KeepRatio, ..config.clone() });
+        let hashed = ImageConfig { size: HASHED_SIDE, resize: ResizeMode::KeepRatio, only_if_bigger: true, ..config.clone() };
+        plan = Plan::of(width, height, &hashed);
     }
     for (width, height) in [plan.scaled, plan.stored] {
-        check_pixels(width, height, config)?;
+        check_pixels(width, height, config.max_stored_pixels())?;
     }
     let pixels = opened.decode(config.max_pixels, plan.scaled)?;
     let few = || Refused::new(FetchStatus::Decode, "the decoder gave too few pixels");
@@ -120,9 +121,9 @@ fn store_unguarded(body: &[u8], config: &ImageConfig) -> Result<StoredImage, Ref
 }
 
 /// Judges the size in the header, before a pixel is decoded.
-fn check_size(width: u32, height: u32, config: &ImageConfig) -> Result<(), Refused> {
+fn check_source(width: u32, height: u32, config: &ImageConfig) -> Result<(), Refused> {
     let (shorter, longer) = (width.min(height), width.max(height));
-    check_pixels(width, height, config)?;
+    check_pixels(width, height, config.max_pixels)?;
     if shorter < config.min_side {
         let reason = format!("the shorter side of {width}x{height} is below {}", config.min_side);
         return Err(Refused::new(FetchStatus::TooSmall, reason));
@@ -134,11 +135,11 @@ fn check_size(width: u32, height: u32, config: &ImageConfig) -> Result<(), Refus
     Ok(())
 }
 
-fn check_pixels(width: u32, height: u32, config: &ImageConfig) -> Result<(), Refused> {
-    if u64::from(width) * u64::from(height) <= config.max_pixels {
+fn check_pixels(width: u32, height: u32, max: u64) -> Result<(), Refused> {
+    if u64::from(width) * u64::from(height) <= max {
         return Ok(());
     }
-    let reason = format!("{width}x{height} has more than {} pixels", config.max_pixels);
+    let reason = format!("{width}x{height} has more than {max} pixels");
     Err(Refused::new(FetchStatus::TooManyPixels, reason))
 }
 
