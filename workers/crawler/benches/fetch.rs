@@ -3,7 +3,7 @@
 //!
 //! The environment names the folder that `fetch_data.py` filled (`FETCH_DATA`) and the peer's program (`IMG2DATASET`; without it ours runs alone). Each
 //! runs in processes of its own. CPU time is theirs without the server's; memory is the most that was seen, in all processes together.
-#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::disallowed_methods, missing_docs)]
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};

@@ -310,7 +310,7 @@ fn files_are_kept_as_they_came_where_that_is_asked() {
     let kept = |body: &[u8], config: &ImageConfig| store(body, config).unwrap().bytes == body;
     let small = jpeg(&two_halves(90, 60));
     assert!(kept(&small, &if_needed));
-    assert!(!kept(&small, &ImageConfig { reencode: Reencode::Always, ..if_needed.clone() }));
+    assert!(!kept(&small, &ImageConfig { reencode: Reencode::Always, ..if_needed }));
     assert!(!kept(&jpeg(&two_halves(300, 200)), &if_needed), "it is scaled");
     assert!(!kept(&turned(6), &if_needed), "it is turned");
     assert!(!kept(&file(&two_halves(90, 60).into(), ImageFormat::Png), &if_needed), "it is another format");
