@@ -204,6 +204,7 @@ const fn meaning(status: FetchStatus) -> &'static str {
         FetchStatus::TooLarge => "body over the cap",
         FetchStatus::Truncated => "body ended early",
         FetchStatus::Empty => "empty body",
+        FetchStatus::HashMismatch => "not the expected file",
         FetchStatus::NotImage => "not a known image format",
         FetchStatus::TooManyPixels => "over the pixel guard",
         FetchStatus::Decode => "image is broken",
