@@ -121,7 +121,7 @@ impl Default for PagesConfig {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ListConfig {
-    /// The file; `.parquet`, `.csv`, `.tsv`, `.jsonl`, each also with `.gz`.
+    /// The file; `.parquet`, `.csv`, `.tsv`, `.json`, `.jsonl`, each also with `.gz`.
     pub path: PathBuf,
     /// What the file is, if its name does not tell.
     #[serde(default)]
@@ -142,7 +142,7 @@ fn caption_col() -> String {
     "caption".to_owned()
 }
 
-/// The formats of a [`ListConfig`].
+/// The formats of lists. A gzipped file is unpacked on the way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ListFormat {
@@ -150,10 +150,14 @@ pub enum ListFormat {
     Parquet,
     /// Comma-separated, with a header.
     Csv,
-    /// Tab-separated, with a header.
+    /// Tab-separated, with a header; a row is a line.
     Tsv,
+    /// An array of JSON objects.
+    Json,
     /// One JSON object a line.
     Jsonl,
+    /// An address a line, without texts: for downloads only.
+    Txt,
 }
 
 /// `[fetch]`: what is made of a download.

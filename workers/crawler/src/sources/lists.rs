@@ -1,12 +1,19 @@
-//! URL lists: Parquet, CSV, TSV and JSONL files, each perhaps gzipped, read as a stream.
+//! Lists of image addresses: text, CSV, TSV, JSON, JSONL and Parquet files, each but Parquet perhaps gzipped, read as a stream.
+//!
+//! Both readers of lists, the `list` source of `discover` and `download`, get Arrow batches of the columns that they ask for. Memory is
+//! bounded by a batch, whatever the size of the file.
+
+mod columns;
+mod text;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use arrow::array::{Array, AsArray, StringArray};
+use arrow::array::{Array, AsArray, RecordBatch, RecordBatchOptions};
 use arrow::compute::cast;
-use arrow::datatypes::DataType;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use capfilt_runtime::{StageError, Work};
 use capfilt_schemas::{Digest, TextSource};
 use flate2::read::MultiGzDecoder;
@@ -19,251 +26,263 @@ use crate::CrawlError;
 use crate::config::{ListConfig, ListFormat};
 use crate::html::clean;
 use crate::params::file_digest;
+use columns::{Batches, Types};
 
-/// Rows sent at a time.
+/// Most rows of a batch.
 const BATCH: usize = 1024;
-/// Longest line of a JSONL file, in bytes; a longer one is passed over. Longest row of a CSV file.
-const MAX_LINE: u64 = 1 << 20;
-/// What a CSV file is followed by while it is read.
-const LAST_ROW: &str = "capfilt: the list ends here";
+/// What a gzip file begins with.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
 
-/// The texts of a list, in its order; `wanted` is the digest of the file that is meant. Rows without an address or a text, and rows that cannot be read, are counted and passed over.
+/// A file of a list.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct ListFile {
+    pub(crate) path: PathBuf,
+    pub(crate) format: ListFormat,
+}
+
+/// A column that is wanted of a list.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Wanted {
+    pub(crate) name: String,
+    /// Whether its values are wanted as text (UTF-8), whatever they are in the file; otherwise they keep their type, and get one in
+    /// formats that have none.
+    pub(crate) text: bool,
+}
+
+/// What a file holds.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct Survey {
+    pub(crate) rows: u64,
+    /// Rows that cannot be read; they are not among `rows`.
+    pub(crate) unreadable: u64,
+    /// The wanted columns, in the order in which they are wanted.
+    pub(crate) schema: SchemaRef,
+}
+
+impl ListFile {
+    /// Reads the file once, and tells what it holds. The types of columns that are not text follow from all of their values: whole
+    /// numbers, numbers, truth values, lists and structs of these, and text for everything else.
+    ///
+    /// # Errors
+    /// [`CrawlError::Read`] and [`CrawlError::Format`], for a missing column and a damaged file as well.
+    pub(crate) fn survey(&self, wanted: &[Wanted]) -> Result<Survey, CrawlError> {
+        if self.format == ListFormat::Parquet {
+            return self.survey_parquet(wanted);
+        }
+        let names: Vec<&str> = wanted.iter().map(|w| w.name.as_str()).collect();
+        let mut types = Types::new(wanted, text::is_typed(self.format));
+        let (mut rows, mut unreadable) = (0, 0);
+        text::read(self, &names, &mut |row| {
+            match row {
+                Some(values) => {
+                    rows += 1;
+                    types.see(&values);
+                }
+                None => unreadable += 1,
+            }
+            Ok(true)
+        })?;
+        if let Some(missing) = types.without_value().filter(|_| rows > 0) {
+            let what = format!("none of its {rows} rows has a value in `{}`; is that the name of the column?", wanted[missing].name);
+            return Err(CrawlError::format(&self.path, what));
+        }
+        Ok(Survey { rows, unreadable, schema: types.schema(wanted) })
+    }
+
+    /// Gives all rows to `sink`, in batches of at most a thousand or so with the columns of `schema`, which is [`Survey::schema`] or one
+    /// of text columns. `sink` says whether it wants more. Returns the number of rows that could not be read.
+    ///
+    /// # Errors
+    /// [`CrawlError::Read`], [`CrawlError::Format`], and those of `sink`.
+    pub(crate) fn read(
+        &self,
+        schema: &SchemaRef,
+        sink: &mut dyn FnMut(RecordBatch) -> Result<bool, CrawlError>,
+    ) -> Result<u64, CrawlError> {
+        if self.format == ListFormat::Parquet {
+            return self.read_parquet(schema, sink);
+        }
+        let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
+        let mut batches = Batches::new(schema, text::is_typed(self.format), &self.path)?;
+        let (mut unreadable, mut more) = (0, true);
+        text::read(self, &names, &mut |row| {
+            match row {
+                Some(values) => batches.push(values),
+                None => unreadable += 1,
+            }
+            if batches.len() >= BATCH {
+                more = sink(batches.take()?)?;
+            }
+            Ok(more)
+        })?;
+        if more && batches.len() > 0 {
+            sink(batches.take()?)?;
+        }
+        Ok(unreadable)
+    }
+
+    /// The file's bytes, unpacked if they are gzipped: that is told by the first bytes, not by the name.
+    fn open(&self) -> Result<Box<dyn Read>, CrawlError> {
+        let read = |e| CrawlError::read(&self.path, e);
+        let mut file = File::open(&self.path).map_err(read)?;
+        let zipped = starts_with(&mut file, GZIP).map_err(read)?;
+        Ok(if zipped { Box::new(MultiGzDecoder::new(BufReader::new(file))) } else { Box::new(file) })
+    }
+
+    fn unparquet(&self, e: &dyn std::fmt::Display) -> CrawlError {
+        CrawlError::format(&self.path, format!("it is not readable Parquet ({e})"))
+    }
+
+    fn open_parquet(&self) -> Result<ParquetRecordBatchReaderBuilder<File>, CrawlError> {
+        let read = |e| CrawlError::read(&self.path, e);
+        let mut file = File::open(&self.path).map_err(read)?;
+        if starts_with(&mut file, GZIP).map_err(read)? {
+            // Parquet is read from its end, so a packed file is unpacked first, into a file without a name.
+            let mut unpacked = tempfile::tempfile().map_err(read)?;
+            std::io::copy(&mut MultiGzDecoder::new(BufReader::new(file)), &mut unpacked).map_err(|e| text::broken(&self.path, &e))?;
+            file = unpacked;
+        }
+        ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| self.unparquet(&e))
+    }
+
+    fn survey_parquet(&self, wanted: &[Wanted]) -> Result<Survey, CrawlError> {
+        let builder = self.open_parquet()?;
+        let names: Vec<&str> = builder.schema().fields().iter().map(|f| f.name().as_str()).collect();
+        let fields = wanted.iter().map(|w| {
+            let field = builder.schema().field(text::column(&self.path, &names, &w.name)?);
+            let kind = if w.text { DataType::Utf8 } else { field.data_type().clone() };
+            Ok(Field::new(&w.name, kind, true))
+        });
+        let schema = Arc::new(Schema::new(fields.collect::<Result<Vec<_>, CrawlError>>()?));
+        let rows = u64::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or(0);
+        Ok(Survey { rows, unreadable: 0, schema })
+    }
+
+    fn read_parquet(
+        &self,
+        schema: &SchemaRef,
+        sink: &mut dyn FnMut(RecordBatch) -> Result<bool, CrawlError>,
+    ) -> Result<u64, CrawlError> {
+        let builder = self.open_parquet()?;
+        let names: Vec<&str> = builder.schema().fields().iter().map(|f| f.name().as_str()).collect();
+        let wanted = schema.fields().iter().map(|f| text::column(&self.path, &names, f.name()));
+        let mask = ProjectionMask::roots(builder.parquet_schema(), wanted.collect::<Result<Vec<_>, _>>()?);
+        let reader = builder.with_projection(mask).with_batch_size(BATCH).build().map_err(|e| self.unparquet(&e))?;
+        for batch in reader {
+            let batch = batch.map_err(|e| self.unparquet(&e))?;
+            let columns = schema.fields().iter().map(|f| {
+                let values = batch.column_by_name(f.name()).ok_or_else(|| self.unparquet(&"a column is gone"))?;
+                cast(values, f.data_type()).map_err(|e| self.unparquet(&e))
+            });
+            let columns = columns.collect::<Result<Vec<_>, _>>()?;
+            let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+            let batch = RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options);
+            if !sink(batch.map_err(|e| self.unparquet(&e))?)? {
+                break;
+            }
+        }
+        Ok(0)
+    }
+}
+
+/// Whether a file begins with these two bytes; it is at its beginning again afterwards.
+fn starts_with(file: &mut File, magic: [u8; 2]) -> std::io::Result<bool> {
+    use std::io::{Seek, SeekFrom};
+    let mut head = Vec::new();
+    file.by_ref().take(2).read_to_end(&mut head)?;
+    file.seek(SeekFrom::Start(0))?;
+    Ok(head == magic)
+}
+
+/// The texts of a list, in its order; `wanted` is the digest of the file that is meant. Rows without an address or a text, and rows
+/// that cannot be read, are counted and passed over.
 pub(crate) fn read_list(list: ListConfig, wanted: Option<Digest>, max_text: usize, work: Work) -> FoundStream {
     let (sender, receiver) = mpsc::channel(2);
     tokio::task::spawn_blocking(move || {
-        let mut rows = Rows { out: &sender, batch: Vec::new(), max_text, work: &work, stopped: false, read: 0, used: 0 };
-        match same_file(&list, wanted).and_then(|()| read(&list, &mut rows)) {
-            Ok(()) => match rows.usable(&list) {
-                Ok(()) => rows.flush(),
-                Err(e) => _ = sender.blocking_send(Err(e.into())),
-            },
-            Err(e) => _ = sender.blocking_send(Err(e)),
+        if let Err(e) = same_file(&list, wanted).and_then(|()| send_texts(&list, max_text, &work, &sender)) {
+            let _ = sender.blocking_send(Err(StageError::from(e)));
         }
     });
     super::stream(receiver)
 }
 
-struct Rows<'a> {
-    out: &'a Sender,
-    batch: Vec<Found>,
-    max_text: usize,
-    work: &'a Work,
-    /// Nobody listens any more.
-    stopped: bool,
-    /// Rows seen, those that cannot be read included, and rows that have an address and a text.
-    read: u64,
-    used: u64,
-}
-
-impl Rows<'_> {
-    fn push(&mut self, url: Option<&str>, text: Option<&str>) {
-        let url = url.unwrap_or("").trim();
-        let text = clean(text.unwrap_or(""), self.max_text);
-        self.work.facts.add("rows_read", 1);
-        self.read += 1;
-        if url.is_empty() || text.is_empty() {
-            self.work.facts.add("rows_without_address_or_text", 1);
-            return;
-        }
-        self.used += 1;
-        self.batch.push(Found { url: url.to_owned(), text, text_source: TextSource::List, page_url: None });
-        if self.batch.len() >= BATCH {
-            self.flush();
-        }
-    }
-
-    fn unreadable(&mut self) {
-        self.work.facts.add("rows_unreadable", 1);
-        self.read += 1;
-    }
-
-    /// A list of which no row can be used was meant to be read otherwise.
-    fn usable(&self, list: &ListConfig) -> Result<(), CrawlError> {
-        if self.used > 0 || self.stopped {
-            return Ok(());
-        }
-        let (url, caption) = (&list.url_col, &list.caption_col);
-        let what = match self.read {
-            0 => "it holds no row".to_owned(),
-            n => format!(
-                "none of its {n} rows has an address in `{url}` and a text in `{caption}`; set `url_col` and `caption_col`"
-            ),
-        };
-        Err(CrawlError::format(&list.path, what))
-    }
-
-    fn flush(&mut self) {
-        let batch = std::mem::take(&mut self.batch);
-        if !batch.is_empty() {
-            self.stopped |= self.out.blocking_send(Ok(batch)).is_err();
-        }
-    }
-}
-
-fn same_file(list: &ListConfig, wanted: Option<Digest>) -> Result<(), StageError> {
+fn same_file(list: &ListConfig, wanted: Option<Digest>) -> Result<(), CrawlError> {
     let Some(wanted) = wanted else { return Ok(()) };
     let found = file_digest(&list.path)?;
-    if found == wanted { Ok(()) } else { Err(CrawlError::WrongFile { what: "list", wanted, found: found.to_string() }.into()) }
+    if found == wanted { Ok(()) } else { Err(CrawlError::WrongFile { what: "list", wanted, found: found.to_string() }) }
 }
 
-fn read(list: &ListConfig, rows: &mut Rows<'_>) -> Result<(), StageError> {
-    let name = list.path.to_string_lossy().to_lowercase();
-    let zipped = name.ends_with(".gz");
-    let format = match list.format {
-        Some(format) => format,
-        None => format_of(name.trim_end_matches(".gz")).ok_or_else(|| {
-            CrawlError::format(&list.path, "its name tells no format; set `format` to parquet, csv, tsv or jsonl")
-        })?,
-    };
-    let file = File::open(&list.path).map_err(|e| CrawlError::read(&list.path, e))?;
-    if format == ListFormat::Parquet {
-        let file = if zipped { unpack(&list.path, file, &rows.work.scratch()?)? } else { file };
-        return Ok(read_parquet(list, file, rows)?);
+fn send_texts(list: &ListConfig, max_text: usize, work: &Work, out: &Sender) -> Result<(), CrawlError> {
+    let format = list.format.or_else(|| ListFormat::of_name(&list.path)).ok_or_else(|| {
+        CrawlError::format(&list.path, "its name tells no format; set `format` to parquet, csv, tsv, json or jsonl")
+    })?;
+    if format == ListFormat::Txt {
+        return Err(CrawlError::format(&list.path, "a file of addresses alone has no texts to match with queries"));
     }
-    let reader: Box<dyn Read> = if zipped { Box::new(MultiGzDecoder::new(BufReader::new(file))) } else { Box::new(file) };
-    match format {
-        ListFormat::Jsonl => read_jsonl(list, reader, rows)?,
-        ListFormat::Tsv => read_csv(list, reader, b'\t', rows)?,
-        _ => read_csv(list, reader, b',', rows)?,
+    let file = ListFile { path: list.path.clone(), format };
+    let fields: Vec<Field> = [&list.url_col, &list.caption_col].map(|n| Field::new(n, DataType::Utf8, true)).into();
+    let (mut read, mut used, mut listened) = (0, 0, true);
+    let unreadable = file.read(&Arc::new(Schema::new(fields)), &mut |batch| {
+        let found = usable(&batch, max_text);
+        work.facts.add("rows_read", batch.num_rows() as u64);
+        work.facts.add("rows_without_address_or_text", (batch.num_rows() - found.len()) as u64);
+        read += batch.num_rows() as u64;
+        used += found.len();
+        listened = found.is_empty() || out.blocking_send(Ok(found)).is_ok();
+        Ok(listened)
+    })?;
+    if unreadable > 0 {
+        work.facts.add("rows_unreadable", unreadable);
     }
-    Ok(())
-}
-
-fn format_of(name: &str) -> Option<ListFormat> {
-    let (_, extension) = name.rsplit_once('.')?;
-    match extension {
-        "parquet" => Some(ListFormat::Parquet),
-        "csv" => Some(ListFormat::Csv),
-        "tsv" => Some(ListFormat::Tsv),
-        "jsonl" | "ndjson" | "json" => Some(ListFormat::Jsonl),
-        _ => None,
-    }
-}
-
-/// Parquet is read from its end, so a packed file is unpacked first, into the task's own folder.
-fn unpack(path: &Path, file: File, folder: &Path) -> Result<File, CrawlError> {
-    let target: PathBuf = folder.join("list.parquet");
-    let mut out = File::create(&target).map_err(|e| CrawlError::read(&target, e))?;
-    std::io::copy(&mut MultiGzDecoder::new(BufReader::new(file)), &mut out).map_err(|e| broken(path, &e))?;
-    File::open(&target).map_err(|e| CrawlError::read(&target, e))
-}
-
-fn read_parquet(list: &ListConfig, file: File, rows: &mut Rows<'_>) -> Result<(), CrawlError> {
-    let fail = |e: &dyn std::fmt::Display| CrawlError::format(&list.path, format!("it is not readable Parquet ({e})"));
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| fail(&e))?;
-    let names: Vec<&str> = builder.schema().fields().iter().map(|f| f.name().as_str()).collect();
-    let wanted = [column(list, &names, &list.url_col)?, column(list, &names, &list.caption_col)?];
-    let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
-    let reader = builder.with_projection(mask).with_batch_size(BATCH).build().map_err(|e| fail(&e))?;
-    for batch in reader {
-        let batch = batch.map_err(|e| fail(&e))?;
-        let texts = |name: &str| -> Result<StringArray, CrawlError> {
-            let values = batch.column_by_name(name).ok_or_else(|| fail(&"a column is gone"))?;
-            Ok(cast(values, &DataType::Utf8).map_err(|e| fail(&e))?.as_string::<i32>().clone())
-        };
-        let (urls, captions) = (texts(&list.url_col)?, texts(&list.caption_col)?);
-        let value = |of: &StringArray, i: usize| of.is_valid(i).then(|| of.value(i).to_owned());
-        for i in 0..urls.len() {
-            rows.push(value(&urls, i).as_deref(), value(&captions, i).as_deref());
-        }
-        if rows.stopped {
-            break;
-        }
-    }
-    Ok(())
-}
-
-fn read_csv(list: &ListConfig, reader: Box<dyn Read>, delimiter: u8, rows: &mut Rows<'_>) -> Result<(), CrawlError> {
-    // A quote that nothing closes swallows the rows after it, at worst all. It would swallow this further row as well.
-    let last = format!("\n\"{LAST_ROW}");
-    let quoting = delimiter == b',';
-    let mut reader = csv::ReaderBuilder::new()
-        .delimiter(delimiter)
-        .flexible(true)
-        .quoting(quoting)
-        .from_reader(reader.chain(if quoting { last.as_bytes() } else { b"" }));
-    let header = reader.byte_headers().map_err(|e| csv_broken(&list.path, &e))?;
-    let names: Vec<String> =
-        header.iter().map(|n| String::from_utf8_lossy(n).trim_start_matches('\u{feff}').trim().to_owned()).collect();
-    let names: Vec<&str> = names.iter().map(String::as_str).filter(|name| *name != LAST_ROW).collect();
-    let (url, caption) = (column(list, &names, &list.url_col)?, column(list, &names, &list.caption_col)?);
-    let mut record = csv::ByteRecord::new();
-    let mut line = 0;
-    let mut whole = !quoting;
-    while !rows.stopped && reader.read_byte_record(&mut record).map_err(|e| csv_broken(&list.path, &e))? {
-        whole |= record.len() == 1 && &record[0] == LAST_ROW.as_bytes();
-        if whole && quoting {
-            break;
-        }
-        line = record.position().map_or(0, csv::Position::line);
-        if record.as_slice().len() as u64 > MAX_LINE {
-            whole = false;
-            break;
-        }
-        let field = |i: usize| record.get(i).map(String::from_utf8_lossy);
-        rows.push(field(url).as_deref(), field(caption).as_deref());
-    }
-    if whole || rows.stopped {
+    if used > 0 || !listened {
         return Ok(());
     }
-    Err(CrawlError::format(&list.path, format!("the row at line {line} does not end: is there a `\"` that nothing closes?")))
-}
-
-fn read_jsonl(list: &ListConfig, reader: Box<dyn Read>, rows: &mut Rows<'_>) -> Result<(), CrawlError> {
-    let mut reader = BufReader::new(reader);
-    let mut line = Vec::new();
-    while !rows.stopped {
-        line.clear();
-        let n = reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line).map_err(|e| broken(&list.path, &e))?;
-        if n == 0 {
-            break;
-        }
-        if n as u64 == MAX_LINE && !line.ends_with(b"\n") {
-            rows.unreadable();
-            skip_line(&mut reader).map_err(|e| broken(&list.path, &e))?;
-            continue;
-        }
-        if line.trim_ascii().is_empty() {
-            continue;
-        }
-        match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&line) {
-            Ok(object) => {
-                let text = |name: &str| object.get(name).and_then(serde_json::Value::as_str);
-                rows.push(text(&list.url_col), text(&list.caption_col));
+    // A list of which no row can be used was meant to be read otherwise.
+    let (url, caption) = (&list.url_col, &list.caption_col);
+    Err(CrawlError::format(
+        &list.path,
+        match read + unreadable {
+            0 => "it holds no row".to_owned(),
+            n => {
+                format!("none of its {n} rows has an address in `{url}` and a text in `{caption}`; set `url_col` and `caption_col`")
             }
-            Err(_) => rows.unreadable(),
-        }
+        },
+    ))
+}
+
+/// The rows with an address and a text; the columns are these two.
+fn usable(batch: &RecordBatch, max_text: usize) -> Vec<Found> {
+    let value = |column: usize, row: usize| {
+        let texts = batch.column(column).as_string::<i32>();
+        if texts.is_valid(row) { texts.value(row) } else { "" }
+    };
+    let found = (0..batch.num_rows()).map(|row| {
+        let (url, text) = (value(0, row).trim(), clean(value(1, row), max_text));
+        (!url.is_empty() && !text.is_empty()).then(|| Found {
+            url: url.to_owned(),
+            text,
+            text_source: TextSource::List,
+            page_url: None,
+        })
+    });
+    found.flatten().collect()
+}
+
+impl ListFormat {
+    /// The format that a file's name tells, with or without `.gz`.
+    pub(crate) fn of_name(path: &Path) -> Option<Self> {
+        let name = path.to_string_lossy().to_lowercase();
+        let (_, extension) = name.trim_end_matches(".gz").rsplit_once('.')?;
+        Some(match extension {
+            "parquet" => Self::Parquet,
+            "csv" => Self::Csv,
+            "tsv" => Self::Tsv,
+            "json" => Self::Json,
+            "jsonl" | "ndjson" => Self::Jsonl,
+            "txt" => Self::Txt,
+            _ => return None,
+        })
     }
-    Ok(())
-}
-
-fn skip_line(reader: &mut impl BufRead) -> std::io::Result<()> {
-    loop {
-        let buffer = reader.fill_buf()?;
-        let end = memchr::memchr(b'\n', buffer);
-        let (used, done) = end.map_or((buffer.len(), buffer.is_empty()), |i| (i + 1, true));
-        reader.consume(used);
-        if done {
-            return Ok(());
-        }
-    }
-}
-
-fn column(list: &ListConfig, names: &[&str], wanted: &str) -> Result<usize, CrawlError> {
-    names.iter().position(|n| *n == wanted).ok_or_else(|| {
-        CrawlError::format(
-            &list.path,
-            format!("it has no column `{wanted}`, only {}; set `url_col` and `caption_col`", names.join(", ")),
-        )
-    })
-}
-
-fn broken(path: &Path, e: &std::io::Error) -> CrawlError {
-    CrawlError::format(path, format!("it breaks off or is damaged ({e})"))
-}
-
-fn csv_broken(path: &Path, e: &csv::Error) -> CrawlError {
-    CrawlError::format(path, format!("it breaks off or is damaged ({e})"))
 }
 
 #[cfg(test)]
