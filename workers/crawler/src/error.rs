@@ -25,6 +25,15 @@ pub enum CrawlError {
         #[source]
         source: std::io::Error,
     },
+    /// A local file cannot be written.
+    #[error("cannot write `{}`", path.display())]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// A local file is not what it should be.
     #[error("cannot use `{}`: {reason}", path.display())]
     Format {
@@ -66,6 +75,10 @@ impl CrawlError {
 
     pub(crate) fn read(path: &Path, source: std::io::Error) -> Self {
         Self::Read { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn write(path: &Path, source: std::io::Error) -> Self {
+        Self::Write { path: path.to_owned(), source }
     }
 
     /// Whether the same call may succeed later.

@@ -7,6 +7,7 @@
 mod annotate;
 mod config;
 mod discover;
+mod download;
 mod error;
 mod fetch;
 #[cfg(any(test, feature = "fuzz"))]
@@ -29,6 +30,9 @@ pub use config::{
     ListFormat, PagesConfig, Reencode, ResizeMode, SourceConfig, StoredFormat, WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
+pub use download::{
+    DownloadConfig, DownloadCounts, DownloadProgress, DownloadSummary, HashKind, IncrementalMode, OutputFormat, download,
+};
 pub use error::CrawlError;
 pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::Matcher;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::CrawlError;
 use crate::config::{CrawlerWorkerConfig, FetchConfig, ListFormat, StoredFormat};
+use crate::image::HashKind;
 
 /// A download of a list of addresses into files for training, as img2dataset does it: its names, its layouts.
 #[derive(Clone, Debug)]
@@ -64,49 +65,6 @@ pub enum OutputFormat {
     Tfrecord,
     /// Nothing: images are downloaded, decoded, resized and forgotten.
     Dummy,
-}
-
-/// A hash of the downloaded bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum HashKind {
-    /// MD5.
-    Md5,
-    /// SHA-256.
-    Sha256,
-    /// SHA-512.
-    Sha512,
-}
-
-impl HashKind {
-    /// The name, which is that of its column.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Md5 => "md5",
-            Self::Sha256 => "sha256",
-            Self::Sha512 => "sha512",
-        }
-    }
-
-    /// The hash in lower-case hexadecimal digits.
-    pub(super) fn of(self, bytes: &[u8]) -> String {
-        use sha2::Digest as _;
-        match self {
-            Self::Md5 => hex(&md5::Md5::digest(bytes)),
-            Self::Sha256 => hex(&sha2::Sha256::digest(bytes)),
-            Self::Sha512 => hex(&sha2::Sha512::digest(bytes)),
-        }
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        for half in [byte >> 4, byte & 15] {
-            text.push(char::from_digit(u32::from(half), 16).unwrap_or('0'));
-        }
-        text
-    })
 }
 
 /// What is done about the shards of an earlier run.
@@ -235,12 +193,5 @@ mod tests {
     fn digits_are_the_logarithm_rounded_up() {
         let of = [(1, 0), (2, 1), (9, 1), (10, 1), (11, 2), (1000, 3), (1001, 4), (10_000, 4), (usize::MAX, 20)];
         assert!(of.iter().all(|(n, digits)| digits_below(*n) == *digits));
-    }
-
-    #[test]
-    fn hashes_are_the_published_ones() {
-        assert_eq!(HashKind::Md5.of(b"abc"), "900150983cd24fb0d6963f7d28e17f72");
-        assert_eq!(HashKind::Sha256.of(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-        assert!(HashKind::Sha512.of(b"abc").starts_with("ddaf35a193617abacc417349ae204131"));
     }
 }

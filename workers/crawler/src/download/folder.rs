@@ -114,8 +114,8 @@ impl Folder {
         self.publish(&file)
     }
 
-    /// Removes the place where shards grew.
-    pub(super) fn close(self) -> Result<(), CrawlError> {
+    /// Removes the place where shards grew, and what is unfinished.
+    pub(super) fn close(&self) -> Result<(), CrawlError> {
         remove(&self.growing)
     }
 }

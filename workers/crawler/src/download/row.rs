@@ -121,9 +121,9 @@ fn store(body: &[u8], expected: Option<(String, HashKind)>, config: &DownloadCon
         Fetched { result: Err(Missed::new(status, None, reason)), exif: None, hash: None, downloaded: body.len() as u64 }
     };
     if let Some((digest, kind)) = expected
-        && !digest.trim().eq_ignore_ascii_case(&kind.of(body))
+        && let Err(refused) = image::verify(body, kind, &digest)
     {
-        return missed(FetchStatus::HashMismatch, "the body has another hash");
+        return missed(refused.status, &refused.reason);
     }
     let image = match image::store(body, &config.fetch.image) {
         Ok(image) => image,

@@ -49,14 +49,14 @@ impl Input {
     ///
     /// # Errors
     /// [`CrawlError::Read`] and [`CrawlError::Format`].
-    pub(super) fn survey(config: &DownloadConfig, first: u64) -> Result<Self, CrawlError> {
+    pub(super) fn survey(config: &DownloadConfig) -> Result<Self, CrawlError> {
         let wanted: Vec<Wanted> = config
             .columns()
             .into_iter()
             .map(|name| Wanted { name: name.clone(), text: !config.save_additional_columns.contains(name) })
             .collect();
         let mut input = Self { parts: Vec::new(), per_shard: config.number_sample_per_shard, unreadable: 0 };
-        let mut next = first;
+        let mut next = 0;
         for path in files(config)? {
             let file = ListFile { path, format: config.input_format };
             let survey = file.survey(&wanted)?;
@@ -65,10 +65,15 @@ impl Input {
             next += part.rows.div_ceil(input.per_shard as u64);
             input.parts.push(part);
         }
-        if next == first {
+        if next == 0 {
             return Err(CrawlError::format(&config.url_list, "it holds no row"));
         }
         Ok(input)
+    }
+
+    /// Lets the shards' numbers begin at `first` rather than 0.
+    pub(super) fn begin_at(&mut self, first: u64) {
+        self.parts.iter_mut().for_each(|part| part.first += first);
     }
 
     /// The rows of shards that are not among `done`, which has the number of rows of each.

@@ -1,5 +1,4 @@
 //! Digests that lists bring along for their images.
-#![allow(dead_code)]
 
 use capfilt_schemas::FetchStatus;
 use md5::Md5;
@@ -9,19 +8,25 @@ use super::Refused;
 
 /// A hash function, by img2dataset's names.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum HashKind {
+pub enum HashKind {
+    /// MD5.
     Md5,
+    /// SHA-256.
     Sha256,
+    /// SHA-512.
     Sha512,
 }
 
 impl HashKind {
     /// The function called `name`, if it is known.
-    pub(crate) fn parse(name: &str) -> Option<Self> {
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
         [Self::Md5, Self::Sha256, Self::Sha512].into_iter().find(|kind| kind.name().eq_ignore_ascii_case(name))
     }
 
-    pub(crate) const fn name(self) -> &'static str {
+    /// The function's name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Md5 => "md5",
             Self::Sha256 => "sha256",

@@ -17,8 +17,8 @@ use resize::Plan;
 
 use crate::config::{ImageConfig, Reencode, ResizeMode, StoredFormat};
 
-#[allow(unused_imports)]
-pub(crate) use digest::{HashKind, verify};
+pub use digest::HashKind;
+pub(crate) use digest::verify;
 
 /// Shorter side of the pixels that are only hashed, since the file is kept as it is.
 const HASHED_SIDE: u32 = 128;
@@ -69,7 +69,6 @@ pub(crate) fn store(body: &[u8], config: &ImageConfig) -> Result<StoredImage, Re
 }
 
 /// The TIFF structure of a JPEG's EXIF segment or of another format's EXIF chunk.
-#[allow(dead_code)]
 pub(crate) fn exif(body: &[u8]) -> Option<Vec<u8>> {
     catch_unwind(|| decode::exif(body)).ok().flatten()
 }

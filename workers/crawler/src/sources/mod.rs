@@ -12,7 +12,7 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::sync::mpsc;
 
-pub(crate) use lists::read_list;
+pub(crate) use lists::{ListFile, Wanted, read_list};
 pub(crate) use pages::crawl;
 
 /// A text that belongs to an image, before it is known whether any query is for it.

@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
-use arrow::array::{ArrayRef, RecordBatch};
+use arrow::array::{ArrayRef, StringArray};
 use capfilt_schemas::{RunId, StageKind, Task};
 use capfilt_store::Store;
 use futures::TryStreamExt;
@@ -48,7 +48,7 @@ async fn every_format_gives_its_rows_in_order() {
     let csv = "caption,url,x\n\"a, red\ncar\",http://a.test/1,9\n,http://a.test/2\nshort\nword,not an address\n";
     let wanted = ["http://a.test/1 a, red car", "not an address word"];
     let tsv = "url\tcaption\nhttp://a.test/1\ta, red car\nnot an address\tword\nhttp://a.test/2\t\n";
-    let jsonl = "{\"url\": \"http://a.test/1\", \"caption\": \"a, red car\"}\n\n{broken\n[1]\n{\"url\": 7, \"caption\": \"x\"}\n\
+    let jsonl = "{\"url\": \"http://a.test/1\", \"caption\": \"a, red car\"}\n\n{broken\n[1]\n{\"url\": null, \"caption\": \"x\"}\n\
                  {\"caption\":\"word\",\"url\":\"not an address\"}";
     for (name, bytes) in [("l.csv", csv), ("l.tsv", tsv), ("l.jsonl", jsonl)] {
         for (name, bytes) in [(name.to_owned(), bytes.as_bytes().to_vec()), (format!("{name}.gz"), gzip(bytes.as_bytes()))] {

@@ -1,0 +1,303 @@
+//! Downloading a list of addresses into files for training, without a store or a run: img2dataset's flags, layouts and names on top of
+//! the crawler's manners.
+//!
+//! ```text
+//! list ─► shards ─► rows, many at work at once, at most AHEAD of them begun ─► one writer a shard: the list's order, then whole
+//! ```
+//!
+//! A shard whose last rows wait for a slow host does not hold up the shards after it: up to [`OPEN_SHARDS`] are being written. It ends:
+//! each row within the time that `Web::get` states, and no row waits for more than the rows before it.
+
+mod again;
+mod config;
+mod exif;
+mod folder;
+mod layout;
+mod row;
+mod shards;
+mod writer;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use arrow::array::{Array, AsArray};
+use serde::Serialize;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+pub use crate::image::HashKind;
+pub use config::{DownloadConfig, IncrementalMode, OutputFormat};
+
+use crate::{CrawlError, Web};
+use folder::Folder;
+use row::{Fetched, obtain};
+use shards::{Input, Shard, URL};
+
+/// Rows begun before an earlier one has ended; a row that waits for a slow host holds little.
+const AHEAD: usize = 4096;
+/// Shards being written at once.
+const OPEN_SHARDS: usize = 6;
+/// Shards that fail for good, one after the other, before the download ends: the disk is full, or the folder gone.
+const FAILED_IN_A_ROW: usize = 3;
+
+/// How far a download is, to be looked at from elsewhere.
+#[derive(Default)]
+pub struct DownloadProgress {
+    rows: AtomicU64,
+    done: AtomicU64,
+    bytes: AtomicU64,
+    shards: AtomicU64,
+    status: Mutex<BTreeMap<String, u64>>,
+}
+
+/// A look at a [`DownloadProgress`].
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct DownloadCounts {
+    /// Rows that this run has to download; 0 until the list is read.
+    pub rows: u64,
+    /// Rows that are downloaded, or failed.
+    pub done: u64,
+    /// Bytes of bodies.
+    pub bytes: u64,
+    /// Shards that are written.
+    pub shards: u64,
+    /// Rows by what became of them: `success`, or the reason.
+    pub status: BTreeMap<String, u64>,
+}
+
+impl DownloadProgress {
+    /// The counts of now.
+    pub fn counts(&self) -> DownloadCounts {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let status = self.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        DownloadCounts { rows: of(&self.rows), done: of(&self.done), bytes: of(&self.bytes), shards: of(&self.shards), status }
+    }
+
+    fn see(&self, fetched: &Fetched) {
+        self.done.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(fetched.downloaded, Ordering::Relaxed);
+        let label = fetched.result.as_ref().map_or_else(row::Missed::label, |_| "success");
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = status.get_mut(label) {
+            *count += 1;
+        } else {
+            status.insert(label.to_owned(), 1);
+        }
+    }
+}
+
+/// What a download came to.
+#[derive(Clone, PartialEq, Debug, Default, Serialize)]
+pub struct DownloadSummary {
+    /// Shards written, and shards that were there already.
+    pub shards: u64,
+    /// Shards that were there already.
+    pub shards_there: u64,
+    /// Rows of the written shards, rows that a retry left as they were included.
+    pub count: u64,
+    /// Rows with an image.
+    pub successes: u64,
+    /// Rows whose address gave no bytes, or others than expected.
+    pub failed_to_download: u64,
+    /// Rows of whose bytes no image could be made.
+    pub failed_to_resize: u64,
+    /// Rows of the list that could not be read, and are in no shard.
+    pub unreadable: u64,
+    /// Bytes of bodies.
+    pub bytes: u64,
+    /// Downloads by what became of them.
+    pub status: BTreeMap<String, u64>,
+    /// Shards that could not be written, and why.
+    pub failed_shards: BTreeMap<u64, String>,
+    /// Whether the download was stopped before its end.
+    pub stopped: bool,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// Downloads what is not downloaded yet. When `stop` is cancelled, the shards under way are dropped, and all others stay.
+///
+/// # Errors
+/// [`CrawlError::Config`], [`CrawlError::Read`] and [`CrawlError::Format`] for a list that cannot be used, before anything is downloaded;
+/// [`CrawlError::Write`] if the folder cannot be used.
+pub async fn download(
+    config: DownloadConfig,
+    progress: Arc<DownloadProgress>,
+    stop: CancellationToken,
+) -> Result<DownloadSummary, CrawlError> {
+    let began = Instant::now();
+    config.check()?;
+    let web = Web::new(&config.crawler)?;
+    let config = Arc::new(config);
+    // The list is read before the folder is touched: one that cannot be used must not cost the shards that `overwrite` removes.
+    let (folder, input) = {
+        let config = Arc::clone(&config);
+        blocking(move || {
+            let mut input = Input::survey(&config)?;
+            let folder = Folder::open(&config)?;
+            input.begin_at(folder.first(config.incremental_mode));
+            Ok((folder, input))
+        })
+        .await?
+    };
+    progress.rows.store(input.missing(&config, &folder.done)?, Ordering::Relaxed);
+    let mut summary = DownloadSummary { unreadable: input.unreadable, ..DownloadSummary::default() };
+    summary.shards_there = folder.done.len() as u64;
+    let folder = Arc::new(folder);
+    let shards = read_ahead(&config, &folder, input, &progress);
+    let engine = Engine { config: Arc::clone(&config), web, folder: Arc::clone(&folder), progress: Arc::clone(&progress), stop };
+    engine.run(shards, &mut summary).await?;
+    summary.stopped = engine.stop.is_cancelled();
+    folder.close()?;
+    let counts = progress.counts();
+    (summary.bytes, summary.status, summary.seconds) = (counts.bytes, counts.status, began.elapsed().as_secs_f64());
+    Ok(summary)
+}
+
+/// Runs what waits for disks on a thread that may wait.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, CrawlError> + Send + 'static) -> Result<T, CrawlError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(e) => Err(CrawlError::Client(format!("a thread ended early: {e}"))),
+    }
+}
+
+/// Reads shards while earlier ones are at work: those to be retried, then those of the list.
+fn read_ahead(
+    config: &Arc<DownloadConfig>,
+    folder: &Arc<Folder>,
+    input: Input,
+    progress: &Arc<DownloadProgress>,
+) -> mpsc::Receiver<Result<Shard, CrawlError>> {
+    let (sender, receiver) = mpsc::channel(1);
+    let (config, folder, progress) = (Arc::clone(config), Arc::clone(folder), Arc::clone(progress));
+    tokio::task::spawn_blocking(move || {
+        let read = || -> Result<(), CrawlError> {
+            let retried = if config.retry_status.is_empty() { BTreeMap::new() } else { folder.done.clone() };
+            for id in retried.keys() {
+                if let Some(shard) = again::read(*id, &folder, &config)? {
+                    let rows = shard.old.as_ref().map_or(0, again::Old::wanted);
+                    progress.rows.fetch_add(rows, Ordering::Relaxed);
+                    if sender.blocking_send(Ok(shard)).is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+            input.read(&config, &folder.done, &mut |shard| sender.blocking_send(Ok(shard)).is_ok())
+        };
+        if let Err(e) = read() {
+            let _ = sender.blocking_send(Err(e));
+        }
+    });
+    receiver
+}
+
+/// What every row needs.
+struct Engine {
+    config: Arc<DownloadConfig>,
+    web: Web,
+    folder: Arc<Folder>,
+    progress: Arc<DownloadProgress>,
+    stop: CancellationToken,
+}
+
+/// A shard that has been written, or not.
+type Written = (Arc<Shard>, u32, Result<Option<writer::Stats>, CrawlError>);
+
+impl Engine {
+    async fn run(
+        &self,
+        mut shards: mpsc::Receiver<Result<Shard, CrawlError>>,
+        summary: &mut DownloadSummary,
+    ) -> Result<(), CrawlError> {
+        let begun = Arc::new(Semaphore::new(AHEAD));
+        let mut writing: JoinSet<Written> = JoinSet::new();
+        let mut again: VecDeque<(Arc<Shard>, u32)> = VecDeque::new();
+        let (mut ended, mut failed_in_a_row) = (false, 0);
+        loop {
+            // Room for another shard, and none before the failed ones have been tried again.
+            while writing.len() >= OPEN_SHARDS || (ended && again.is_empty() && !writing.is_empty()) {
+                let Some(written) = writing.join_next().await else { break };
+                let (shard, attempt, result) = written.map_err(|e| CrawlError::Client(format!("a writer ended early: {e}")))?;
+                match result {
+                    Ok(Some(stats)) => {
+                        failed_in_a_row = 0;
+                        self.progress.shards.fetch_add(1, Ordering::Relaxed);
+                        summary.shards += 1;
+                        summary.count += stats.count;
+                        summary.successes += stats.successes;
+                        summary.failed_to_download += stats.failed_to_download;
+                        summary.failed_to_resize += stats.failed_to_resize;
+                    }
+                    Ok(None) => {}
+                    Err(e) if attempt < self.config.max_shard_retry => {
+                        tracing::warn!(shard = shard.id, error = capfilt_store::chain(&e), "a shard could not be written; trying again");
+                        again.push_back((shard, attempt + 1));
+                    }
+                    Err(e) => {
+                        tracing::error!(shard = shard.id, error = capfilt_store::chain(&e), "a shard could not be written");
+                        summary.failed_shards.insert(shard.id, capfilt_store::chain(&e));
+                        failed_in_a_row += 1;
+                        if failed_in_a_row >= FAILED_IN_A_ROW {
+                            return Err(e);
+                        }
+                    }
+                }
+            }
+            let next = match again.pop_front() {
+                Some(next) => Some(next),
+                None if self.stop.is_cancelled() => None,
+                None => shards.recv().await.transpose()?.map(|shard| (Arc::new(shard), 0)),
+            };
+            match next {
+                Some((shard, attempt)) => self.begin(shard, attempt, &begun, &mut writing).await,
+                None if writing.is_empty() && again.is_empty() => return Ok(()),
+                None => ended = true,
+            }
+        }
+    }
+
+    /// Begins the rows of a shard, one after the other, as others end.
+    async fn begin(&self, shard: Arc<Shard>, attempt: u32, begun: &Arc<Semaphore>, writing: &mut JoinSet<Written>) {
+        let (sender, results) = mpsc::channel(8);
+        let (config, folder, progress) = (Arc::clone(&self.config), Arc::clone(&self.folder), Arc::clone(&self.progress));
+        let written = Arc::clone(&shard);
+        writing.spawn_blocking(move || {
+            let result = writer::write(&written, &config, &folder, results, &progress);
+            drop(folder);
+            (written, attempt, result)
+        });
+        let text = |column: &str, row: usize| {
+            let values = shard.rows.column_by_name(column)?.as_string_opt::<i32>()?;
+            values.is_valid(row).then(|| values.value(row).to_owned())
+        };
+        for row in 0..shard.rows.num_rows() {
+            if shard.old.as_ref().is_some_and(|old| !old.is_wanted(row)) {
+                continue;
+            }
+            let place = tokio::select! {
+                place = Arc::clone(begun).acquire_owned() => place,
+                () = self.stop.cancelled() => return,
+            };
+            // The writer has failed: nothing that is downloaded for it would be kept.
+            if sender.is_closed() {
+                return;
+            }
+            let url = text(URL, row).unwrap_or_default();
+            let expected = self.config.verify_hash.as_ref().map(|(_, kind)| (text(kind.name(), row).unwrap_or_default(), *kind));
+            let (web, config, sender, stop) = (self.web.clone(), Arc::clone(&self.config), sender.clone(), self.stop.clone());
+            tokio::spawn(async move {
+                tokio::select! {
+                    (fetched, answer) = obtain(&web, &url, expected, &config) => {
+                        let _ = sender.send((row, fetched, answer)).await;
+                    }
+                    () = stop.cancelled() => {}
+                }
+                drop(place);
+            });
+        }
+    }
+}
