@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use capfilt_coordinator::export;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
+
+use crate::download::DownloadArgs;
 
 /// Makes vision-language training sets: gathers image-text pairs by query, captions and filters them (CapFilt), rebuilds the dataset,
 /// retrains the models, and goes round again.
@@ -28,6 +30,18 @@ pub(crate) struct Cli {
     pub(crate) log_json: bool,
 }
 
+impl Cli {
+    /// The arguments of this process; it ends here if they cannot be read. Flags of `download` may be written with `-` for `_`.
+    pub(crate) fn read() -> Self {
+        let dashes = |flag: clap::Arg| match flag.get_long().map(|long| long.replace('_', "-")) {
+            Some(long) if flag.get_long() != Some(&long) => flag.alias(long),
+            _ => flag,
+        };
+        let matches = Self::command().mut_subcommand("download", |verb| verb.mut_args(dashes)).get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
+    }
+}
+
 #[derive(Subcommand, Debug)]
 pub(crate) enum Verb {
     /// Do everything that a config asks for and that is not done yet, in this process
@@ -36,6 +50,8 @@ pub(crate) enum Verb {
     Plan(ViewArgs),
     /// Show how far a run is: stages, rounds, failures, history
     Status(ViewArgs),
+    /// Download a list of image addresses into files for training, with img2dataset's flags and layouts
+    Download(Box<DownloadArgs>),
     /// Look at dataset versions, compare and export them
     #[command(subcommand)]
     Dataset(DatasetVerb),

@@ -351,7 +351,7 @@ fn json<T: Serialize>(value: &T) -> Result<Value, Failure> {
 }
 
 /// Sets `key.path=value` in `table`; the value is TOML, or text if it is none. A number in the path is a place in a list.
-fn apply(table: &mut toml::Table, change: &str) -> Result<(), String> {
+pub(crate) fn apply(table: &mut toml::Table, change: &str) -> Result<(), String> {
     let bad = |why: &str| format!("--set `{change}`: {why}");
     let (path, value) = change.split_once('=').ok_or_else(|| bad("write key=value"))?;
     let parsed = format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));

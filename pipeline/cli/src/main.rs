@@ -4,6 +4,7 @@ mod args;
 mod config;
 mod dataset;
 mod doctor;
+mod download;
 mod models;
 mod output;
 mod overview;
@@ -15,12 +16,11 @@ mod traffic;
 use std::process::ExitCode;
 
 use args::{Cli, Verb};
-use clap::Parser;
 use output::Failure;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read();
     logging(&cli);
     keep_freed_memory();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -50,6 +50,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Dataset(verb) => dataset::run(verb).await,
         Verb::Model(verb) => models::run(verb).await,
         Verb::Store(verb) => store::run(verb).await,
+        Verb::Download(args) => download::run(*args).await,
         Verb::Doctor(doctor) => doctor::run(doctor).await,
     }
 }

@@ -75,11 +75,17 @@ impl Bar {
     }
 
     pub(crate) fn set(&self, done: u64, of: u64) {
+        self.show(done, of, "");
+    }
+
+    /// The same, with a few words on how it goes.
+    pub(crate) fn show(&self, done: u64, of: u64, message: &str) {
         self.bar.set_length(of.max(done));
         self.bar.set_position(done);
+        self.bar.set_message(message.to_owned());
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if !on_terminal() && done > last.1 && (last.0.elapsed() > LINE_EVERY || done == of) {
-            line(&format!("{:>9} {}/{} {}", self.name, count(done), count(of), self.unit));
+            line(format!("{:>9} {}/{} {} {message}", self.name, count(done), count(of), self.unit).trim_end());
             *last = (Instant::now(), done);
         }
     }

@@ -11,7 +11,7 @@ fn help(verbs: &[&str]) -> String {
 
 #[test]
 fn help_texts() {
-    let verbs: [&[&str]; 10] = [
+    let verbs: [&[&str]; 11] = [
         &[],
         &["run"],
         &["plan"],
@@ -22,6 +22,7 @@ fn help_texts() {
         &["model"],
         &["store"],
         &["store", "sweep"],
+        &["download"],
     ];
     let page: Vec<String> = verbs.iter().map(|v| format!("$ capfilt {} --help\n{}", v.join(" "), help(v))).collect();
     insta::assert_snapshot!(page.join("\n"));

@@ -134,24 +134,29 @@ pub async fn download(
     let config = Arc::new(config);
     // The list is read before the folder is touched: one that cannot be used must not cost the shards that `overwrite` removes.
     let (folder, input) = {
-        let config = Arc::clone(&config);
+        let (config, progress) = (Arc::clone(&config), Arc::clone(&progress));
         blocking(move || {
             let mut input = Input::survey(&config)?;
             let folder = Folder::open(&config)?;
             input.begin_at(folder.first(config.incremental_mode));
+            let missing = input.missing(&config, &folder.done);
+            if missing.is_err() {
+                folder.close()?;
+            }
+            progress.rows.store(missing?, Ordering::Relaxed);
             Ok((folder, input))
         })
         .await?
     };
-    progress.rows.store(input.missing(&config, &folder.done)?, Ordering::Relaxed);
     let mut summary = DownloadSummary { unreadable: input.unreadable, ..DownloadSummary::default() };
     summary.shards_there = folder.done.len() as u64;
     let folder = Arc::new(folder);
     let shards = read_ahead(&config, &folder, input, &progress);
     let engine = Engine { config: Arc::clone(&config), web, folder: Arc::clone(&folder), progress: Arc::clone(&progress), stop };
-    engine.run(shards, &mut summary).await?;
+    let ended = engine.run(shards, &mut summary).await;
     summary.stopped = engine.stop.is_cancelled();
     folder.close()?;
+    ended?;
     let counts = progress.counts();
     (summary.bytes, summary.status, summary.seconds) = (counts.bytes, counts.status, began.elapsed().as_secs_f64());
     Ok(summary)

@@ -129,7 +129,7 @@ impl Input {
                 Ok::<_, CrawlError>(sink(Shard { id, rows, old: None }))
             };
             part.file.read(&part.schema, &mut |batch| {
-                let mut batch = batch.with_schema(Arc::clone(&schema)).map_err(|e| fail(&e))?;
+                let mut batch = RecordBatch::try_new(Arc::clone(&schema), batch.columns().to_vec()).map_err(|e| fail(&e))?;
                 while batch.num_rows() > 0 && more {
                     let taken = batch.num_rows().min(self.per_shard - rows);
                     waiting.push(batch.slice(0, taken));

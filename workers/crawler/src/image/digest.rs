@@ -35,7 +35,8 @@ impl HashKind {
     }
 
     /// The digest of a body, in hexadecimal.
-    pub(crate) fn of(self, body: &[u8]) -> String {
+    #[must_use]
+    pub fn of(self, body: &[u8]) -> String {
         match self {
             Self::Md5 => hex(&Md5::digest(body)),
             Self::Sha256 => hex(&Sha256::digest(body)),

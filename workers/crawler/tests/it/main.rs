@@ -4,6 +4,7 @@
 
 mod annotate;
 mod crawl;
+mod download;
 mod fetch;
 mod server;
 mod support;

@@ -82,7 +82,8 @@ async fn a_file_that_is_no_list_fails_the_task_with_its_reason() {
     assert!(say("l.csv", b"url,caption\n").await.contains("it holds no row"));
     let strange = b"{\"URL\": \"http://a.test/\", \"TEXT\": \"a car\"}\n{broken\n";
     assert!(say("l.jsonl", strange).await.contains("none of its 2 rows has an address in `url` and a text in `caption`"));
-    assert!(say("l.txt", b"x").await.contains("its name tells no format"));
+    assert!(say("l.dat", b"x").await.contains("its name tells no format"));
+    assert!(say("l.txt", b"x").await.contains("has no texts"));
     assert!(say("l.csv.gz", &gzip(&b"url,caption\n".repeat(9000))[..50]).await.contains("breaks off"));
     let gone = ListConfig { path: "/nowhere/l.csv".into(), format: None, url_col: "a".into(), caption_col: "b".into() };
     let folder = tempfile::tempdir().unwrap();
@@ -112,4 +113,92 @@ async fn an_endless_line_is_passed_over() {
     bytes.extend(b"\n{\"url\":\"http://a.test/\",\"caption\":\"after\"}");
     let (found, facts) = read_as("l.jsonl", &bytes, ("url", "caption")).await.unwrap();
     assert_eq!((found, facts["rows_unreadable"].as_u64()), (vec!["http://a.test/ after".to_owned()], Some(1)));
+}
+
+/// The survey and the rows of a list file, as JSON objects.
+fn survey_and_rows(name: &str, bytes: &[u8], wanted: &[(&str, bool)]) -> Result<(Survey, Vec<serde_json::Value>), CrawlError> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    let file = ListFile { format: ListFormat::of_name(&path).unwrap(), path };
+    let wanted: Vec<Wanted> = wanted.iter().map(|(name, text)| Wanted { name: (*name).to_owned(), text: *text }).collect();
+    let survey = file.survey(&wanted)?;
+    let mut lines = Vec::new();
+    let unreadable = file.read(&survey.schema, &mut |batch| {
+        let mut writer =
+            arrow_json::WriterBuilder::new().with_explicit_nulls(true).build::<_, arrow_json::writer::LineDelimited>(&mut lines);
+        writer.write(&batch).unwrap();
+        writer.finish().unwrap();
+        Ok(true)
+    })?;
+    let rows: Vec<serde_json::Value> =
+        lines.split(|b| *b == b'\n').filter(|l| !l.is_empty()).map(|l| serde_json::from_slice(l).unwrap()).collect();
+    assert_eq!((survey.rows, survey.unreadable), (rows.len() as u64, unreadable), "{name}");
+    Ok((survey, rows))
+}
+
+#[test]
+fn columns_get_the_types_that_hold_all_of_their_values() {
+    let csv = "url,n,x,b,mixed,big,empty\nu1,1,1,true,1,1,\nu2,NA,2.5,False,two,99999999999999999999,\nu3,-3,,,3,3,\n";
+    let names = [("url", true), ("n", false), ("x", false), ("b", false), ("mixed", false), ("big", false), ("empty", false)];
+    let (survey, rows) = survey_and_rows("l.csv", csv.as_bytes(), &names).unwrap();
+    let types: Vec<&DataType> = survey.schema.fields().iter().map(|f| f.data_type()).collect();
+    use DataType::{Boolean, Float64, Int64, Utf8};
+    assert_eq!(types, [&Utf8, &Int64, &Float64, &Boolean, &Utf8, &Utf8, &Utf8]);
+    let wanted = serde_json::json!({"url": "u2", "n": null, "x": 2.5, "b": false, "mixed": "two", "big": "99999999999999999999", "empty": ""});
+    assert_eq!(rows[1], wanted);
+
+    let jsonl = r#"{"url": "u1", "n": 1, "box": [1, 2], "meta": {"a": 1}, "mixed": {"a": 1}, "text": 5}
+{"url": "u2", "n": 2.5, "box": [0.5], "meta": {"b": "x", "a": null}, "mixed": 3, "text": "five"}
+{"url": "u3", "n": null, "box": [], "meta": null, "mixed": null}"#;
+    let names = [("url", true), ("n", false), ("box", false), ("meta", false), ("mixed", false), ("text", true)];
+    for (name, bytes) in [("l.jsonl", jsonl.to_owned()), ("l.json", format!(" [{}]\n", jsonl.replace('\n', ",")))] {
+        let (_, rows) = survey_and_rows(name, bytes.as_bytes(), &names).unwrap();
+        let wanted = serde_json::json!([
+            {"url": "u1", "n": 1.0, "box": [1.0, 2.0], "meta": {"a": 1, "b": null}, "mixed": "{\"a\":1}", "text": "5"},
+            {"url": "u2", "n": 2.5, "box": [0.5], "meta": {"a": null, "b": "x"}, "mixed": "3", "text": "five"},
+            {"url": "u3", "n": null, "box": [], "meta": null, "mixed": null, "text": null},
+        ]);
+        assert_eq!(serde_json::Value::Array(rows), wanted, "{name}");
+    }
+}
+
+#[test]
+fn odd_files_are_read_or_refused_by_name() {
+    let url = [("url", true)];
+    let urls = |name: &str, bytes: &[u8]| {
+        survey_and_rows(name, bytes, &url).map(|(_, rows)| rows.iter().map(|r| r["url"].as_str().unwrap_or("-").to_owned()).collect::<Vec<_>>())
+    };
+    // Addresses with commas and quotes, empty lines, Windows line ends, a byte-order mark, no line end at the end.
+    let text = b"\xef\xbb\xbfhttp://a.test/1,2?\"x\"\r\n\r\n  http://a.test/2  \n\nhttp://a.test/\xff";
+    let wanted = ["http://a.test/1,2?\"x\"", "http://a.test/2", "http://a.test/\u{fffd}"];
+    assert_eq!(urls("l.txt", text).unwrap(), wanted);
+    assert_eq!(urls("l.txt", &gzip(text)).unwrap(), wanted, "packed files are known by their first bytes");
+    assert_eq!(urls("l.csv", b"\xef\xbb\xbfurl,\"the caption\"\nu1,\"a \"\"b\"\"\nc\"\n").unwrap(), ["u1"]);
+    assert_eq!(urls("l.tsv", b"\"url\"\tcaption\nu1\t\"torn\nu2\tx\n").unwrap(), ["u1", "u2"]);
+    assert_eq!(urls("l.json", b"[]").unwrap(), [""; 0]);
+    assert_eq!(urls("l.json", b"[{\"url\": \"u1\"}, 7, {\"url\": \"u2\"}]").unwrap(), ["u1", "u2"]);
+    assert_eq!(urls("l.json", b"{\"url\": \"u1\"}\n{\"url\": \"u2\"}").unwrap(), ["u1", "u2"], "an object a line");
+    assert_eq!(urls("l.txt", b"").unwrap(), [""; 0]);
+    let error = |name: &str, bytes: &[u8]| urls(name, bytes).unwrap_err().to_string();
+    assert!(error("l.csv", b"url,url\n1,2\n").contains("more than one column `url`"));
+    assert!(error("l.json", b"[{\"url\": \"u1\"}, {\"url\": ").contains("no JSON array"));
+    assert!(error("l.json", b"[{\"url\": \"u1\"}] x").contains("no JSON array"));
+    assert!(error("l.jsonl", b"{\"URL\": 1}\n").contains("none of its 1 rows has a value in `url`"));
+    assert!(error("l.csv", b"\xff\xfeu\0r\0l\0").contains("UTF-16"));
+    assert!(survey_and_rows("l.txt", b"x", &[("text", true)]).unwrap_err().to_string().contains("no column `text`"));
+    let mut long = b"[{\"url\": \"".to_vec();
+    long.resize(3 << 20, b'x');
+    assert!(error("l.json", &long).contains("longer than"));
+    let mut long = vec![b'x'; 3 << 20];
+    long.extend(b"\nhttp://a.test/");
+    let (survey, _) = survey_and_rows("l.txt", &long, &url).unwrap();
+    assert_eq!((survey.rows, survey.unreadable), (1, 1));
+}
+
+#[test]
+fn parquet_keeps_its_types_and_order() {
+    let (survey, rows) = survey_and_rows("l.parquet", &parquet(2500), &[("n", false), ("URL", true)]).unwrap();
+    assert_eq!((survey.rows, survey.schema.field(0).data_type()), (2500, &DataType::Int32));
+    assert!(rows.iter().enumerate().all(|(i, row)| row["n"] == i && row["URL"] == format!("http://a.test/{i}")));
 }
