@@ -2,9 +2,11 @@
 """Opens an exported dataset version with the programs that people use, and counts.
 
     check_exports.py FOLDER COUNT [--formats webdataset,parquet,blip]
+    check_exports.py FOLDER COUNT --formats download
 
 FOLDER holds `webdataset/*.tar`, `parquet/*.parquet` and `blip.json`, as `capfilt dataset export` writes them; COUNT is the
-number of rows in the version's manifest. Each format is opened with its own library (webdataset; pyarrow and Hugging
+number of rows in the version's manifest. With `download`, FOLDER holds `00000.tar`, `00000.parquet`, ... as `capfilt download`
+writes them, and COUNT is the number of images. Each format is opened with its own library (webdataset; pyarrow and Hugging
 Face datasets; the standard library), every image is decoded, and one line is printed. Ends with 1 if anything is amiss.
 Needs scripts/requirements-test.txt; asks the network for nothing.
 """
@@ -42,11 +44,15 @@ def captioned(text, where: str) -> None:
 
 
 def check_webdataset(folder: str) -> int:
+    return check_tars(f"{folder}/webdataset")
+
+
+def check_tars(folder: str) -> int:
     import webdataset
 
-    shards = sorted(glob.glob(f"{folder}/webdataset/*.tar"))
+    shards = sorted(glob.glob(f"{folder}/*.tar"))
     if not shards:
-        raise Amiss(f"{folder}/webdataset: no *.tar")
+        raise Amiss(f"{folder}: no *.tar")
     keys = set()
     for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
         key = sample["__key__"]
@@ -124,7 +130,25 @@ def check_blip(folder: str) -> int:
     return len(pairs)
 
 
+def check_download(folder: str) -> int:
+    import pyarrow.parquet
+
+    images = 0
+    for file in sorted(glob.glob(f"{folder}/*.parquet")):
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+        with open(file.replace(".parquet", "_stats.json")) as opened:
+            stats = json.load(opened)
+        done = [row for row in rows if row["status"] == "success"]
+        if (stats["count"], stats["successes"]) != (len(rows), len(done)):
+            raise Amiss(f"{file}: {len(rows)} rows and {len(done)} images, but the stats say {stats}")
+        if any((row["width"] is None) != (row["error_message"] is not None) for row in rows):
+            raise Amiss(f"{file}: a row has both an image and an error, or neither")
+        images += len(done)
+    return images
+
+
 CHECKS = {
+    "download": [("webdataset", check_tars), ("pyarrow", check_download)],
     "webdataset": [("webdataset", check_webdataset)],
     "parquet": [("pyarrow", check_pyarrow), ("datasets", check_datasets)],
     "blip": [("json", check_blip)],

@@ -4,6 +4,7 @@
 mod architecture;
 mod bad_input;
 mod crash;
+mod download;
 mod exports;
 mod run;
 mod world;

@@ -92,7 +92,7 @@ impl DownloadProgress {
 /// What a download came to.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
 pub struct DownloadSummary {
-    /// Shards written, and shards that were there already.
+    /// Shards written.
     pub shards: u64,
     /// Shards that were there already.
     pub shards_there: u64,
@@ -230,7 +230,6 @@ impl Engine {
                 match result {
                     Ok(Some(stats)) => {
                         failed_in_a_row = 0;
-                        self.progress.shards.fetch_add(1, Ordering::Relaxed);
                         summary.shards += 1;
                         summary.count += stats.count;
                         summary.successes += stats.successes;
@@ -272,7 +271,7 @@ impl Engine {
         let written = Arc::clone(&shard);
         writing.spawn_blocking(move || {
             let result = writer::write(&written, &config, &folder, results, &progress);
-            drop(folder);
+            progress.shards.fetch_add(u64::from(matches!(result, Ok(Some(_)))), Ordering::Relaxed);
             (written, attempt, result)
         });
         let text = |column: &str, row: usize| {
