@@ -34,7 +34,8 @@ impl Cli {
     /// The arguments of this process; it ends here if they cannot be read. Flags of `download` may be written with `-` for `_`.
     pub(crate) fn read() -> Self {
         let dashes = |flag: clap::Arg| match flag.get_long().map(|long| long.replace('_', "-")) {
-            Some(long) if flag.get_long() != Some(&long) => flag.alias(long),
+            // Names of flags live as long as the program.
+            Some(long) if flag.get_long() != Some(&long) => flag.alias(&*long.leak()),
             _ => flag,
         };
         let matches = Self::command().mut_subcommand("download", |verb| verb.mut_args(dashes)).get_matches();

@@ -1,5 +1,6 @@
 //! `capfilt download`: img2dataset's flags, by its names, on capfilt's crawler.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -7,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capfilt_crawler::{
-    CrawlError, CrawlerWorkerConfig, DownloadConfig, DownloadCounts, DownloadProgress, DownloadSummary, FetchConfig, HashKind,
-    ImageConfig, IncrementalMode, Interpolation, ListFormat, OutputFormat, Reencode, ResizeMode, StoredFormat, WebConfig, download,
+    CrawlError, CrawlerWorkerConfig, DownloadConfig, DownloadProgress, DownloadSummary, FetchConfig, HashKind, ImageConfig,
+    IncrementalMode, Interpolation, ListFormat, OutputFormat, Reencode, ResizeMode, StoredFormat, WebConfig, download,
 };
 use capfilt_schemas::FetchStatus;
 use clap::{ArgAction, Args};
@@ -18,8 +19,9 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
-use crate::output::{self, Failure, bytes, count, duration, say, say_json, table};
+use crate::output::{self, Failure, count, duration, say, say_json};
 use crate::progress::Bar;
+use crate::traffic;
 
 /// What img2dataset obeys unless told otherwise, and what capfilt obeys.
 const DIRECTIVES: [&str; 4] = ["noai", "noimageai", "noindex", "noimageindex"];
@@ -155,6 +157,12 @@ pub(crate) struct DownloadArgs {
     /// Change any other setting of the crawler: `crawler.proxy=http://127.0.0.1:3128`, `web.max_redirects=3`; may be given many times
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Web")]
     set: Vec<String>,
+    /// Serve metrics for Prometheus at this address: `127.0.0.1:9100`
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+    /// What an hour of this machine costs; the cost per million images is shown
+    #[arg(long, value_name = "PRICE")]
+    hourly_price: Option<f64>,
     /// Write the result as JSON to standard output; progress goes to standard error
     #[arg(long)]
     json: bool,
@@ -236,7 +244,7 @@ struct Settings {
 impl DownloadArgs {
     fn config(self) -> Result<DownloadConfig, Failure> {
         let usage = |text: &str| Failure::Usage(text.to_owned());
-        if self.bbox_col.is_some_and(|c| c != "None") {
+        if self.bbox_col.as_ref().is_some_and(|c| c != "None") {
             return Err(usage("--bbox_col: faces are not blurred here; leave it out, or blur them with another program"));
         }
         if self.distributor != "multiprocessing" {
@@ -244,7 +252,9 @@ impl DownloadArgs {
             return Err(usage(text));
         }
         let given = |name: Option<String>| name.filter(|n| n != "None" && !n.is_empty());
-        let kind = |name: &str| HashKind::parse(name).ok_or_else(|| Failure::Usage(format!("`{name}` is no hash; use md5, sha256 or sha512")));
+        let kind = |name: &str| {
+            HashKind::parse(name).ok_or_else(|| Failure::Usage(format!("`{name}` is no hash; use md5, sha256 or sha512")))
+        };
         let verify_hash = match self.verify_hash.as_ref().map(|names| names.0.as_slice()) {
             None | Some([]) => None,
             Some([column, name]) => Some((column.clone(), kind(name)?)),
@@ -362,25 +372,35 @@ fn statuses(names: &Names) -> Result<Vec<FetchStatus>, Failure> {
 }
 
 pub(crate) async fn run(args: DownloadArgs) -> Result<ExitCode, Failure> {
-    let as_json = args.json;
+    let (as_json, hourly_price) = (args.json, args.hourly_price);
     if args.enable_wandb {
         output::complain("--enable_wandb: nothing is sent to wandb; the stats stand in the _stats.json files");
+    }
+    if let Some(address) = args.metrics {
+        traffic::serve_metrics(address)?;
     }
     let config = args.config()?;
     let (progress, stop) = (Arc::new(DownloadProgress::default()), CancellationToken::new());
     let interrupts = tokio::spawn(stop_when_interrupted(stop.clone()));
-    let shown = tokio::spawn(show(Arc::clone(&progress)));
+    let shown = tokio::spawn(show(Arc::clone(&progress), hourly_price));
     let folder = config.output_folder.clone();
     let result = download(config, Arc::clone(&progress), stop).await;
     shown.abort();
     interrupts.abort();
     let summary = result.map_err(|e| match e {
-        e @ (CrawlError::Config { .. } | CrawlError::Format { .. } | CrawlError::Read { .. }) => Failure::Usage(capfilt_store::chain(&e)),
+        e @ (CrawlError::Config { .. } | CrawlError::Format { .. } | CrawlError::Read { .. }) => {
+            Failure::Usage(capfilt_store::chain(&e))
+        }
         e => Failure::Other(e.into()),
     })?;
     if as_json {
-        say_json(&summary)?;
+        let mut json = serde_json::to_value(&summary).map_err(anyhow::Error::from)?;
+        json["fetch"] = traffic::to_json(progress.traffic(), hourly_price);
+        say_json(&json)?;
     } else {
+        if let Some(led_to) = traffic::summary(progress.traffic(), hourly_price) {
+            say(&format!("{}\n", led_to.trim_start()));
+        }
         say(&words(&folder.display().to_string(), &summary));
     }
     if summary.stopped {
@@ -403,72 +423,50 @@ async fn stop_when_interrupted(stop: CancellationToken) {
     }
 }
 
-async fn show(progress: Arc<DownloadProgress>) {
-    let (bar, began) = (Bar::new("download", "images"), Instant::now());
+async fn show(progress: Arc<DownloadProgress>, hourly_price: Option<f64>) {
+    let (bar, began) = (Bar::new("download", "rows"), Instant::now());
     loop {
         tokio::time::sleep(TICK).await;
-        let counts = progress.counts();
-        bar.show(counts.done, counts.rows, &pace(&counts, began.elapsed()));
+        let (done, rows) = (progress.traffic().totals().all(), progress.rows());
+        let pace = if rows == 0 { "reading the list".to_owned() } else { pace(done, rows, began.elapsed()) };
+        bar.show(done, rows, &format!("{pace} {}", traffic::line(progress.traffic(), hourly_price)));
+        traffic::publish(progress.traffic());
     }
 }
 
-/// Rate, time left, throughput, and what the rows come to.
+/// Rate and time left.
 #[expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     reason = "three digits are shown"
 )]
-fn pace(counts: &DownloadCounts, elapsed: Duration) -> String {
+fn pace(done: u64, rows: u64, elapsed: Duration) -> String {
     let seconds = elapsed.as_secs_f64();
-    if counts.done == 0 || seconds < 0.5 {
+    if done == 0 || seconds < 0.5 {
         return String::new();
     }
-    let rate = counts.done as f64 / seconds;
-    let left = (counts.rows.saturating_sub(counts.done) as f64 / rate) as u64;
-    let throughput = bytes((counts.bytes as f64 / seconds) as u64);
-    format!("{rate:.0}/s, {} left, {throughput}/s, {}", duration(left), shares(counts, 4))
+    let rate = done as f64 / seconds;
+    format!("{rate:.0}/s, {} left ", duration((rows.saturating_sub(done) as f64 / rate) as u64))
 }
 
-/// The most frequent outcomes, with their shares.
-#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
-fn shares(counts: &DownloadCounts, most: usize) -> String {
-    let mut status: Vec<(&String, &u64)> = counts.status.iter().collect();
-    // Success first.
-    status.sort_by_key(|(name, n)| (name.as_str() != "success", std::cmp::Reverse(**n)));
-    let share = |(name, n): (&String, &u64)| format!("{name} {:.1}%", *n as f64 * 100.0 / counts.done.max(1) as f64);
-    status.into_iter().take(most).map(share).collect::<Vec<_>>().join(", ")
-}
-
-#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
 fn words(folder: &str, summary: &DownloadSummary) -> String {
     let mut lines = Vec::new();
-    if summary.shards == 0 && summary.failed_shards.is_empty() && !summary.stopped {
-        lines.push(format!("nothing to do: all {} shards of the list are there", count(summary.shards_there)));
-    }
-    if !summary.status.is_empty() {
-        let done: u64 = summary.status.values().sum();
-        let mut status: Vec<(&String, &u64)> = summary.status.iter().collect();
-        status.sort_by_key(|(name, n)| (name.as_str() != "success", std::cmp::Reverse(**n)));
-        let mut rows = vec![["what became of it", "images", "share"].map(str::to_owned).to_vec()];
-        for (name, n) in status {
-            rows.push(vec![name.clone(), count(*n), format!("{:.1}%", *n as f64 * 100.0 / done as f64)]);
-        }
-        lines.push(table(&rows));
-        lines.push(String::new());
-        let rate = done as f64 / summary.seconds.max(0.001);
-        let time = duration(Duration::from_secs_f64(summary.seconds).as_secs());
-        lines.push(format!("{} downloads, {} in {time} ({rate:.0}/s)", count(done), bytes(summary.bytes)));
-    }
     if summary.unreadable > 0 {
         lines.push(format!("{} rows of the list could not be read and are in no shard", count(summary.unreadable)));
     }
-    let there = if summary.shards_there > 0 { format!(", {} were there", count(summary.shards_there)) } else { String::new() };
+    if summary.shards == 0 && summary.failed_shards.is_empty() && !summary.stopped {
+        lines.push(format!("{folder}: nothing to do, {} shards are there", count(summary.shards_there)));
+        return lines.join("\n");
+    }
+    let there =
+        if summary.shards_there > 0 { format!("; {} were there before", count(summary.shards_there)) } else { String::new() };
     lines.push(format!(
-        "{folder}: {} shards written with {} of {} images{there}",
+        "{folder}: {} shards with {} images of {} rows in {}{there}",
         count(summary.shards),
         count(summary.successes),
-        count(summary.count)
+        count(summary.count),
+        duration(Duration::from_secs_f64(summary.seconds).as_secs()),
     ));
     lines.join("\n")
 }
@@ -499,7 +497,10 @@ mod tests {
                     --processes_count 2 --thread_count 8 --incremental_mode extend --set web.max_redirects=2";
         let c = config(line).unwrap();
         assert_eq!((c.input_format, c.gzipped, c.caption_col.as_deref()), (ListFormat::Csv, true, Some("TEXT")));
-        assert_eq!((c.extract_exif, c.compute_hash, c.save_additional_columns), (false, None, vec!["a".to_owned(), "b".to_owned()]));
+        assert_eq!(
+            (c.extract_exif, c.compute_hash, c.save_additional_columns),
+            (false, None, vec!["a".to_owned(), "b".to_owned()])
+        );
         let image = &c.fetch.image;
         assert_eq!((image.resize, image.only_if_bigger, image.size), (ResizeMode::KeepRatio, true, 256));
         assert_eq!((image.reencode, image.format, image.max_aspect), (Reencode::IfNeeded, StoredFormat::WebP, 3.5));
@@ -510,7 +511,8 @@ mod tests {
         assert_eq!((c.url_list, c.output_folder), ("urls.txt".into(), "images".into()));
         assert_eq!((c.output_format, c.number_sample_per_shard, c.oom_shard_count), (OutputFormat::Files, 10_000, 5));
         assert_eq!((c.fetch.image.resize, c.compute_hash, c.extract_exif), (ResizeMode::Border, Some(HashKind::Sha256), true));
-        let c = config("l --input_format parquet --verify_hash (\"sum\",\"md5\") --compute_hash md5 --retry_status dns,timeout").unwrap_err();
+        let c = config("l --input_format parquet --verify_hash (\"sum\",\"md5\") --compute_hash md5 --retry_status dns,timeout")
+            .unwrap_err();
         assert!(c.contains("verify_hash"), "{c}");
     }
 

@@ -30,9 +30,7 @@ pub use config::{
     ListFormat, PagesConfig, Reencode, ResizeMode, SourceConfig, StoredFormat, WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
-pub use download::{
-    DownloadConfig, DownloadCounts, DownloadProgress, DownloadSummary, HashKind, IncrementalMode, OutputFormat, download,
-};
+pub use download::{DownloadConfig, DownloadProgress, DownloadSummary, HashKind, IncrementalMode, OutputFormat, download};
 pub use error::CrawlError;
 pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::Matcher;

@@ -122,9 +122,7 @@ impl Old {
     pub(super) fn open<'a>(&'a self, config: &'a DownloadConfig) -> Result<Kept<'a>, CrawlError> {
         let source = match &self.images {
             Images::Files => Source::Files,
-            Images::Tar(path, members) => {
-                Source::Tar(path, File::open(path).map_err(|e| CrawlError::read(path, e))?, members)
-            }
+            Images::Tar(path, members) => Source::Tar(path, File::open(path).map_err(|e| CrawlError::read(path, e))?, members),
             Images::Parquet(path) => {
                 let fail = |e: &dyn std::fmt::Display| CrawlError::format(path, e.to_string());
                 let file = File::open(path).map_err(|e| CrawlError::read(path, e))?;
@@ -189,21 +187,19 @@ impl Kept<'_> {
                 file.read_exact_at(&mut bytes, at).map_err(|e| CrawlError::read(path, e))?;
                 Ok(bytes)
             }
-            Source::Parquet(path, reader, images) => {
-                loop {
-                    let next = match images.as_ref() {
-                        Some((from, batch)) if row < from + batch.len() => {
-                            let batch = batch.as_binary_opt::<i32>().ok_or_else(|| gone(path))?;
-                            return Ok(batch.value(row - from).to_vec());
-                        }
-                        Some((from, batch)) => from + batch.len(),
-                        None => 0,
-                    };
-                    let batch = reader.next().ok_or_else(|| gone(path))?;
-                    let batch = batch.map_err(|e| CrawlError::format(path, e.to_string()))?;
-                    *images = Some((next, Arc::clone(batch.column(0))));
-                }
-            }
+            Source::Parquet(path, reader, images) => loop {
+                let next = match images.as_ref() {
+                    Some((from, batch)) if row < from + batch.len() => {
+                        let batch = batch.as_binary_opt::<i32>().ok_or_else(|| gone(path))?;
+                        return Ok(batch.value(row - from).to_vec());
+                    }
+                    Some((from, batch)) => from + batch.len(),
+                    None => 0,
+                };
+                let batch = reader.next().ok_or_else(|| gone(path))?;
+                let batch = batch.map_err(|e| CrawlError::format(path, e.to_string()))?;
+                *images = Some((next, Arc::clone(batch.column(0))));
+            },
         }
     }
 }

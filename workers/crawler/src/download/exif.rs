@@ -69,7 +69,9 @@ fn value(field: &Field) -> String {
 fn plain(value: &Value) -> String {
     match value {
         Value::Ascii(texts) => texts.iter().map(|t| String::from_utf8_lossy(t)).collect::<Vec<_>>().join(" "),
-        Value::Undefined(bytes, _) if bytes.iter().all(|b| (b' '..=b'~').contains(b)) => String::from_utf8_lossy(bytes).into_owned(),
+        Value::Undefined(bytes, _) if bytes.iter().all(|b| (b' '..=b'~').contains(b)) => {
+            String::from_utf8_lossy(bytes).into_owned()
+        }
         Value::Undefined(bytes, _) => list(bytes),
         Value::Byte(v) => list(v),
         Value::Short(v) => list(v),

@@ -104,10 +104,7 @@ impl TfRecord {
 
 impl Layout for TfRecord {
     fn put(&mut self, sample: &Sample<'_>) -> io::Result<()> {
-        let mut features = vec![
-            ("key", feature(&Value::from(sample.key))),
-            (sample.extension, bytes_feature([sample.image])),
-        ];
+        let mut features = vec![("key", feature(&Value::from(sample.key))), (sample.extension, bytes_feature([sample.image]))];
         if let Some(caption) = sample.caption {
             features.push(("txt", bytes_feature([caption.as_bytes()])));
         }
@@ -211,7 +208,11 @@ mod tests {
         assert_eq!(bytes[bytes.len() - 4..], masked_crc(&bytes[12..bytes.len() - 4]).to_le_bytes());
         let example = &bytes[12..bytes.len() - 4];
         assert_eq!(example[0], 0x0a);
-        for part in [&b"\x0a\x03key\x12\x05\x0a\x03\x0a\x017"[..], b"\x0a\x03jpg\x12\x05\x0a\x03\x0a\x01i", b"\x0a\x05width\x12\x05\x1a\x03\x0a\x01\x02"] {
+        for part in [
+            &b"\x0a\x03key\x12\x05\x0a\x03\x0a\x017"[..],
+            b"\x0a\x03jpg\x12\x05\x0a\x03\x0a\x01i",
+            b"\x0a\x05width\x12\x05\x1a\x03\x0a\x01\x02",
+        ] {
             assert!(example.windows(part.len()).any(|w| w == part));
         }
     }

@@ -18,8 +18,8 @@ mod shards;
 mod writer;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use arrow::array::{Array, AsArray};
@@ -31,9 +31,9 @@ use tokio_util::sync::CancellationToken;
 pub use crate::image::HashKind;
 pub use config::{DownloadConfig, IncrementalMode, OutputFormat};
 
-use crate::{CrawlError, Web};
+use crate::{CrawlError, Traffic, Web};
 use folder::Folder;
-use row::{Fetched, obtain};
+use row::obtain;
 use shards::{Input, Shard, URL};
 
 /// Rows begun before an earlier one has ended; a row that waits for a slow host holds little.
@@ -47,45 +47,24 @@ const FAILED_IN_A_ROW: usize = 3;
 #[derive(Default)]
 pub struct DownloadProgress {
     rows: AtomicU64,
-    done: AtomicU64,
-    bytes: AtomicU64,
     shards: AtomicU64,
-    status: Mutex<BTreeMap<String, u64>>,
-}
-
-/// A look at a [`DownloadProgress`].
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
-pub struct DownloadCounts {
-    /// Rows that this run has to download; 0 until the list is read.
-    pub rows: u64,
-    /// Rows that are downloaded, or failed.
-    pub done: u64,
-    /// Bytes of bodies.
-    pub bytes: u64,
-    /// Shards that are written.
-    pub shards: u64,
-    /// Rows by what became of them: `success`, or the reason.
-    pub status: BTreeMap<String, u64>,
+    traffic: Traffic,
 }
 
 impl DownloadProgress {
-    /// The counts of now.
-    pub fn counts(&self) -> DownloadCounts {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let status = self.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        DownloadCounts { rows: of(&self.rows), done: of(&self.done), bytes: of(&self.bytes), shards: of(&self.shards), status }
+    /// Rows that this run has to download; 0 until the list is read.
+    pub fn rows(&self) -> u64 {
+        self.rows.load(Ordering::Relaxed)
     }
 
-    fn see(&self, fetched: &Fetched) {
-        self.done.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(fetched.downloaded, Ordering::Relaxed);
-        let label = fetched.result.as_ref().map_or_else(row::Missed::label, |_| "success");
-        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = status.get_mut(label) {
-            *count += 1;
-        } else {
-            status.insert(label.to_owned(), 1);
-        }
+    /// Shards that are written.
+    pub fn shards(&self) -> u64 {
+        self.shards.load(Ordering::Relaxed)
+    }
+
+    /// What the downloads lead to.
+    pub const fn traffic(&self) -> &Traffic {
+        &self.traffic
     }
 }
 
@@ -106,10 +85,6 @@ pub struct DownloadSummary {
     pub failed_to_resize: u64,
     /// Rows of the list that could not be read, and are in no shard.
     pub unreadable: u64,
-    /// Bytes of bodies.
-    pub bytes: u64,
-    /// Downloads by what became of them.
-    pub status: BTreeMap<String, u64>,
     /// Shards that could not be written, and why.
     pub failed_shards: BTreeMap<u64, String>,
     /// Whether the download was stopped before its end.
@@ -157,8 +132,7 @@ pub async fn download(
     summary.stopped = engine.stop.is_cancelled();
     folder.close()?;
     ended?;
-    let counts = progress.counts();
-    (summary.bytes, summary.status, summary.seconds) = (counts.bytes, counts.status, began.elapsed().as_secs_f64());
+    summary.seconds = began.elapsed().as_secs_f64();
     Ok(summary)
 }
 
@@ -238,7 +212,11 @@ impl Engine {
                     }
                     Ok(None) => {}
                     Err(e) if attempt < self.config.max_shard_retry => {
-                        tracing::warn!(shard = shard.id, error = capfilt_store::chain(&e), "a shard could not be written; trying again");
+                        tracing::warn!(
+                            shard = shard.id,
+                            error = capfilt_store::chain(&e),
+                            "a shard could not be written; trying again"
+                        );
                         again.push_back((shard, attempt + 1));
                     }
                     Err(e) => {
@@ -270,7 +248,7 @@ impl Engine {
         let (config, folder, progress) = (Arc::clone(&self.config), Arc::clone(&self.folder), Arc::clone(&self.progress));
         let written = Arc::clone(&shard);
         writing.spawn_blocking(move || {
-            let result = writer::write(&written, &config, &folder, results, &progress);
+            let result = writer::write(&written, &config, &folder, results);
             progress.shards.fetch_add(u64::from(matches!(result, Ok(Some(_)))), Ordering::Relaxed);
             (written, attempt, result)
         });
@@ -293,9 +271,10 @@ impl Engine {
             let url = text(URL, row).unwrap_or_default();
             let expected = self.config.verify_hash.as_ref().map(|(_, kind)| (text(kind.name(), row).unwrap_or_default(), *kind));
             let (web, config, sender, stop) = (self.web.clone(), Arc::clone(&self.config), sender.clone(), self.stop.clone());
+            let progress = Arc::clone(&self.progress);
             tokio::spawn(async move {
                 tokio::select! {
-                    (fetched, answer) = obtain(&web, &url, expected, &config) => {
+                    (fetched, answer) = obtain(&web, &url, expected, &config, &progress.traffic) => {
                         let _ = sender.send((row, fetched, answer)).await;
                     }
                     () = stop.cancelled() => {}

@@ -1,6 +1,7 @@
 //! One row: its download, its image, and the words for what went wrong.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use capfilt_runtime::on_rayon;
 use capfilt_schemas::FetchStatus;
@@ -9,6 +10,7 @@ use url::Url;
 use super::exif;
 use super::{DownloadConfig, HashKind};
 use crate::image;
+use crate::traffic::Traffic;
 use crate::web::{Answer, Want, Web};
 
 /// What became of a row.
@@ -89,9 +91,26 @@ pub(super) fn status_of(message: &str) -> Option<FetchStatus> {
     FetchStatus::parse(message.split(':').next().unwrap_or(message))
 }
 
-/// Downloads and stores one image. With the answer comes the connection's place, which is to be kept until the image is written, so
+/// Downloads and stores one image, and counts it. With the answer comes the connection's place, which is to be kept until the image is written, so
 /// that a slow disk slows the downloads.
 pub(super) async fn obtain(
+    web: &Web,
+    url: &str,
+    expected: Option<(String, HashKind)>,
+    config: &Arc<DownloadConfig>,
+    traffic: &Traffic,
+) -> (Fetched, Option<Answer>) {
+    let began = Instant::now();
+    let (fetched, answer) = get(web, url, expected, config).await;
+    let status = match &fetched.result {
+        Ok(_) => FetchStatus::Ok,
+        Err(missed) => status_of(&missed.message).unwrap_or(FetchStatus::Decode),
+    };
+    traffic.record(url, status, fetched.downloaded, began.elapsed());
+    (fetched, answer)
+}
+
+async fn get(
     web: &Web,
     url: &str,
     expected: Option<(String, HashKind)>,
@@ -117,8 +136,11 @@ pub(super) async fn obtain(
 
 /// What is made of a body.
 fn store(body: &[u8], expected: Option<(String, HashKind)>, config: &DownloadConfig) -> Fetched {
-    let missed = |status, reason: &str| {
-        Fetched { result: Err(Missed::new(status, None, reason)), exif: None, hash: None, downloaded: body.len() as u64 }
+    let missed = |status, reason: &str| Fetched {
+        result: Err(Missed::new(status, None, reason)),
+        exif: None,
+        hash: None,
+        downloaded: body.len() as u64,
     };
     if let Some((digest, kind)) = expected
         && let Err(refused) = image::verify(body, kind, &digest)

@@ -21,7 +21,7 @@ use super::folder::Folder;
 use super::layout::{Files, Layout, Sample, Tar, TfRecord};
 use super::row::Fetched;
 use super::shards::{CAPTION, Shard};
-use super::{DownloadConfig, DownloadProgress, OutputFormat};
+use super::{DownloadConfig, OutputFormat};
 use crate::CrawlError;
 use crate::web::Answer;
 
@@ -34,7 +34,7 @@ const CHUNK: usize = 512;
 const PART_BYTES: usize = 16 << 20;
 const PART_ROWS: usize = 10_000;
 /// Bytes of images that wait in memory for an earlier row; more of them wait in a file.
-const WAITING_BYTES: usize = 64 << 20;
+const WAITING_BYTES: usize = 32 << 20;
 
 /// `00000_stats.json`.
 #[derive(Serialize)]
@@ -62,7 +62,6 @@ pub(super) fn write(
     config: &DownloadConfig,
     folder: &Folder,
     results: mpsc::Receiver<Done>,
-    progress: &DownloadProgress,
 ) -> Result<Option<Stats>, CrawlError> {
     let start_time = now();
     let mut writer = ShardWriter::create(shard, config, folder)?;
@@ -72,7 +71,7 @@ pub(super) fn write(
         let key = config.key(shard.id, row);
         let fetched = match (&shard.old, &mut kept) {
             (Some(old), Some(kept)) if !old.is_wanted(row) => kept.row(row, &key)?,
-            _ => match waiting.row(row, progress)? {
+            _ => match waiting.row(row)? {
                 Some(fetched) => fetched,
                 None => return Ok(None),
             },
@@ -119,7 +118,7 @@ struct Waiting {
 
 impl Waiting {
     /// Row `row`; `None` if it will not come.
-    fn row(&mut self, row: usize, progress: &DownloadProgress) -> Result<Option<Fetched>, CrawlError> {
+    fn row(&mut self, row: usize) -> Result<Option<Fetched>, CrawlError> {
         let spool = |e| CrawlError::write(&std::env::temp_dir(), e);
         loop {
             if let Some((mut fetched, place)) = self.images.remove(&row) {
@@ -135,7 +134,6 @@ impl Waiting {
                 return Ok(Some(fetched));
             }
             let Some((number, mut fetched, _place)) = self.results.blocking_recv() else { return Ok(None) };
-            progress.see(&fetched);
             if number == row {
                 return Ok(Some(fetched));
             }
@@ -409,7 +407,8 @@ fn parquet_writer(schema: &SchemaRef, config: &DownloadConfig, path: &std::path:
 /// The rows as JSON objects, with nulls.
 fn objects(rows: &RecordBatch) -> Result<Vec<Map<String, Value>>, String> {
     let mut lines = Vec::new();
-    let mut writer = arrow_json::WriterBuilder::new().with_explicit_nulls(true).build::<_, arrow_json::writer::LineDelimited>(&mut lines);
+    let mut writer =
+        arrow_json::WriterBuilder::new().with_explicit_nulls(true).build::<_, arrow_json::writer::LineDelimited>(&mut lines);
     writer.write(rows).and_then(|()| writer.finish()).map_err(|e| e.to_string())?;
     drop(writer);
     let objects = lines.split(|b| *b == b'\n').filter(|line| !line.is_empty()).map(serde_json::from_slice);

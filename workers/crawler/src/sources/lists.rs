@@ -83,7 +83,8 @@ impl ListFile {
             Ok(true)
         })?;
         if let Some(missing) = types.without_value().filter(|_| rows > 0) {
-            let what = format!("none of its {rows} rows has a value in `{}`; is that the name of the column?", wanted[missing].name);
+            let what =
+                format!("none of its {rows} rows has a value in `{}`; is that the name of the column?", wanted[missing].name);
             return Err(CrawlError::format(&self.path, what));
         }
         Ok(Survey { rows, unreadable, schema: types.schema(wanted) })
@@ -139,7 +140,8 @@ impl ListFile {
         if starts_with(&mut file, GZIP).map_err(read)? {
             // Parquet is read from its end, so a packed file is unpacked first, into a file without a name.
             let mut unpacked = tempfile::tempfile().map_err(read)?;
-            std::io::copy(&mut MultiGzDecoder::new(BufReader::new(file)), &mut unpacked).map_err(|e| text::broken(&self.path, &e))?;
+            std::io::copy(&mut MultiGzDecoder::new(BufReader::new(file)), &mut unpacked)
+                .map_err(|e| text::broken(&self.path, &e))?;
             file = unpacked;
         }
         ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| self.unparquet(&e))
@@ -244,7 +246,9 @@ fn send_texts(list: &ListConfig, max_text: usize, work: &Work, out: &Sender) -> 
         match read + unreadable {
             0 => "it holds no row".to_owned(),
             n => {
-                format!("none of its {n} rows has an address in `{url}` and a text in `{caption}`; set `url_col` and `caption_col`")
+                format!(
+                    "none of its {n} rows has an address in `{url}` and a text in `{caption}`; set `url_col` and `caption_col`"
+                )
             }
         },
     ))

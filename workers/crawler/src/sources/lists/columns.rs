@@ -143,7 +143,8 @@ fn fitted(value: Value, kind: &DataType, typed: bool) -> Value {
             items.into_iter().map(|value| fitted(value, item.data_type(), typed)).collect()
         }
         (DataType::Struct(fields), Value::Object(mut object)) => {
-            let value = |f: &Arc<Field>| (f.name().clone(), fitted(object.remove(f.name()).unwrap_or_default(), f.data_type(), typed));
+            let value =
+                |f: &Arc<Field>| (f.name().clone(), fitted(object.remove(f.name()).unwrap_or_default(), f.data_type(), typed));
             Value::Object(fields.iter().map(value).collect())
         }
         (_, value) => value,

@@ -167,7 +167,8 @@ fn columns_get_the_types_that_hold_all_of_their_values() {
 fn odd_files_are_read_or_refused_by_name() {
     let url = [("url", true)];
     let urls = |name: &str, bytes: &[u8]| {
-        survey_and_rows(name, bytes, &url).map(|(_, rows)| rows.iter().map(|r| r["url"].as_str().unwrap_or("-").to_owned()).collect::<Vec<_>>())
+        survey_and_rows(name, bytes, &url)
+            .map(|(_, rows)| rows.iter().map(|r| r["url"].as_str().unwrap_or("-").to_owned()).collect::<Vec<_>>())
     };
     // Addresses with commas and quotes, empty lines, Windows line ends, a byte-order mark, no line end at the end.
     let text = b"\xef\xbb\xbfhttp://a.test/1,2?\"x\"\r\n\r\n  http://a.test/2  \n\nhttp://a.test/\xff";

@@ -246,7 +246,9 @@ pub(super) fn column(path: &Path, names: &[&str], wanted: &str) -> Result<usize,
     let mut places = (0..names.len()).filter(|i| names[*i] == wanted);
     match (places.next(), places.next()) {
         (Some(place), None) => Ok(place),
-        (Some(_), Some(_)) => Err(CrawlError::format(path, format!("it has more than one column `{wanted}`; rename one of them"))),
+        (Some(_), Some(_)) => {
+            Err(CrawlError::format(path, format!("it has more than one column `{wanted}`; rename one of them")))
+        }
         (None, _) => Err(CrawlError::format(
             path,
             format!("it has no column `{wanted}`, only {}; set `url_col` and `caption_col`", names.join(", ")),
