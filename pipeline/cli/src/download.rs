@@ -534,9 +534,9 @@ mod tests {
             ("l --set web.colour=1", "colour"),
             ("l --encode_format png --encode_quality 95", "0 to 9"),
             ("l --number_sample_per_shard 0", "number_sample_per_shard"),
-            ("l --timeout -1", "timeout"),
+            ("l --timeout=-1", "timeout"),
             ("s3://b/l", "local"),
-            ("", "url_list"),
+            ("--json", "url_list"),
         ] {
             let error = config(line).unwrap_err();
             assert!(error.contains(why), "{line}: {error}");

@@ -15,7 +15,7 @@ use crate::sources::{Found, FoundStream, crawl, read_list};
 use crate::{CrawlError, Matcher, Web};
 
 /// Raised whenever the same task would give other rows than before.
-pub const DISCOVER_VERSION: u32 = 1;
+pub const DISCOVER_VERSION: u32 = 2;
 
 /// Reads one source and keeps the texts that some query is for.
 pub struct Discover {

@@ -60,7 +60,7 @@ pub(super) fn read(id: u64, folder: &Folder, config: &DownloadConfig) -> Result<
     let Some(first) = batches.first() else { return Ok(None) };
     let rows = concat_batches(&first.schema(), &batches).map_err(|e| fail(&e))?;
     let column = |name: &str| rows.column_by_name(name).ok_or_else(|| fail(&format!("it has no column `{name}`")));
-    let text = |name: &str| Ok::<_, CrawlError>(cast(column(name)?, &DataType::Utf8).map_err(|e| fail(&e))?);
+    let text = |name: &str| cast(column(name)?, &DataType::Utf8).map_err(|e| fail(&e));
     let (messages, keys) = (text("error_message")?, text(KEY)?);
     let (messages, keys) = (messages.as_string::<i32>(), keys.as_string::<i32>());
     let wanted = |row| messages.is_valid(row) && status_of(messages.value(row)).is_some_and(|s| config.retry_status.contains(&s));

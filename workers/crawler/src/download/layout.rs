@@ -93,7 +93,7 @@ impl Layout for Files {
 }
 
 /// TensorFlow's record file, a `tf.train.Example` for each sample
-/// (tensorflow/core/lib/io/record_writer.h, tensorflow/core/example/example.proto).
+/// (`tensorflow/core/lib/io/record_writer.h`, `tensorflow/core/example/example.proto`).
 pub(super) struct TfRecord(BufWriter<File>);
 
 impl TfRecord {

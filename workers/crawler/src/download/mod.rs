@@ -158,8 +158,7 @@ fn read_ahead(
             let retried = if config.retry_status.is_empty() { BTreeMap::new() } else { folder.done.clone() };
             for id in retried.keys() {
                 if let Some(shard) = again::read(*id, &folder, &config)? {
-                    let rows = shard.old.as_ref().map_or(0, again::Old::wanted);
-                    progress.rows.fetch_add(rows, Ordering::Relaxed);
+                    progress.rows.fetch_add(shard.wanted(), Ordering::Relaxed);
                     if sender.blocking_send(Ok(shard)).is_err() {
                         return Ok(());
                     }
@@ -217,6 +216,7 @@ impl Engine {
                             error = capfilt_store::chain(&e),
                             "a shard could not be written; trying again"
                         );
+                        self.progress.rows.fetch_add(shard.wanted(), Ordering::Relaxed);
                         again.push_back((shard, attempt + 1));
                     }
                     Err(e) => {

@@ -27,6 +27,13 @@ pub(super) struct Shard {
     pub(super) old: Option<Old>,
 }
 
+impl Shard {
+    /// The rows that are to be downloaded.
+    pub(super) fn wanted(&self) -> u64 {
+        self.old.as_ref().map_or(self.rows.num_rows() as u64, Old::wanted)
+    }
+}
+
 /// The list, after a first reading.
 pub(super) struct Input {
     parts: Vec<Part>,

@@ -76,7 +76,7 @@ pub(super) fn write(
                 None => return Ok(None),
             },
         };
-        writer.put(row, &key, fetched)?;
+        writer.put(row, &key, &fetched)?;
     }
     // What an image of an old shard would need: `kept` ends before its files are replaced.
     drop(kept);
@@ -241,7 +241,7 @@ impl<'a> ShardWriter<'a> {
         })
     }
 
-    fn put(&mut self, row: usize, key: &str, fetched: Fetched) -> Result<(), CrawlError> {
+    fn put(&mut self, row: usize, key: &str, fetched: &Fetched) -> Result<(), CrawlError> {
         let rows = &mut self.rows;
         rows.key.append_value(key);
         rows.hash.append_option(fetched.hash.as_ref());
@@ -279,7 +279,7 @@ impl<'a> ShardWriter<'a> {
             && !picture.bytes.is_empty()
             && self.layout.is_some()
         {
-            let about = self.about(row, key, &fetched, picture.sizes)?;
+            let about = self.about(row, key, fetched, picture.sizes)?;
             let caption = self.captions.as_ref().map(|c| if c.is_valid(row) { c.value(row) } else { "" });
             let extension = self.config.extension();
             let sample = Sample { key, image: &picture.bytes, extension, caption, about: &about };
