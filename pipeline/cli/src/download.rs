@@ -424,10 +424,14 @@ async fn stop_when_interrupted(stop: CancellationToken) {
 }
 
 async fn show(progress: Arc<DownloadProgress>, hourly_price: Option<f64>) {
-    let (bar, began) = (Bar::new("download", "rows"), Instant::now());
+    let (bar, mut began) = (Bar::new("download", "rows"), Instant::now());
     loop {
         tokio::time::sleep(TICK).await;
         let (done, rows) = (progress.traffic().totals().all(), progress.rows());
+        if rows == 0 {
+            // The time that the list takes tells nothing about the downloads.
+            began = Instant::now();
+        }
         let pace = if rows == 0 { "reading the list".to_owned() } else { pace(done, rows, began.elapsed()) };
         bar.show(done, rows, &format!("{pace} {}", traffic::line(progress.traffic(), hourly_price)));
         traffic::publish(progress.traffic());

@@ -108,10 +108,13 @@ pub async fn download(
     let web = Web::new(&config.crawler)?;
     let config = Arc::new(config);
     // The list is read before the folder is touched: one that cannot be used must not cost the shards that `overwrite` removes.
-    let (folder, input) = {
-        let (config, progress) = (Arc::clone(&config), Arc::clone(&progress));
+    let opened = {
+        let (config, progress, stop) = (Arc::clone(&config), Arc::clone(&progress), stop.clone());
         blocking(move || {
             let mut input = Input::survey(&config)?;
+            if stop.is_cancelled() {
+                return Ok(None);
+            }
             let folder = Folder::open(&config)?;
             input.begin_at(folder.first(config.incremental_mode));
             let missing = input.missing(&config, &folder.done);
@@ -119,9 +122,15 @@ pub async fn download(
                 folder.close()?;
             }
             progress.rows.store(missing?, Ordering::Relaxed);
-            Ok((folder, input))
+            Ok(Some((folder, input)))
         })
-        .await?
+    };
+    let opened = tokio::select! {
+        opened = opened => opened?,
+        () = stop.cancelled() => None,
+    };
+    let Some((folder, input)) = opened else {
+        return Ok(DownloadSummary { stopped: true, ..DownloadSummary::default() });
     };
     let mut summary = DownloadSummary { unreadable: input.unreadable, ..DownloadSummary::default() };
     summary.shards_there = folder.done.len() as u64;

@@ -78,7 +78,7 @@ pub(super) fn write(
         };
         writer.put(row, &key, &fetched)?;
     }
-    // What an image of an old shard would need: `kept` ends before its files are replaced.
+    // Its files are about to be replaced.
     drop(kept);
     let mut stats = writer.finish()?;
     (stats.start_time, stats.end_time) = (start_time, now());
