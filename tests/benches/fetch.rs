@@ -128,10 +128,15 @@ fn img2dataset(program: &str, urls: &[String], folder: &Path) {
 }
 
 async fn ours(urls: &[String]) {
-    let worker = CrawlerWorkerConfig { per_host: 64, requests_per_second: 1e6, ..CrawlerWorkerConfig::default() };
+    let worker = CrawlerWorkerConfig {
+        per_host: 64,
+        requests_per_second: 1e6,
+        allow_networks: vec!["127.0.0.0/8".parse().unwrap()],
+        ..CrawlerWorkerConfig::default()
+    };
     let stage = Fetch::new(Web::new(&worker).unwrap());
     let config = FetchConfig { image: ImageConfig { size: 256, ..ImageConfig::default() }, ..FetchConfig::default() };
-    let params = serde_json::to_value(config.params("bench")).unwrap();
+    let params = serde_json::to_value(config.params("bench").unwrap()).unwrap();
     let task = Task { stage: StageKind::Fetch, stage_version: 1, params, model: None, inputs: vec![] };
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path().to_str().unwrap()).await.unwrap();

@@ -4,6 +4,7 @@ mod args;
 mod config;
 mod dataset;
 mod doctor;
+mod machine;
 mod models;
 mod output;
 mod overview;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     logging(&cli);
     keep_freed_memory();
+    machine::raise_file_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {

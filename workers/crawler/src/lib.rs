@@ -17,6 +17,7 @@ mod matcher;
 mod opt_out;
 mod params;
 mod queries;
+mod room;
 mod rows;
 mod sources;
 mod traffic;
@@ -25,7 +26,7 @@ mod web;
 
 pub use annotate::{ANNOTATE_VERSION, Annotate};
 pub use config::{
-    AnnotateConfig, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, ImageConfig, ListConfig, ListFormat,
+    AnnotateConfig, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, DnsConfig, FetchConfig, ImageConfig, ListConfig, ListFormat,
     PagesConfig, Side, SourceConfig, StoredFormat, WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
@@ -35,4 +36,4 @@ pub use matcher::Matcher;
 pub use params::{AnnotateParams, DiscoverParams, FetchParams};
 pub use queries::{Query, QueryList};
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
-pub use web::Web;
+pub use web::{Probe, Web};

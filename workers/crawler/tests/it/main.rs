@@ -5,5 +5,10 @@
 mod annotate;
 mod crawl;
 mod fetch;
+mod h2;
+mod hostile;
+mod limits;
+mod names;
 mod server;
 mod support;
+mod tls;

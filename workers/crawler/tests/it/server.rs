@@ -15,6 +15,8 @@ pub(crate) struct Request {
     pub(crate) path: String,
     /// How often this address was asked for before.
     pub(crate) before: usize,
+    /// How many requests came over this connection before.
+    pub(crate) nth: usize,
     pub(crate) head: String,
 }
 
@@ -106,10 +108,12 @@ impl Drop for Server {
 }
 
 async fn serve(mut connection: TcpStream, counts: &Mutex<Counts>, answer: &(dyn Fn(&Request) -> Reply + Send + Sync)) {
+    let mut nth = 0;
     while let Some(head) = read_head(&mut connection).await {
         let path = head.split(' ').nth(1).unwrap_or("/").to_owned();
         let host =
             head.lines().find_map(|l| l.to_ascii_lowercase().strip_prefix("host: ").map(str::to_owned)).unwrap_or_default();
+        let host = host.split(':').next().unwrap_or_default().to_owned();
         let address = format!("{host}{path}");
         let before = {
             let mut counts = counts.lock().unwrap();
@@ -123,7 +127,8 @@ async fn serve(mut connection: TcpStream, counts: &Mutex<Counts>, answer: &(dyn 
             *hits += 1;
             *hits - 1
         };
-        let reply = answer(&Request { host: host.clone(), path, before, head });
+        let reply = answer(&Request { host: host.clone(), path, before, nth, head });
+        nth += 1;
         let go_on = send(&mut connection, reply).await;
         *counts.lock().unwrap().live.entry(host).or_default() -= 1;
         if !go_on {
