@@ -1,5 +1,6 @@
 //! Memory for results that wait for an earlier one.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -8,7 +9,6 @@ use tokio::sync::Notify;
 /// so that rows that wait for something else hold none; the earliest row always gets room, so it never waits for a later one.
 pub(crate) struct Room {
     state: Mutex<State>,
-    changed: Notify,
     largest: usize,
 }
 
@@ -16,6 +16,8 @@ struct State {
     /// Below zero if the earliest row took more than there was.
     free: i64,
     earliest: u64,
+    /// Rows that wait, each with its bell. The earliest is rung first, and rings the next when it stops waiting.
+    waiting: BTreeMap<u64, Arc<Notify>>,
 }
 
 /// A row's place in the order, until its result has come out.
@@ -33,8 +35,8 @@ pub(crate) struct Taken {
 impl Room {
     /// Room for `bytes`, in which no result is larger than `largest`.
     pub(crate) fn new(bytes: usize, largest: usize) -> Arc<Self> {
-        let state = State { free: signed(bytes), earliest: 0 };
-        Arc::new(Self { state: Mutex::new(state), changed: Notify::new(), largest })
+        let state = State { free: signed(bytes), earliest: 0, waiting: BTreeMap::new() };
+        Arc::new(Self { state: Mutex::new(state), largest })
     }
 
     /// The place of row `row`, counted from 0. Places have to be dropped in the order of the rows.
@@ -45,14 +47,25 @@ impl Room {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn fits(&self, state: &State, row: u64) -> bool {
+        row <= state.earliest || state.free >= signed(self.largest)
+    }
+
+    fn ring(&self, state: &State) {
+        if let Some((row, bell)) = state.waiting.first_key_value()
+            && self.fits(state, *row)
+        {
+            bell.notify_one();
+        }
+    }
 }
 
 impl Place {
     /// Takes room for the largest result, if there is any now.
     pub(crate) fn try_take(&self) -> Option<Taken> {
         let mut state = self.room.state();
-        let fits = self.fits(&state);
-        fits.then(|| {
+        self.room.fits(&state, self.row).then(|| {
             state.free -= signed(self.room.largest);
             Taken { room: Arc::clone(&self.room), bytes: self.room.largest }
         })
@@ -60,18 +73,30 @@ impl Place {
 
     /// Waits until there is room. It may be gone again when this returns.
     pub(crate) async fn wait(&self) {
+        let _waiting = Waiting(self);
         loop {
-            let mut changed = std::pin::pin!(self.room.changed.notified());
-            changed.as_mut().enable();
-            if self.fits(&self.room.state()) {
-                return;
-            }
-            changed.await;
+            let bell = {
+                let mut state = self.room.state();
+                if self.room.fits(&state, self.row) {
+                    return;
+                }
+                Arc::clone(state.waiting.entry(self.row).or_default())
+            };
+            bell.notified().await;
         }
     }
+}
 
-    fn fits(&self, state: &State) -> bool {
-        self.row <= state.earliest || state.free >= signed(self.room.largest)
+/// A row that may be waiting; when it no longer does, for whatever reason, the next one is rung.
+struct Waiting<'a>(&'a Place);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let room = &self.0.room;
+        let mut state = room.state();
+        if state.waiting.remove(&self.0.row).is_some() {
+            room.ring(&state);
+        }
     }
 }
 
@@ -79,8 +104,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut state = self.room.state();
         state.earliest = state.earliest.max(self.row + 1);
-        drop(state);
-        self.room.changed.notify_waiters();
+        self.room.ring(&state);
     }
 }
 
@@ -93,8 +117,9 @@ impl Taken {
     }
 
     fn give_back(&self, bytes: usize) {
-        self.room.state().free += signed(bytes);
-        self.room.changed.notify_waiters();
+        let mut state = self.room.state();
+        state.free += signed(bytes);
+        self.room.ring(&state);
     }
 }
 
@@ -133,16 +158,41 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_is_woken_when_an_earlier_row_is_out() {
-        let room = Room::new(0, 10);
-        let (first, second) = (room.place(0), room.place(1));
-        let waiting = tokio::spawn(async move {
-            second.wait().await;
-            second.try_take().is_some()
-        });
+    async fn who_waits_is_woken_one_after_the_other() {
+        let room = Room::new(10, 10);
+        let first = room.place(0);
+        let taken = first.try_take().unwrap();
+        let later: Vec<_> = (1..50)
+            .map(|row| {
+                let place = room.place(row);
+                tokio::spawn(async move {
+                    place.wait().await;
+                    // The places are given back in the order of the rows, by whoever holds them.
+                    (place.try_take(), place)
+                })
+            })
+            .collect();
         tokio::time::sleep(Duration::from_millis(20)).await;
-        assert!(!waiting.is_finished());
-        drop(first);
-        assert!(waiting.await.unwrap());
+        assert!(later.iter().all(|task| !task.is_finished()));
+        drop((taken, first));
+        for task in later {
+            drop(tokio::time::timeout(Duration::from_secs(5), task).await.unwrap().unwrap());
+        }
+        let state = room.state();
+        assert_eq!((state.free, state.waiting.len()), (10, 0));
+    }
+
+    #[tokio::test]
+    async fn who_gives_up_waiting_does_not_keep_the_bell() {
+        let room = Room::new(10, 10);
+        let places: Vec<Place> = (0..3).map(|row| room.place(row)).collect();
+        let taken = places[0].try_take().unwrap();
+        let mut impatient = Box::pin(places[1].wait());
+        assert!(futures::poll!(&mut impatient).is_pending());
+        let mut patient = Box::pin(places[2].wait());
+        assert!(futures::poll!(&mut patient).is_pending());
+        drop(taken);
+        drop(impatient);
+        tokio::time::timeout(Duration::from_secs(5), patient).await.unwrap();
     }
 }

@@ -97,7 +97,8 @@ fn read(path: &Path, entries: &mut Vec<u128>) -> Result<(), CrawlError> {
         let text = text.trim_start_matches('\u{feff}');
         let text = if text.starts_with('#') { "" } else { text.split(" #").next().unwrap_or(text) }.trim();
         if !text.is_empty() {
-            let entry = entry(text).ok_or_else(|| {
+            let is_whole = (line.len() as u64) < MAX_LINE;
+            let entry = entry(text).filter(|_| is_whole).ok_or_else(|| {
                 let shown: String = text.chars().take(80).collect();
                 let reason = format!(
                     "line {number}, `{shown}`, is no host, no http or https address (a `*` may follow its last slash) and no SHA-256"
@@ -125,9 +126,9 @@ fn entry(text: &str) -> Option<u128> {
         return Some(key(kind, &without_scheme(&url)));
     }
     let (kind, name) = text.strip_prefix("*.").map_or(("host", text), |name| ("under", name));
-    let url = Url::parse(&format!("http://{name}/")).ok()?;
-    let is_bare = url.port().is_none() && url.username().is_empty() && url.query().is_none() && url.fragment().is_none();
-    is_bare.then(|| key(kind, &host_of(&url)))
+    let is_bare = !name.contains(['@', '?', '#']) && (name.starts_with('[') || !name.contains(':'));
+    let url = Url::parse(&format!("http://{name}/")).ok().filter(|_| is_bare)?;
+    Some(key(kind, &host_of(&url)))
 }
 
 fn host_of(url: &Url) -> String {

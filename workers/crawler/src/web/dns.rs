@@ -2,13 +2,14 @@
 //! there, what is not there, and what could not be found out.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::future::{BoxFuture, FutureExt, Shared};
 use futures::stream::{FuturesUnordered, StreamExt};
 use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts};
+use hickory_resolver::lookup::Lookup;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::Query;
@@ -23,6 +24,8 @@ use crate::config::DnsConfig;
 const RESOLUTION_DELAY: Duration = Duration::from_millis(50);
 /// A server that let us wait is asked last for this long.
 const SLOW_FOR: Duration = Duration::from_secs(30);
+/// Waits for a socket.
+const SOCKET_PAUSES: [Duration; 3] = [Duration::from_millis(10), Duration::from_millis(30), Duration::from_millis(100)];
 /// Queries to one server that may wait for their answers; as many names are looked up at once as there are connections.
 const QUERIES_AT_ONCE: usize = 8192;
 
@@ -52,7 +55,7 @@ struct Kept {
     until: Instant,
 }
 
-type Lookup = Shared<BoxFuture<'static, Kept>>;
+type Search = Shared<BoxFuture<'static, Kept>>;
 
 /// The resolver. Cheap to clone.
 #[derive(Clone)]
@@ -91,10 +94,10 @@ impl Dns {
 
     /// The addresses of a name, IPv4 first, at least one. It ends within `timeout`.
     pub(super) async fn addresses(&self, name: &str) -> Answer {
-        let lookup = {
+        let search = {
             let mut cache = self.0.cache.lock().unwrap_or_else(PoisonError::into_inner);
             match cache.get(name) {
-                Some(lookup) => lookup,
+                Some(search) => search,
                 None => {
                     let (inner, name) = (Arc::clone(&self.0), name.to_owned());
                     // A task of its own: whoever asked first may go away, the others still wait for the answer.
@@ -102,13 +105,13 @@ impl Dns {
                         let name = name.clone();
                         async move { inner.find(&name).await }
                     });
-                    let lookup = task.map(|kept| kept.unwrap_or_else(|_| Kept::failed(Duration::ZERO))).boxed().shared();
-                    cache.insert(name, lookup.clone());
-                    lookup
+                    let search = task.map(|kept| kept.unwrap_or_else(|_| Kept::failed(Duration::ZERO))).boxed().shared();
+                    cache.insert(name, search.clone());
+                    search
                 }
             }
         };
-        lookup.await.answer
+        search.await.answer
     }
 }
 
@@ -155,6 +158,20 @@ impl Server {
                 .with_options(options)
                 .build()?;
         Ok(Self { resolver, slow_until: Mutex::new(None) })
+    }
+
+    /// hickory tells only that it had no socket, not why; so that is looked at here. Files that are free again are used at once.
+    async fn query(&self, name: &Name, kind: RecordType) -> Result<Lookup, NetError> {
+        for pause in SOCKET_PAUSES {
+            match self.resolver.lookup(name.clone(), kind).await {
+                Err(NetError::NoConnections) => match UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)) {
+                    Err(e) if is_out_of_files(&e) => return Err(e.into()),
+                    _ => tokio::time::sleep(pause).await,
+                },
+                answer => return answer,
+            }
+        }
+        self.resolver.lookup(name.clone(), kind).await
     }
 
     fn set_slow(&self, slow: bool) {
@@ -231,7 +248,7 @@ impl Inner {
             match to_ask.next() {
                 Some(i) => {
                     silent.push(i);
-                    asked.push(async move { (i, self.servers[i].resolver.lookup(name.clone(), kind).await) });
+                    asked.push(async move { (i, self.servers[i].query(name, kind).await) });
                 }
                 None if asked.is_empty() => return Kept::failed(self.config.failure_ttl),
                 None => {}
@@ -252,7 +269,7 @@ impl Inner {
     }
 
     /// What a server says, if it says anything: `None` where another one may know more.
-    fn understood(&self, answer: Result<hickory_resolver::lookup::Lookup, NetError>) -> Option<Kept> {
+    fn understood(&self, answer: Result<Lookup, NetError>) -> Option<Kept> {
         let config = &self.config;
         let (now, seconds) = (Instant::now(), |ttl: u32| Duration::from_secs(ttl.into()));
         let absent = |ttl: Duration| Some(Kept { answer: Err(NoAddress::Absent), until: now + ttl.min(config.max_negative_ttl) });
@@ -277,11 +294,11 @@ impl Inner {
     }
 }
 
-/// Lookups under way and what came of them, in two halves: when the younger is full the older is forgotten, and what is used again moves
+/// Searches under way and what came of them, in two halves: when the younger is full the older is forgotten, and what is used again moves
 /// over. So what is rarely asked for goes first, and nothing is searched.
 struct Cache {
-    young: HashMap<String, Lookup>,
-    old: HashMap<String, Lookup>,
+    young: HashMap<String, Search>,
+    old: HashMap<String, Search>,
     half: usize,
 }
 
@@ -290,20 +307,20 @@ impl Cache {
         Self { young: HashMap::new(), old: HashMap::new(), half: size.div_ceil(2) }
     }
 
-    /// The lookup of a name, if it is under way or its answer still counts.
-    fn get(&mut self, name: &str) -> Option<Lookup> {
-        if let Some((name, lookup)) = self.old.remove_entry(name) {
-            self.insert(name, lookup);
+    /// The search for a name, if it is under way or its answer still counts.
+    fn get(&mut self, name: &str) -> Option<Search> {
+        if let Some((name, search)) = self.old.remove_entry(name) {
+            self.insert(name, search);
         }
-        let lookup = self.young.get(name)?;
-        lookup.peek().is_none_or(|kept| kept.until > Instant::now()).then(|| lookup.clone())
+        let search = self.young.get(name)?;
+        search.peek().is_none_or(|kept| kept.until > Instant::now()).then(|| search.clone())
     }
 
-    fn insert(&mut self, name: String, lookup: Lookup) {
+    fn insert(&mut self, name: String, search: Search) {
         if self.young.len() >= self.half && !self.young.contains_key(&name) {
             self.old = std::mem::take(&mut self.young);
         }
-        self.young.insert(name, lookup);
+        self.young.insert(name, search);
     }
 }
 

@@ -222,6 +222,7 @@ async fn receive(mut response: Response, url: &Url, web: &WebConfig, want: Want,
     let code = response.status().as_u16();
     let fail = |status, reason: String| Failure { http_status: Some(code), ..Failure::new(status, reason) };
     match code {
+        ..200 => return Err(fail(FetchStatus::Connect, format!("http {code} was not asked for"))),
         206 if !is_whole(response.headers()) => {
             return Err(fail(FetchStatus::Truncated, "http 206 with a part that was not asked for".to_owned()));
         }

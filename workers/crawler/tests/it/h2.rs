@@ -1,4 +1,4 @@
-//! An HTTP/2 server made of bare frames, so that it can send what no library would. RFC 9113.
+//! An HTTP/2 server made of bare frames (RFC 9113), so that it can send what no library would.
 
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ fn new_header(name: &str, value: &str) -> Vec<u8> {
     out
 }
 
-/// Serves one connection; every request is answered as the first label of the host says. robots.txt does not exist, `/good` is `image`.
+/// Serves one connection; every request is answered in one way, and with `image` if it is no known one.
 pub(crate) async fn serve(mut wire: impl AsyncRead + AsyncWrite + Unpin, behaviour: &str, image: &[u8]) -> std::io::Result<()> {
     let mut preface = [0; 24];
     wire.read_exact(&mut preface).await?;
@@ -101,15 +101,15 @@ pub(crate) async fn serve(mut wire: impl AsyncRead + AsyncWrite + Unpin, behavio
                 wire.write_all(&headers(&bomb)).await?;
                 continue;
             }
-            "h2-ping-flood" => frame(PING, 0, 0, &[7; 8]).repeat(1_000),
-            "h2-settings-flood" => frame(SETTINGS, 0, 0, &[]).repeat(1_000),
+            "h2-ping-flood" => frame(PING, 0, 0, &[7; 8]).repeat(20),
+            "h2-settings-flood" => frame(SETTINGS, 0, 0, &[]).repeat(20),
             "h2-empty-data-flood" => {
                 wire.write_all(&headers(&[])).await?;
                 frame(DATA, 0, stream, &[]).repeat(1_000)
             }
             "h2-endless" => {
                 wire.write_all(&headers(&[])).await?;
-                frame(DATA, 0, stream, &[0; 8_192])
+                frame(DATA, 0, stream, &[0; 16_384]).repeat(8)
             }
             "h2-huge-frame" => {
                 wire.write_all(&[headers(&[]), frame(DATA, END_STREAM, stream, &vec![0; 1 << 20])].concat()).await?;
@@ -123,13 +123,9 @@ pub(crate) async fn serve(mut wire: impl AsyncRead + AsyncWrite + Unpin, behavio
             }
         };
         // What would be a flood is one, until the client has enough.
-        let mut sent = 0_usize;
         loop {
             wire.write_all(&endless).await?;
-            sent += 1;
-            if sent.is_multiple_of(64) {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 }

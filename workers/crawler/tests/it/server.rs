@@ -77,7 +77,12 @@ impl Server {
         let counts = Arc::new(Mutex::new(Counts::default()));
         let (shared, answer) = (Arc::clone(&counts), Arc::new(answer));
         let task = tokio::spawn(async move {
-            while let Ok((connection, _)) = listener.accept().await {
+            loop {
+                let Ok((connection, _)) = listener.accept().await else {
+                    // Too many open files, perhaps: others will close theirs.
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    continue;
+                };
                 let (shared, answer) = (Arc::clone(&shared), Arc::clone(&answer));
                 tokio::spawn(async move { serve(connection, &shared, &*answer).await });
             }

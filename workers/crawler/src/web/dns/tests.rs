@@ -1,7 +1,6 @@
 //! The resolver against servers of the test.
 #![allow(clippy::unwrap_used)]
 
-use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures::future::join_all;
