@@ -44,10 +44,13 @@ closed_list! {
         BadUrl = "bad_url",
         /// The site's robots.txt forbids the address, or could not be had because the server failed.
         Robots = "robots",
-        /// The answer forbids use for model training (`X-Robots-Tag: noai, noimageai, noindex, noimageindex`, `tdm-reservation: 1`).
+        /// The answer forbids use for model training (`X-Robots-Tag: noai, noimageai, noindex, noimageindex`, `tdm-reservation: 1`), or an
+        /// opt-out list names the address.
         OptOut = "opt_out",
         /// The host's name could not be resolved.
         Dns = "dns",
+        /// The address, or one that it redirects to, is not on the public internet (private, loopback, link-local, ...).
+        ForbiddenAddress = "forbidden_address",
         /// No connection, or it broke before an answer.
         Connect = "connect",
         /// TLS failed.

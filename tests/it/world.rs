@@ -191,6 +191,7 @@ path = "report.html"
 work_dir = "work"
 [worker.crawler]
 requests_per_second = 10000.0
+allow_networks = ["127.0.0.0/8"]
 "#,
             site = self.site,
             checkpoints = checkpoints.display(),

@@ -63,7 +63,7 @@ pub(crate) enum Verb {
     #[command(subcommand)]
     Store(StoreVerb),
     /// Check that this machine and a config are fit for a run
-    Doctor(ViewArgs),
+    Doctor(DoctorArgs),
 }
 
 /// Which config, and what to change in it.
@@ -99,6 +99,15 @@ pub(crate) struct ViewArgs {
     /// Write JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    pub(crate) view: ViewArgs,
+    /// Measure bandwidth: download this address for up to ten seconds
+    #[arg(long, value_name = "URL")]
+    pub(crate) bandwidth: Option<url::Url>,
 }
 
 /// Where the store is.

@@ -206,6 +206,8 @@ impl RunConfig {
         join(&mut self.queries.path);
         join(&mut self.report.path);
         join(&mut self.worker.runtime.work_dir);
+        let webs = [&mut self.discover.web, &mut self.fetch.web].map(|web| &mut web.opt_out_lists);
+        webs.into_iter().flatten().chain(&mut self.worker.crawler.ca_files).for_each(join);
         for source in &mut self.discover.sources {
             if let SourceConfig::List(list) = source {
                 join(&mut list.path);
@@ -311,7 +313,7 @@ impl RunConfig {
         let stages = StageParams {
             discover: inputs.discover.iter().map(json).collect::<Result<_, _>>()?,
             balance: json(&self.balance)?,
-            fetch: json(&self.fetch.params(&self.run.snapshot))?,
+            fetch: json(&self.fetch.params(&self.run.snapshot).map_err(|e| Failure::Usage(capfilt_store::chain(&e)))?)?,
             annotated: inputs.annotated.iter().map(json).collect::<Result<_, _>>()?,
             heldout: inputs.heldout.iter().map(json).collect::<Result<_, _>>()?,
             caption: json(&self.caption)?,

@@ -5,6 +5,7 @@ mod config;
 mod dataset;
 mod doctor;
 mod download;
+mod machine;
 mod models;
 mod output;
 mod overview;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
     let cli = Cli::read();
     logging(&cli);
     keep_freed_memory();
+    machine::raise_file_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {

@@ -30,23 +30,24 @@ impl Discover {
         Self { web, matcher }
     }
 
-    fn start(&self, work: &Work) -> Result<RowStream, StageError> {
+    async fn start(web: Web, matcher: Arc<Matcher>, work: Work) -> Result<RowStream, StageError> {
         let params: DiscoverParams = work.params()?;
-        let here = self.matcher.digest();
+        let here = matcher.digest();
         if params.queries != here {
             let error = CrawlError::WrongFile { what: "query list", wanted: params.queries, found: here.to_string() };
             return Err(error.into());
         }
+        let web = web.without(&params.web, &params.opt_outs).await?;
         let (source, found): (String, FoundStream) = match params.source {
             SourceConfig::Pages(pages) => {
-                ("pages".to_owned(), crawl(self.web.clone(), pages, params.web, params.max_text, work.clone()))
+                ("pages".to_owned(), crawl(web, pages, params.web, params.max_text, work.clone()))
             }
             SourceConfig::List(list) => {
                 let name = list.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 (name, read_list(list, params.list, params.max_text, work.clone()))
             }
         };
-        let (matcher, facts) = (Arc::clone(&self.matcher), work.facts.clone());
+        let facts = work.facts.clone();
         // One batch is matched while the next is on its way.
         let matched = found
             .map(move |batch| {
@@ -72,7 +73,7 @@ impl Stage for Discover {
     }
 
     fn process(&self, work: Work, _input: RowStream) -> RowStream {
-        self.start(&work).unwrap_or_else(|e| stream::once(async { Err(e) }).boxed())
+        stream::once(Self::start(self.web.clone(), Arc::clone(&self.matcher), work)).try_flatten().boxed()
     }
 }
 

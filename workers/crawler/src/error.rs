@@ -45,7 +45,7 @@ pub enum CrawlError {
     /// The task was planned with another file than the one at hand.
     #[error("the task needs the {what} with digest {wanted}, but this worker has {found}; give it the file of the run's config")]
     WrongFile {
-        /// `query list`, `list` or `annotations`.
+        /// `query list`, `list`, `opt-out list` or `annotations`.
         what: &'static str,
         /// The digest in the task.
         wanted: Digest,

@@ -7,12 +7,12 @@ use arrow::array::{AsArray, RecordBatch};
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
 use capfilt_schemas::{FetchStatus, StageKind, Table, column};
 use futures::{StreamExt, TryStreamExt, stream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
 use crate::config::{FetchConfig, ImageConfig, Reencode, ResizeMode, StoredFormat};
 use crate::image::{self, Refused};
 use crate::params::FetchParams;
+use crate::room::{Place, Room, Taken};
 use crate::rows::{ImageColumns, Outcome};
 use crate::traffic::Traffic;
 use crate::web::{Want, Web};
@@ -22,8 +22,6 @@ pub const FETCH_VERSION: u32 = 2;
 
 /// Rows begun before an earlier one has ended; a row that waits for a slow host holds little, so there may be many.
 const AHEAD: usize = 4096;
-/// The unit in which memory for finished images is counted.
-const UNIT: usize = 1024;
 
 /// Downloads images. Many requests are at work at once; rows come out in the order in which they came in.
 pub struct Fetch {
@@ -44,41 +42,39 @@ impl Fetch {
         self.traffic.clone()
     }
 
-    fn start(&self, work: &Work, input: RowStream) -> Result<RowStream, StageError> {
-        let config = Arc::new(work.params::<FetchParams>()?.fetch);
-        let memory = self.web.settings().buffer / UNIT;
-        let largest = (largest_result(&config) / UNIT + 1).min(memory.max(1)).min(u32::MAX as usize) as u32;
-        let room = Arc::new(Semaphore::new(memory.clamp(1, Semaphore::MAX_PERMITS)));
-        let (web, traffic, facts) = (self.web.clone(), self.traffic.clone(), work.facts.clone());
+    async fn start(web: Web, traffic: Traffic, work: Work, input: RowStream) -> Result<RowStream, StageError> {
+        let params = work.params::<FetchParams>()?;
+        let web = web.without(&params.fetch.web, &params.opt_outs).await?;
+        let config = Arc::new(params.fetch);
+        let room = Room::new(web.settings().buffer, largest_result(&config));
+        let facts = work.facts.clone();
         let rows = input
             .map_ok(|batch| {
                 let batch = Arc::new(batch);
                 stream::iter((0..batch.num_rows()).map(move |row| Ok((Arc::clone(&batch), row))))
             })
             .try_flatten();
-        // Room for the largest result is taken in the order of the rows, and what is not needed is given back: so the earliest row
-        // never waits for a later one.
         let results = rows
-            .and_then(move |row| {
-                let room = Arc::clone(&room);
-                async move { Ok((row, room.acquire_many_owned(largest).await.map_err(|_| StageError::Cancelled)?)) }
+            .enumerate()
+            .map(move |(number, row)| {
+                let place = room.place(number as u64);
+                row.map(|(batch, row)| (batch, row, place))
             })
-            .map_ok(move |((batch, row), room)| {
+            .map_ok(move |(batch, row, place)| {
                 let (web, traffic, config) = (web.clone(), traffic.clone(), Arc::clone(&config));
                 async move {
                     let url = batch
                         .column_by_name(column::URL)
                         .map_or_else(String::new, |c| c.as_string::<i32>().value(row).to_owned());
                     let began = Instant::now();
-                    let outcome = fetch(&web, &url, &config).await?;
+                    let (outcome, taken) = fetch(&web, &url, &config, &place).await?;
                     traffic.record(&url, outcome.status, outcome.bytes_downloaded.unwrap_or(0), began.elapsed());
-                    let size = outcome.image.as_ref().map_or(0, |i| i.bytes.len());
-                    Ok((batch, row, outcome, shrunk(room, size)))
+                    Ok((batch, row, outcome, (taken, place)))
                 }
             })
             .try_buffered(AHEAD);
         let mut columns = ImageColumns::default();
-        let batches = results.try_filter_map(move |(batch, row, outcome, _room)| {
+        let batches = results.try_filter_map(move |(batch, row, outcome, _room_and_place)| {
             facts.add("bytes_downloaded", outcome.bytes_downloaded.unwrap_or(0));
             columns.push(&outcome);
             let done = (row + 1 == batch.num_rows()).then(|| samples(&batch, std::mem::take(&mut columns))).transpose();
@@ -94,7 +90,7 @@ impl Stage for Fetch {
     }
 
     fn process(&self, work: Work, input: RowStream) -> RowStream {
-        self.start(&work, input).unwrap_or_else(|e| stream::once(async { Err(e) }).boxed())
+        stream::once(Self::start(self.web.clone(), self.traffic(), work, input)).try_flatten().boxed()
     }
 }
 
@@ -114,29 +110,23 @@ fn largest_result(config: &FetchConfig) -> usize {
     }
 }
 
-/// Keeps of the room what `size` bytes need.
-fn shrunk(mut room: OwnedSemaphorePermit, size: usize) -> OwnedSemaphorePermit {
-    let rest = room.num_permits().saturating_sub(size / UNIT + 1);
-    drop(room.split(rest));
-    room
-}
-
-/// One row's download.
+/// One row's download, and the room that its image takes.
 ///
 /// # Errors
 /// Only if the program is being stopped; whatever the web does is an outcome.
-async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>) -> Result<Outcome, StageError> {
+async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>, place: &Place) -> Result<(Outcome, Option<Taken>), StageError> {
     let parsed = Url::parse(url).ok().filter(|u| matches!(u.scheme(), "http" | "https") && u.has_host());
     let Some(mut address) = parsed else {
-        return Ok(Outcome::refused(Refused::new(FetchStatus::BadUrl, "not an absolute http or https address"), None));
+        let refused = Refused::new(FetchStatus::BadUrl, "not an absolute http or https address");
+        return Ok((Outcome::refused(refused, None), None));
     };
     address.set_fragment(None);
-    let answer = match web.get(&address, &config.web, Want::Image, config.max_body).await {
+    let mut answer = match web.get_into(place, &address, &config.web, Want::Image, config.max_body).await {
         Ok(answer) => answer,
-        Err(failure) => return Ok(Outcome::refused(Refused::new(failure.status, failure.reason), failure.http_status)),
+        Err(failure) => return Ok((Outcome::refused(Refused::new(failure.status, failure.reason), failure.http_status), None)),
     };
-    let config = Arc::clone(config);
-    on_rayon(move || {
+    let (mut taken, config) = (answer.room.take(), Arc::clone(config));
+    let outcome = on_rayon(move || {
         let http_status = Some(answer.http_status);
         match image::store(&answer.body, &config.image) {
             Ok(image) => Outcome {
@@ -149,7 +139,11 @@ async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>) -> Result<Outcom
             Err(refused) => Outcome::refused(refused, http_status),
         }
     })
-    .await
+    .await?;
+    if let Some(taken) = &mut taken {
+        taken.shrink(outcome.image.as_ref().map_or(0, |i| i.bytes.len()));
+    }
+    Ok((outcome, taken))
 }
 
 /// The rows of a `selected` batch with their image columns.

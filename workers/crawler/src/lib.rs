@@ -18,6 +18,7 @@ mod matcher;
 mod opt_out;
 mod params;
 mod queries;
+mod room;
 mod rows;
 mod sources;
 mod traffic;
@@ -26,8 +27,8 @@ mod web;
 
 pub use annotate::{ANNOTATE_VERSION, Annotate};
 pub use config::{
-    AnnotateConfig, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, ImageConfig, Interpolation, ListConfig,
-    ListFormat, PagesConfig, Reencode, ResizeMode, SourceConfig, StoredFormat, WebConfig,
+    AnnotateConfig, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, DnsConfig, FetchConfig, ImageConfig, Interpolation,
+    ListConfig, ListFormat, PagesConfig, Reencode, ResizeMode, SourceConfig, StoredFormat, WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
 pub use download::{DownloadConfig, DownloadProgress, DownloadSummary, HashKind, IncrementalMode, OutputFormat, download};
@@ -37,4 +38,4 @@ pub use matcher::Matcher;
 pub use params::{AnnotateParams, DiscoverParams, FetchParams};
 pub use queries::{Query, QueryList};
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
-pub use web::Web;
+pub use web::{Probe, Web};

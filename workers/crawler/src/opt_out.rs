@@ -1,6 +1,11 @@
-//! What a page or an image asks of crawlers: `X-Robots-Tag`, `<meta name="robots">`, and the TDM reservation protocol.
+//! What a page or an image asks of crawlers (`X-Robots-Tag`, `<meta name="robots">`, the TDM reservation protocol), and lists of those
+//! who asked somewhere else.
+
+mod lists;
 
 use reqwest::header::HeaderMap;
+
+pub(crate) use lists::{OptOuts, digests};
 
 /// The wishes that were found. Wishes of several places add up.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]

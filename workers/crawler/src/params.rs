@@ -7,8 +7,8 @@ use capfilt_schemas::Digest;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::CrawlError;
 use crate::config::{DiscoverConfig, FetchConfig, ImageConfig, SourceConfig, WebConfig};
+use crate::{CrawlError, opt_out};
 
 /// The parameters of a discover task.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -23,6 +23,9 @@ pub struct DiscoverParams {
     /// SHA-256 of the file, if the source is a list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub list: Option<Digest>,
+    /// SHA-256 of the opt-out lists, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub opt_outs: Vec<Digest>,
     /// The digest of the query list ([`QueryList::digest`](crate::QueryList::digest)).
     pub queries: Digest,
     /// The state of the web that is meant: the same name is the same work.
@@ -35,6 +38,9 @@ pub struct DiscoverParams {
 pub struct FetchParams {
     /// The settings.
     pub fetch: FetchConfig,
+    /// SHA-256 of the opt-out lists, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub opt_outs: Vec<Digest>,
     /// The state of the web that is meant: the same name is the same work.
     pub snapshot: String,
 }
@@ -59,23 +65,27 @@ impl DiscoverConfig {
     /// # Errors
     /// [`CrawlError::Read`].
     pub fn params(&self, queries: Digest, snapshot: &str) -> Result<Vec<DiscoverParams>, CrawlError> {
+        let opt_outs = opt_out::digests(&self.web.opt_out_lists)?;
         let task = |source: &SourceConfig| {
             let list = match source {
                 SourceConfig::List(list) => Some(file_digest(&list.path)?),
                 SourceConfig::Pages(_) => None,
             };
             let (source, web, snapshot) = (source.clone(), self.web.clone(), snapshot.to_owned());
-            Ok(DiscoverParams { source, list, web, max_text: self.max_text, queries, snapshot })
+            Ok(DiscoverParams { source, list, web, max_text: self.max_text, opt_outs: opt_outs.clone(), queries, snapshot })
         };
         self.sources.iter().map(task).collect()
     }
 }
 
 impl FetchConfig {
-    /// The parameters of a fetch task.
-    #[must_use]
-    pub fn params(&self, snapshot: &str) -> FetchParams {
-        FetchParams { fetch: self.clone(), snapshot: snapshot.to_owned() }
+    /// The parameters of a fetch task. Opt-out lists are read to be named by content.
+    ///
+    /// # Errors
+    /// [`CrawlError::Read`].
+    pub fn params(&self, snapshot: &str) -> Result<FetchParams, CrawlError> {
+        let opt_outs = opt_out::digests(&self.web.opt_out_lists)?;
+        Ok(FetchParams { fetch: self.clone(), opt_outs, snapshot: snapshot.to_owned() })
     }
 }
 

@@ -194,6 +194,7 @@ const fn meaning(status: FetchStatus) -> &'static str {
         FetchStatus::Robots => "forbidden by robots.txt",
         FetchStatus::OptOut => "opted out of training",
         FetchStatus::Dns => "host not found",
+        FetchStatus::ForbiddenAddress => "not on the public internet",
         FetchStatus::Connect => "no connection",
         FetchStatus::Tls => "TLS failed",
         FetchStatus::Timeout => "deadline passed",

@@ -7,18 +7,31 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capfilt_schemas::FetchStatus;
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, LOCATION, RETRY_AFTER, USER_AGENT};
-use reqwest::{Client, Proxy, redirect};
+use ipnet::IpNet;
+use reqwest::header::{ACCEPT, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, LOCATION, RETRY_AFTER, USER_AGENT};
+use reqwest::{Client, Proxy, Response, redirect};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use tokio::sync::OwnedSemaphorePermit;
 use url::Url;
 
-use super::Failure;
+use super::dns::{Dns, NoAddress};
+use super::{Failure, guard};
 use crate::config::{CrawlerWorkerConfig, WebConfig};
 use crate::opt_out::Directives;
+use crate::room::Taken;
 use crate::{CrawlError, html};
 
 /// Why an attempt that takes too long ends.
 const LATE: &str = "the time for one attempt passed";
+/// The stretch of time over which a body has to keep its least rate.
+const RATE_WINDOW: Duration = Duration::from_secs(5);
+/// A connection without requests is kept for this long. Short: a crawl meets many hosts, and each kept one is an open file.
+const IDLE: Duration = Duration::from_secs(8);
+/// Addresses of a host that are tried: the time for connecting is shared among them.
+const ADDRESSES_TRIED: usize = 3;
+/// An HTTP/2 connection with requests that says nothing for this long is asked whether it lives, and has as long to answer.
+const PING_AFTER: Duration = Duration::from_secs(3);
 
 /// What an answer is wanted for; it decides what is read of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,7 +63,9 @@ pub(crate) struct Answer {
     pub(crate) body: Vec<u8>,
     /// The connection's place in the count: given back with the body, so that no more bodies wait for their work than are allowed to
     /// be on the way.
-    pub(super) _place: Option<OwnedSemaphorePermit>,
+    pub(super) _connection: Option<OwnedSemaphorePermit>,
+    /// Room for what is made of the body, if it was asked for with a place.
+    pub(crate) room: Option<Taken>,
 }
 
 impl Answer {
@@ -76,45 +91,106 @@ pub(super) enum Reply {
     Redirect(Url),
 }
 
-/// The client: connections are kept and reused, redirects are left to the caller, and the environment's proxy settings do not count.
-pub(super) fn client(config: &CrawlerWorkerConfig) -> Result<Client, CrawlError> {
-    let fail = |e: &dyn Error| CrawlError::Client(e.to_string());
-    let roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
-    let mut tls = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(|e| fail(&e))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    let mut builder = Client::builder()
-        .tls_backend_preconfigured(tls)
-        .redirect(redirect::Policy::none())
-        .referer(false)
-        .retry(reqwest::retry::never())
-        .no_proxy()
-        .pool_idle_timeout(Duration::from_secs(30))
-        .pool_max_idle_per_host(config.per_host)
-        .dns_resolver(Resolver { fixed: config.resolve.clone() });
-    if let Some(proxy) = &config.proxy {
-        builder = builder.proxy(Proxy::all(proxy).map_err(|e| fail(&e))?);
-    }
-    builder.build().map_err(|e| fail(&e))
+/// What clients are made from: one for each `connect_timeout`.
+pub(super) struct Route {
+    config: CrawlerWorkerConfig,
+    tls: rustls::ClientConfig,
+    resolver: Arc<Resolver>,
 }
 
-/// The system's resolver behind the fixed addresses of the config.
+/// A client in two forms.
+#[derive(Clone)]
+pub(super) struct Clients {
+    /// It keeps connections and uses them again.
+    pub(super) keeping: Client,
+    /// Each request has a connection of its own: for further attempts, since the one that was kept may have been the trouble.
+    pub(super) fresh: Client,
+}
+
+impl Route {
+    pub(super) fn new(config: &CrawlerWorkerConfig) -> Result<Self, CrawlError> {
+        let mut roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+        for path in &config.ca_files {
+            let unusable = |reason: String| CrawlError::Format { path: path.clone(), reason };
+            for certificate in CertificateDer::pem_file_iter(path).map_err(|e| unusable(e.to_string()))? {
+                let certificate = certificate.map_err(|e| unusable(e.to_string()))?;
+                roots.add(certificate).map_err(|e| unusable(format!("a certificate in it cannot be used: {e}")))?;
+            }
+        }
+        let mut tls = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(|e| CrawlError::Client(e.to_string()))?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let proxy = config.proxy.as_ref().and_then(|p| Url::parse(p).ok()?.host_str().map(str::to_owned));
+        let fixed = config.resolve.clone();
+        let resolver = Resolver { fixed, proxy, allowed: config.allow_networks.clone(), dns: Dns::new(&config.dns)? };
+        Ok(Self { config: config.clone(), tls, resolver: Arc::new(resolver) })
+    }
+
+    /// Redirects are left to the caller, and the environment's proxy settings do not count.
+    pub(super) fn clients(&self, connect_timeout: Duration) -> Result<Clients, CrawlError> {
+        let build = |idle: usize| {
+            let mut builder = Client::builder()
+                .tls_backend_preconfigured(self.tls.clone())
+                .redirect(redirect::Policy::none())
+                .referer(false)
+                .retry(reqwest::retry::never())
+                .no_proxy()
+                .connect_timeout(connect_timeout)
+                .pool_idle_timeout(IDLE)
+                .pool_max_idle_per_host(idle)
+                .http2_keep_alive_interval(PING_AFTER)
+                .http2_keep_alive_timeout(PING_AFTER)
+                .dns_resolver(Arc::clone(&self.resolver));
+            if let Some(proxy) = &self.config.proxy {
+                builder = builder.proxy(Proxy::all(proxy)?);
+            }
+            builder.build()
+        };
+        let both = || Ok(Clients { keeping: build(self.config.per_host)?, fresh: build(0)? });
+        both().map_err(|e: reqwest::Error| CrawlError::Client(e.to_string()))
+    }
+
+    /// Whether an address may be asked, as far as it can be told before its name is resolved.
+    pub(super) fn admits(&self, url: &Url) -> bool {
+        guard::literal(url).is_none_or(|ip| guard::admits(&self.config.allow_networks, ip))
+    }
+
+    pub(super) fn dns(&self) -> &Dns {
+        &self.resolver.dns
+    }
+}
+
+/// The fixed addresses of the config, then DNS behind the guard.
 struct Resolver {
     fixed: std::collections::BTreeMap<String, SocketAddr>,
+    /// The name of the proxy's host: where it is is the operator's choice.
+    proxy: Option<String>,
+    allowed: Vec<IpNet>,
+    dns: Dns,
 }
+
+/// A name leads only to addresses that must not be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("the host is not on the public internet")]
+struct Forbidden;
 
 impl reqwest::dns::Resolve for Resolver {
     fn resolve(&self, name: reqwest::dns::Name) -> reqwest::dns::Resolving {
         let fixed = self.fixed.get(name.as_str()).or_else(|| self.fixed.get("*")).copied();
+        if let Some(address) = fixed {
+            return Box::pin(async move { Ok(Box::new(std::iter::once(address)) as reqwest::dns::Addrs) });
+        }
+        let trusted = self.proxy.as_deref() == Some(name.as_str());
+        let (dns, allowed) = (self.dns.clone(), self.allowed.clone());
         Box::pin(async move {
-            let addresses: Vec<SocketAddr> = match fixed {
-                Some(address) => vec![address],
-                None => tokio::net::lookup_host((name.as_str(), 0)).await?.collect(),
-            };
-            Ok(Box::new(addresses.into_iter()) as reqwest::dns::Addrs)
+            let found = dns.addresses(name.as_str()).await?;
+            let may_be_asked = |ip: &std::net::IpAddr| trusted || guard::admits(&allowed, *ip);
+            let addresses: Vec<SocketAddr> =
+                found.iter().copied().filter(may_be_asked).take(ADDRESSES_TRIED).map(|ip| SocketAddr::new(ip, 0)).collect();
+            if addresses.is_empty() { Err(Forbidden.into()) } else { Ok(Box::new(addresses.into_iter()) as reqwest::dns::Addrs) }
         })
     }
 }
@@ -128,19 +204,28 @@ pub(super) async fn exchange(
     max_body: usize,
     within: Duration,
 ) -> Result<Reply, Failure> {
-    let work = exchange_unbounded(client, url, web, want, max_body);
-    match tokio::time::timeout(within, work).await {
+    let deadline = tokio::time::Instant::now() + within;
+    let request = client.get(url.clone()).header(USER_AGENT, &web.agent).header(ACCEPT, want.accept());
+    let response = match tokio::time::timeout_at(deadline, request.send()).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(e)) => return Err(classify(&e, FetchStatus::Connect)),
+        Err(_) => return Err(Failure { silent: true, ..Failure::new(FetchStatus::Timeout, LATE) }),
+    };
+    match tokio::time::timeout_at(deadline, receive(response, url, web, want, max_body)).await {
         Ok(reply) => reply,
         Err(_) => Err(Failure::new(FetchStatus::Timeout, LATE)),
     }
 }
 
-async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: Want, max_body: usize) -> Result<Reply, Failure> {
-    let request = client.get(url.clone()).header(USER_AGENT, &web.agent).header(ACCEPT, want.accept());
-    let mut response = request.send().await.map_err(|e| classify(&e, FetchStatus::Connect))?;
+/// What is made of an answer once its head is there.
+async fn receive(mut response: Response, url: &Url, web: &WebConfig, want: Want, max_body: usize) -> Result<Reply, Failure> {
     let code = response.status().as_u16();
     let fail = |status, reason: String| Failure { http_status: Some(code), ..Failure::new(status, reason) };
     match code {
+        ..200 => return Err(fail(FetchStatus::Connect, format!("http {code} was not asked for"))),
+        206 if !is_whole(response.headers()) => {
+            return Err(fail(FetchStatus::Truncated, "http 206 with a part that was not asked for".to_owned()));
+        }
         200..300 => {}
         301 | 302 | 303 | 307 | 308 => {
             return redirect_target(url, response.headers()).map(Reply::Redirect).map_err(|e| fail(FetchStatus::Redirect, e));
@@ -155,7 +240,10 @@ async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: W
     }
     let headers = std::mem::take(response.headers_mut());
     let answer =
-        |body| Ok(Reply::Answer(Answer { url: url.clone(), http_status: code, headers: headers.clone(), body, _place: None }));
+        |body| {
+        let headers = headers.clone();
+        Ok(Reply::Answer(Answer { url: url.clone(), http_status: code, headers, body, _connection: None, room: None }))
+    };
     if want == Want::Image
         && web.opt_out
         && let Some(wish) = Directives::of_headers(&headers, web.token()).refusal()
@@ -171,13 +259,19 @@ async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: W
         return Err(fail(FetchStatus::TooLarge, format!("the body has {told} bytes, more than {max_body}")));
     }
     let mut body = Vec::new();
+    let mut rate = Rate::new(web.min_rate);
     loop {
-        let chunk = match response.chunk().await {
-            Ok(Some(chunk)) => chunk,
-            Ok(None) => return answer(body),
-            Err(e) => {
+        let chunk = match tokio::time::timeout_at(rate.next_look, response.chunk()).await {
+            Ok(Ok(Some(chunk))) => chunk,
+            Ok(Ok(None)) => return answer(body),
+            Ok(Err(e)) => {
                 let failure = classify(&e, FetchStatus::Truncated);
-                return Err(Failure { http_status: (failure.status != FetchStatus::Timeout).then_some(code), ..failure });
+                return Err(Failure { silent: false, http_status: Some(code), ..failure });
+            }
+            Err(_) if rate.keeps_up(body.len()) => continue,
+            Err(_) => {
+                let reason = format!("the body comes with less than {} bytes a second", web.min_rate);
+                return Err(Failure::new(FetchStatus::Timeout, reason));
             }
         };
         let room = max_body - body.len();
@@ -189,6 +283,37 @@ async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: W
             return answer(body);
         }
         body.extend_from_slice(&chunk);
+    }
+}
+
+/// Whether a 206, which nobody asked for, brings all of it (RFC 9110, section 14.4).
+fn is_whole(headers: &HeaderMap) -> bool {
+    let range = headers.get(CONTENT_RANGE).and_then(|v| v.to_str().ok()?.trim().strip_prefix("bytes"));
+    let Some((span, size)) = range.and_then(|r| r.trim().split_once('/')) else { return false };
+    let Some((first, last)) = span.split_once('-') else { return false };
+    let number = |text: &str| text.trim().parse::<u64>().ok();
+    number(first) == Some(0) && number(size).zip(number(last)).is_some_and(|(size, last)| Some(last) == size.checked_sub(1))
+}
+
+/// Watches that a body keeps its least rate: it is looked at when a window is over, never while bytes flow.
+struct Rate {
+    need: usize,
+    before: usize,
+    next_look: tokio::time::Instant,
+}
+
+impl Rate {
+    fn new(bytes_a_second: usize) -> Self {
+        let need = bytes_a_second.saturating_mul(RATE_WINDOW.as_secs() as usize);
+        Self { need, before: 0, next_look: tokio::time::Instant::now() + RATE_WINDOW }
+    }
+
+    /// To be asked at `next_look`, with the bytes so far.
+    fn keeps_up(&mut self, bytes: usize) -> bool {
+        let brought = bytes - self.before;
+        self.before = bytes;
+        self.next_look += RATE_WINDOW;
+        brought >= self.need
     }
 }
 
@@ -204,8 +329,8 @@ fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
 /// How long the server asks to wait: seconds, or a date.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
-    if let Ok(seconds) = value.parse() {
-        return Some(Duration::from_secs(seconds));
+    if !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit()) {
+        return Some(value.parse().map_or(Duration::MAX, Duration::from_secs));
     }
     let date = httpdate::parse_http_date(value).ok()?;
     Some(date.duration_since(std::time::SystemTime::now()).unwrap_or(Duration::ZERO))
@@ -215,14 +340,9 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 ///
 /// The reason is one of a few sentences: how the system words a broken connection differs from one time to the next, and rows must not.
 /// Its own words go to the log.
-fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failure {
-    let mut status = if error.is_timeout() {
-        FetchStatus::Timeout
-    } else if error.is_dns() {
-        FetchStatus::Dns
-    } else {
-        otherwise
-    };
+pub(super) fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failure {
+    let mut status = if error.is_timeout() { FetchStatus::Timeout } else { otherwise };
+    let mut failure = None;
     let mut next = error.source();
     while let Some(cause) = next {
         if is_tls(cause) {
@@ -232,18 +352,44 @@ fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failure {
         if cause.to_string() == "message head is too large" {
             status = FetchStatus::TooLarge;
         }
+        if cause.is::<Forbidden>() {
+            failure = Some(Failure::new(FetchStatus::ForbiddenAddress, Forbidden.to_string()));
+        }
+        match cause.downcast_ref::<NoAddress>() {
+            Some(NoAddress::OutOfFiles) => failure = Some(Failure::out_of_files()),
+            Some(none @ NoAddress::Absent) => {
+                failure = Some(Failure { may_pass: false, ..Failure::new(FetchStatus::Dns, none.to_string()) });
+            }
+            Some(none @ NoAddress::Failed { until }) => {
+                let retry_after = Some(until.saturating_duration_since(Instant::now()));
+                failure = Some(Failure { retry_after, ..Failure::new(FetchStatus::Dns, none.to_string()) });
+            }
+            None => {}
+        }
+        if cause.downcast_ref::<io::Error>().is_some_and(is_out_of_files) {
+            failure = Some(Failure::out_of_files());
+        }
         next = cause.source();
     }
     tracing::debug!(%status, ?error, "request failed");
+    if let Some(failure) = failure {
+        return failure;
+    }
     let reason = match status {
+        FetchStatus::Timeout if error.is_connect() => "no connection in time",
         FetchStatus::Timeout => LATE,
-        FetchStatus::Dns => "the host's name could not be resolved",
         FetchStatus::Tls => "tls failed",
         FetchStatus::TooLarge => "the headers are too large",
         FetchStatus::Truncated => "the body broke off",
         _ => "no connection, or it broke before an answer",
     };
-    Failure::new(status, reason)
+    let silent = matches!(status, FetchStatus::Timeout | FetchStatus::Connect);
+    Failure { silent, ..Failure::new(status, reason) }
+}
+
+/// Whether the process or the machine, not the server, is at its end: `EMFILE`, `ENFILE`.
+pub(super) fn is_out_of_files(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(23 | 24))
 }
 
 /// Whether it is an error of TLS, or an I/O error that wraps one.
@@ -283,8 +429,19 @@ mod tests {
         assert_eq!(of("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
         let soon = httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(100));
         assert!((90..=100).contains(&of(&soon).unwrap().as_secs()));
-        assert_eq!(of("soon"), None);
+        assert_eq!(of("99999999999999999999999"), Some(Duration::MAX));
+        assert_eq!((of("soon"), of("")), (None, None));
         assert_eq!(of("-1"), None);
+    }
+
+    #[test]
+    fn a_part_is_the_whole_if_it_is() {
+        let whole = |range: &str| is_whole(&HeaderMap::from_iter([(CONTENT_RANGE, range.parse().unwrap())]));
+        assert!(whole("bytes 0-99/100") && whole(" bytes  0-0/1 "));
+        for part in ["bytes 0-98/100", "bytes 1-99/100", "bytes 0-99/*", "bytes */100", "bytes 0-0/0", "x", "", "bytes 0-99"] {
+            assert!(!whole(part), "{part}");
+        }
+        assert!(!is_whole(&HeaderMap::new()));
     }
 
     #[test]

@@ -1,11 +1,14 @@
-//! Politeness: how many requests a host gets at once and how fast, and what a 429 changes.
+//! Politeness and patience: how many requests a host gets at once and how fast, what a 429 changes, and when a host is given up.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use capfilt_schemas::FetchStatus;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until};
+
+use super::Failure;
 
 /// The spacing after the first 429, the longest one, and how many good answers in a row it takes to shorten it again.
 const FIRST_SPACING: Duration = Duration::from_millis(200);
@@ -13,6 +16,7 @@ const MAX_SPACING: Duration = Duration::from_secs(10);
 const TRUST_AFTER: u32 = 30;
 /// A host that answers 429 this often in a row, however slowly it is asked, is left alone for [`LEFT_ALONE`].
 const GIVE_UP_AFTER: u32 = 16;
+/// How long a host is left alone that asked for it, or that is dead.
 const LEFT_ALONE: Duration = Duration::from_secs(600);
 /// A host is not left alone for longer than this, whatever it asks for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
@@ -46,13 +50,10 @@ struct Pace {
     spacing: Duration,
     good_in_a_row: u32,
     limited_in_a_row: u32,
-    /// Nothing is asked of the host before this.
-    shut_until: Option<Instant>,
+    silent_in_a_row: u32,
+    /// Nothing is asked of the host before this; whoever comes gets the failure.
+    shut: Option<(Instant, Failure)>,
 }
-
-/// The host is left alone for now: it asked for a long pause, or answers 429 to everything.
-#[derive(Debug)]
-pub(super) struct Shut;
 
 /// The right to one request; it ends when this is dropped.
 pub(super) struct Slot {
@@ -69,16 +70,19 @@ impl Hosts {
     /// Waits until a request to `host` may start. `delay` is the host's own wish for the time between two requests.
     ///
     /// # Errors
-    /// [`Shut`], as soon as it is known.
-    pub(super) async fn enter(&self, host: &str, delay: Duration) -> Result<Slot, Shut> {
+    /// The host is left alone for now: it asked for a long pause, answers 429 to everything, or is dead. Then the failure is the one that
+    /// showed it, so that a row says the same whether it came before or after.
+    pub(super) async fn enter(&self, host: &str, delay: Duration) -> Result<Slot, Failure> {
         let host = self.host(host);
         let permit = Arc::clone(&host.slots).acquire_owned().await.ok();
         loop {
             let wait_until = {
                 let mut pace = host.pace();
                 let now = Instant::now();
-                if pace.shut_until.is_some_and(|until| until > now) {
-                    return Err(Shut);
+                if let Some((until, failure)) = &pace.shut
+                    && *until > now
+                {
+                    return Err(failure.clone());
                 }
                 if pace.next <= now {
                     pace.next = now + self.spacing.max(pace.spacing).max(delay);
@@ -101,8 +105,14 @@ impl Hosts {
             known.hosts.retain(|_, host| Arc::strong_count(host) > 1 || host.pace().next + IDLE > now);
             known.limit = KEPT_HOSTS.max(known.hosts.len() * 2);
         }
-        let pace =
-            Pace { next: Instant::now(), spacing: Duration::ZERO, good_in_a_row: 0, limited_in_a_row: 0, shut_until: None };
+        let pace = Pace {
+            next: Instant::now(),
+            spacing: Duration::ZERO,
+            good_in_a_row: 0,
+            limited_in_a_row: 0,
+            silent_in_a_row: 0,
+            shut: None,
+        };
         let host = Arc::new(Host { slots: Arc::new(Semaphore::new(self.at_once)), pace: Mutex::new(pace) });
         known.hosts.insert(name.to_owned(), Arc::clone(&host));
         host
@@ -121,21 +131,41 @@ impl Slot {
     pub(super) fn too_fast(&self, pause: Duration, longest: Duration) {
         let mut pace = self.host.pace();
         pace.limited_in_a_row += 1;
-        if pause > longest {
-            pace.shut_until = Some(Instant::now() + pause.min(LONGEST_PAUSE));
+        let shut_for = if pause > longest {
+            Some(pause.min(LONGEST_PAUSE))
         } else if pace.limited_in_a_row >= GIVE_UP_AFTER {
             pace.limited_in_a_row = 0;
-            pace.shut_until = Some(Instant::now() + LEFT_ALONE);
+            Some(LEFT_ALONE)
+        } else {
+            None
+        };
+        if let Some(shut_for) = shut_for {
+            let failure = Failure::new(FetchStatus::RateLimited, "the host limits its rate and is left alone");
+            pace.shut = Some((Instant::now() + shut_for, Failure { may_pass: false, ..failure }));
         }
         pace.spacing = (pace.spacing * 2).clamp(FIRST_SPACING, MAX_SPACING);
         pace.next = pace.next.max(Instant::now() + pause.min(longest));
         pace.good_in_a_row = 0;
     }
 
+    /// The host gave no sign of life. After `most` requests like this one it is left alone, and then again after each further one.
+    pub(super) fn silent(&self, failure: &Failure, most: u32) {
+        let mut pace = self.host.pace();
+        pace.silent_in_a_row = pace.silent_in_a_row.saturating_add(1);
+        if most > 0 && pace.silent_in_a_row >= most {
+            pace.shut = Some((Instant::now() + LEFT_ALONE, Failure { may_pass: false, ..failure.clone() }));
+        }
+    }
+
+    /// The host answered, whatever it was.
+    pub(super) fn heard(&self) {
+        self.host.pace().silent_in_a_row = 0;
+    }
+
     /// The host answered well; after some of these it is trusted with a little more again.
     pub(super) fn fine(&self) {
         let mut pace = self.host.pace();
-        pace.limited_in_a_row = 0;
+        (pace.limited_in_a_row, pace.silent_in_a_row) = (0, 0);
         pace.good_in_a_row += 1;
         if pace.good_in_a_row >= TRUST_AFTER {
             pace.good_in_a_row = 0;
@@ -215,10 +245,33 @@ mod tests {
         (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(Duration::ZERO, longest));
         slot.fine();
         (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(Duration::ZERO, longest));
-        assert!(hosts.host("never").pace().shut_until.is_none(), "a good answer in between");
+        assert!(hosts.host("never").pace().shut.is_none(), "a good answer in between");
         slot.too_fast(Duration::ZERO, longest);
         assert!(hosts.enter("never", Duration::ZERO).await.is_err());
         assert!(hosts.enter("other", Duration::ZERO).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dead_host_is_given_up_and_tried_again_later() {
+        let hosts = Hosts::new(4, 1000.0);
+        let dead = Failure::new(FetchStatus::Timeout, "no sign");
+        let slot = hosts.enter("dead", Duration::ZERO).await.unwrap();
+        (0..3).for_each(|_| slot.silent(&dead, 4));
+        slot.heard();
+        (0..3).for_each(|_| slot.silent(&dead, 4));
+        assert!(hosts.enter("dead", Duration::ZERO).await.is_ok(), "an answer in between");
+        slot.silent(&dead, 4);
+        let failure = hosts.enter("dead", Duration::ZERO).await.err().unwrap();
+        assert_eq!((failure.status, failure.reason.as_str(), failure.may_pass), (FetchStatus::Timeout, "no sign", false));
+        tokio::time::advance(LEFT_ALONE).await;
+        hosts.enter("dead", Duration::ZERO).await.unwrap().silent(&dead, 4);
+        assert!(hosts.enter("dead", Duration::ZERO).await.is_err(), "one trial is enough");
+        tokio::time::advance(LEFT_ALONE).await;
+        hosts.enter("dead", Duration::ZERO).await.unwrap().heard();
+        slot.silent(&dead, 4);
+        assert!(hosts.enter("dead", Duration::ZERO).await.is_ok());
+        (0..100).for_each(|_| slot.silent(&dead, 0));
+        assert!(hosts.enter("dead", Duration::ZERO).await.is_ok(), "never, if so told");
     }
 
     #[test]

@@ -1,24 +1,37 @@
-//! Asking the web politely: one client for the whole process, robots.txt, pace by host, redirects, deadlines, further attempts.
+//! Asking the web politely, and never for ever: one client for the whole process, robots.txt, opt-out lists, pace by host, redirects,
+//! deadlines, further attempts.
+//!
+//! However servers behave, an address takes at most `deadline`. Without waits for the host's turn it takes at most
+//! `(retries + 1) × timeout + retries × max(max_retry_after, 10 s)`, and as much again for the site's robots.txt if it was not known.
+//! A fetch task with `n` rows, of which `AHEAD` are on their way at once, so ends within `ceil(n / AHEAD) × deadline` and the time that
+//! decoding takes.
 
+mod dns;
 mod exchange;
+mod guard;
 mod hosts;
+mod probe;
 mod robots;
 mod rules;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use capfilt_schemas::FetchStatus;
-use reqwest::Client;
+use capfilt_schemas::{Digest, FetchStatus};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
 pub(crate) use exchange::{Answer, Want};
+pub use probe::Probe;
 
 use crate::CrawlError;
 use crate::config::{CrawlerWorkerConfig, WebConfig};
-use exchange::{Budget, Reply, client, exchange};
+use crate::opt_out::OptOuts;
+use crate::room::{Place, Taken};
+use exchange::{Budget, Clients, Reply, Route, exchange};
 use hosts::{Hosts, Slot};
 use robots::{Robots, Site};
 #[cfg(any(test, feature = "fuzz"))]
@@ -26,17 +39,37 @@ pub(crate) use rules::Rules;
 
 /// Longest wait between two attempts where the server names none.
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
+/// Waits for open files to become free: the first, and the longest.
+const FILES_BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
 
 /// The web, as all stages of the process share it: what one learns of a host (its rules, its pace), the others keep to. Cheap to clone.
 #[derive(Clone)]
-pub struct Web(Arc<Inner>);
+pub struct Web {
+    inner: Arc<Inner>,
+    /// Addresses that are not asked for, whoever wants them.
+    opt_outs: Arc<OptOuts>,
+}
 
 struct Inner {
-    client: Client,
+    route: Route,
+    clients: Mutex<HashMap<Duration, Clients>>,
     hosts: Hosts,
     robots: Robots,
     connections: Arc<Semaphore>,
+    /// The opt-out lists that were read, by their digests.
+    opt_outs: Mutex<HashMap<Vec<Digest>, Arc<OnceCell<Arc<OptOuts>>>>>,
     settings: CrawlerWorkerConfig,
+}
+
+/// What is asked for, beside the address.
+#[derive(Clone, Copy)]
+struct Ask<'a> {
+    config: &'a WebConfig,
+    want: Want,
+    max_body: usize,
+    robots: bool,
+    /// Where the result will wait for earlier ones.
+    place: Option<&'a Place>,
 }
 
 /// Why there is no answer.
@@ -49,13 +82,22 @@ pub(crate) struct Failure {
     retry_after: Option<Duration>,
     /// Whether the same request may succeed later.
     may_pass: bool,
+    /// Whether the host gave no sign of life.
+    silent: bool,
+    /// Whether it is this machine that could not: the attempt does not count.
+    ours: bool,
 }
 
 impl Failure {
     pub(crate) fn new(status: FetchStatus, reason: impl Into<String>) -> Self {
         use FetchStatus as S;
         let may_pass = matches!(status, S::Dns | S::Connect | S::Timeout | S::Truncated | S::RateLimited | S::HttpServer);
-        Self { status, http_status: None, reason: reason.into(), retry_after: None, may_pass }
+        Self { status, http_status: None, reason: reason.into(), retry_after: None, may_pass, silent: false, ours: false }
+    }
+
+    /// The process has no file left for another connection.
+    fn out_of_files() -> Self {
+        Self { ours: true, ..Self::new(FetchStatus::Connect, "too many open files") }
     }
 }
 
@@ -66,37 +108,100 @@ impl Web {
     /// [`CrawlError::Config`] or [`CrawlError::Client`].
     pub fn new(config: &CrawlerWorkerConfig) -> Result<Self, CrawlError> {
         config.check()?;
-        Ok(Self(Arc::new(Inner {
-            client: client(config)?,
+        let inner = Inner {
+            route: Route::new(config)?,
+            clients: Mutex::default(),
             hosts: Hosts::new(config.per_host, config.requests_per_second),
             robots: Robots::default(),
             connections: Arc::new(Semaphore::new(config.connections)),
+            opt_outs: Mutex::default(),
             settings: config.clone(),
-        })))
+        };
+        let connect_timeout = WebConfig::default().connect_timeout;
+        let clients = inner.route.clients(connect_timeout)?;
+        inner.clients.lock().unwrap_or_else(PoisonError::into_inner).insert(connect_timeout, clients);
+        Ok(Self { inner: Arc::new(inner), opt_outs: Arc::default() })
+    }
+
+    /// The same web without the addresses that the opt-out lists of a config name. Lists with the same digests are read once.
+    ///
+    /// # Errors
+    /// [`CrawlError::WrongFile`], [`CrawlError::Read`], [`CrawlError::Format`].
+    pub(crate) async fn without(&self, config: &WebConfig, digests: &[Digest]) -> Result<Self, CrawlError> {
+        if config.opt_out_lists.is_empty() {
+            return Ok(self.whole());
+        }
+        let cell = {
+            let mut lists = self.inner.opt_outs.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(lists.entry(digests.to_vec()).or_default())
+        };
+        let read = || async {
+            let (paths, digests) = (config.opt_out_lists.clone(), digests.to_vec());
+            let read = tokio::task::spawn_blocking(move || OptOuts::load(&paths, &digests)).await;
+            read.map_err(|e| CrawlError::Client(e.to_string()))?.map(Arc::new)
+        };
+        Ok(Self { opt_outs: Arc::clone(cell.get_or_try_init(read).await?), ..self.clone() })
+    }
+
+    fn whole(&self) -> Self {
+        Self { opt_outs: Arc::default(), ..self.clone() }
     }
 
     pub(crate) fn settings(&self) -> &CrawlerWorkerConfig {
-        &self.0.settings
+        &self.inner.settings
     }
 
-    /// The body at `url`, after redirects, as [`Want`] says; `max_body` bytes of it at most.
+    /// The addresses of a host's name, as the built-in resolver finds them (fixed ones in `resolve` are not looked at).
     ///
-    /// It ends within `(retries + 1) × timeout`, the waits between the attempts (`Retry-After` up to its cap), and the waits for a turn
-    /// at the host.
-    pub(crate) async fn get(&self, url: &Url, config: &WebConfig, want: Want, max_body: usize) -> Result<Answer, Failure> {
-        self.ask(url, config, want, max_body, config.robots).await
+    /// # Errors
+    /// A sentence that says why there are none.
+    pub async fn addresses(&self, name: &str) -> Result<Vec<IpAddr>, String> {
+        self.inner.route.dns().addresses(name).await.map(|found| found.to_vec()).map_err(|e| e.to_string())
     }
 
-    async fn ask(&self, url: &Url, config: &WebConfig, want: Want, max_body: usize, robots: bool) -> Result<Answer, Failure> {
-        let mut attempt = 0;
+    /// The body at `url`, after redirects, as [`Want`] says; `max_body` bytes of it at most. It ends within `deadline`.
+    pub(crate) async fn get(&self, url: &Url, config: &WebConfig, want: Want, max_body: usize) -> Result<Answer, Failure> {
+        self.within_deadline(url, Ask { config, want, max_body, robots: config.robots, place: None }).await
+    }
+
+    /// As [`Web::get`]; room for the result is taken when all other waiting is over, and comes with the answer.
+    pub(crate) async fn get_into(
+        &self,
+        place: &Place,
+        url: &Url,
+        config: &WebConfig,
+        want: Want,
+        max_body: usize,
+    ) -> Result<Answer, Failure> {
+        self.within_deadline(url, Ask { config, want, max_body, robots: config.robots, place: Some(place) }).await
+    }
+
+    async fn within_deadline(&self, url: &Url, ask: Ask<'_>) -> Result<Answer, Failure> {
+        let late = || Failure { may_pass: false, ..Failure::new(FetchStatus::Timeout, "the deadline for the address passed") };
+        tokio::time::timeout(ask.config.deadline, self.ask(url, ask)).await.unwrap_or_else(|_| Err(late()))
+    }
+
+    async fn ask(&self, url: &Url, ask: Ask<'_>) -> Result<Answer, Failure> {
+        let config = ask.config;
+        let (mut attempt, mut pause) = (0, FILES_BACKOFF[0]);
         loop {
-            let failure = match self.attempt(url, config, want, max_body, robots).await {
+            let failure = match self.attempt(url, ask, attempt).await {
                 Ok(answer) => return Ok(answer),
                 Err(failure) => failure,
             };
-            let wait = failure.retry_after.unwrap_or_else(|| backoff(url, attempt, config.backoff));
-            // To ask earlier than the server wants would be rude; to wait for as long as any server wants would be endless.
-            let too_long = failure.retry_after.is_some_and(|wait| wait > config.max_retry_after);
+            if failure.ours {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(FILES_BACKOFF[1]);
+                continue;
+            }
+            let backoff = backoff(url, attempt, config.backoff);
+            let (wait, too_long) = match failure.retry_after {
+                // The resolver knows when it is worth asking again, and nobody is hurt by waiting longer.
+                Some(wait) if failure.status == FetchStatus::Dns => (wait.max(backoff), false),
+                // To ask earlier than the server wants would be rude; to wait for as long as any server wants would be endless.
+                Some(wait) => (wait, wait > config.max_retry_after),
+                None => (backoff, false),
+            };
             if attempt >= config.retries || !failure.may_pass || too_long {
                 return Err(failure);
             }
@@ -105,20 +210,33 @@ impl Web {
         }
     }
 
-    /// One attempt: the request and the redirects that it leads to, each allowed by its own site.
-    async fn attempt(&self, url: &Url, config: &WebConfig, want: Want, max_body: usize, robots: bool) -> Result<Answer, Failure> {
+    /// One attempt, number `number` from 0: the request and the redirects that it leads to, each allowed by its own site.
+    async fn attempt(&self, url: &Url, ask: Ask<'_>, number: u32) -> Result<Answer, Failure> {
+        let Ask { config, want, max_body, robots, place } = ask;
+        let clients = self.clients(config)?;
+        let client = if number == 0 { &clients.keeping } else { &clients.fresh };
         let mut budget = Budget::new(config.timeout);
         let mut seen = vec![url.clone()];
         loop {
             let Some(url) = seen.last().cloned() else { return Err(Failure::new(FetchStatus::BadUrl, "no address")) };
+            if self.opt_outs.name(&url) {
+                return Err(Failure::new(FetchStatus::OptOut, "an opt-out list names the address"));
+            }
+            if !self.inner.route.admits(&url) {
+                return Err(Failure::new(FetchStatus::ForbiddenAddress, "the host is not on the public internet"));
+            }
             let delay = if robots { self.permission(&url, config).await? } else { Duration::ZERO };
-            let (slot, place) = self.turn(&url, delay).await?;
-            let ask = async |left| exchange(&self.0.client, &url, config, want, max_body, left).await;
-            let reply = budget.spend(ask).await;
+            let (slot, room, connection) = self.turn(&url, delay, place).await?;
+            let reply = budget.spend(async |left| exchange(client, &url, config, want, max_body, left).await).await;
+            match &reply {
+                Err(failure) if failure.silent => slot.silent(failure, config.give_up_host_after),
+                Err(failure) if failure.ours || matches!(failure.status, FetchStatus::Dns | FetchStatus::ForbiddenAddress) => {}
+                _ => slot.heard(),
+            }
             match reply {
                 Ok(Reply::Answer(answer)) => {
                     slot.fine();
-                    return Ok(Answer { _place: Some(place), ..answer });
+                    return Ok(Answer { _connection: Some(connection), room, ..answer });
                 }
                 Ok(Reply::Redirect(target)) => {
                     if seen.contains(&target) {
@@ -143,7 +261,7 @@ impl Web {
 
     /// Whether the site allows the address, and the spacing it wishes.
     async fn permission(&self, url: &Url, config: &WebConfig) -> Result<Duration, Failure> {
-        match self.0.robots.of(self, url, config).await {
+        match self.inner.robots.of(self, url, config).await {
             Site::Rules(rules) if rules.allow(url) => Ok(rules.delay),
             Site::Rules(_) => {
                 Err(Failure::new(FetchStatus::Robots, format!("robots.txt of {} forbids it", url.host_str().unwrap_or_default())))
@@ -155,22 +273,41 @@ impl Web {
 
     /// The addresses of the sitemaps that the site's robots.txt names.
     pub(crate) async fn sitemaps(&self, url: &Url, config: &WebConfig) -> Vec<Url> {
-        match self.0.robots.of(self, url, config).await {
-            Site::Rules(rules) => rules.sitemaps.iter().filter_map(|s| url.join(s).ok()).collect(),
-            Site::Closed(_) => Vec::new(),
+        match tokio::time::timeout(config.deadline, self.inner.robots.of(self, url, config)).await {
+            Ok(Site::Rules(rules)) => rules.sitemaps.iter().filter_map(|s| url.join(s).ok()).collect(),
+            Ok(Site::Closed(_)) | Err(_) => Vec::new(),
         }
     }
 
-    /// A turn at the host first, a connection then: who waits for a slow host holds up nobody else.
-    async fn turn(&self, url: &Url, delay: Duration) -> Result<(Slot, OwnedSemaphorePermit), Failure> {
+    fn clients(&self, config: &WebConfig) -> Result<Clients, Failure> {
+        let mut clients = self.inner.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(clients) = clients.get(&config.connect_timeout) {
+            return Ok(clients.clone());
+        }
+        let made = self.inner.route.clients(config.connect_timeout);
+        let made = made.map_err(|e| Failure { may_pass: false, ..Failure::new(FetchStatus::Connect, e.to_string()) })?;
+        Ok(clients.entry(config.connect_timeout).or_insert(made).clone())
+    }
+
+    /// A turn at the host first, room for the result and a connection then: who waits for a slow host holds up nobody else, and who waits
+    /// for room holds nothing.
+    async fn turn(
+        &self,
+        url: &Url,
+        delay: Duration,
+        place: Option<&Place>,
+    ) -> Result<(Slot, Option<Taken>, OwnedSemaphorePermit), Failure> {
         let host = format!("{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default());
-        let shut = |_| Failure {
-            may_pass: false,
-            ..Failure::new(FetchStatus::RateLimited, "the host limits its rate and is left alone")
+        let (slot, room) = loop {
+            let Some(place) = place else { break (self.inner.hosts.enter(&host, delay).await?, None) };
+            place.wait().await;
+            let slot = self.inner.hosts.enter(&host, delay).await?;
+            if let Some(room) = place.try_take() {
+                break (slot, Some(room));
+            }
         };
-        let slot = self.0.hosts.enter(&host, delay).await.map_err(shut)?;
-        let connection = Arc::clone(&self.0.connections).acquire_owned().await;
-        Ok((slot, connection.map_err(|_| Failure::new(FetchStatus::Connect, "the client is closed"))?))
+        let connection = Arc::clone(&self.inner.connections).acquire_owned().await;
+        Ok((slot, room, connection.map_err(|_| Failure::new(FetchStatus::Connect, "the client is closed"))?))
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::sync::OnceCell;
 use url::Url;
 
 use super::rules::{MAX_BYTES, Rules};
-use super::{Failure, Want, Web};
+use super::{Ask, Failure, Want, Web};
 use crate::config::WebConfig;
 
 /// How long a robots.txt counts (RFC 9309, 2.4), and how long it counts that there was none to be had.
@@ -42,7 +42,8 @@ impl Robots {
     pub(super) async fn of(&self, web: &Web, url: &Url, config: &WebConfig) -> Site {
         let key = format!("{} {}", config.token(), url.origin().ascii_serialization());
         let cell = self.entry(key);
-        cell.get_or_init(|| Box::pin(fetch(web, url, config))).await.clone()
+        // What it says does not depend on who asks, and is for all: so no opt-out list counts.
+        cell.get_or_init(|| Box::pin(fetch(web.whole(), url, config))).await.clone()
     }
 
     fn entry(&self, key: String) -> Arc<OnceCell<Site>> {
@@ -74,14 +75,19 @@ impl Entry {
 
 /// RFC 9309, 2.3.1: an answer of 4xx means that there are no rules; a server that fails, or cannot be reached, closes its site. So do
 /// 429 and an endless redirect. After a network failure the status tells what failed, so that a dead host is not taken for a closed one.
-async fn fetch(web: &Web, url: &Url, config: &WebConfig) -> Site {
+async fn fetch(web: Web, url: &Url, config: &WebConfig) -> Site {
     let Ok(robots_url) = url.join("/robots.txt") else { return Site::Rules(Arc::default()) };
-    match web.ask(&robots_url, config, Want::Text, MAX_BYTES, false).await {
+    let ask = Ask { config, want: Want::Text, max_body: MAX_BYTES, robots: false, place: None };
+    match web.ask(&robots_url, ask).await {
         Ok(answer) => Site::Rules(Arc::new(Rules::parse(&answer.body, config.token()))),
         Err(failure) if failure.status == FetchStatus::HttpClient => Site::Rules(Arc::default()),
         Err(failure) => {
             let status = match failure.status {
-                FetchStatus::Dns | FetchStatus::Connect | FetchStatus::Tls | FetchStatus::Timeout => failure.status,
+                FetchStatus::Dns
+                | FetchStatus::ForbiddenAddress
+                | FetchStatus::Connect
+                | FetchStatus::Tls
+                | FetchStatus::Timeout => failure.status,
                 _ => FetchStatus::Robots,
             };
             let reason = format!("robots.txt could not be had: {}", failure.reason);

@@ -152,7 +152,7 @@ async fn every_address_ends_with_its_status() {
     let urls: Vec<String> = cases.iter().map(|c| c.0.to_owned()).collect();
     let stage = Fetch::new(Web::new(&route).unwrap());
     let begin = Instant::now();
-    let (rows, facts) = run(&stage, &config().params("now"), selected(&urls)).await.unwrap();
+    let (rows, facts) = run(&stage, &config().params("now").unwrap(), selected(&urls)).await.unwrap();
     // (1 + retries) × timeout, the longest Retry-After, and room for a busy machine.
     assert!(begin.elapsed() < Duration::from_secs(120), "{:?}", begin.elapsed());
 
@@ -201,7 +201,7 @@ async fn rows_hold_the_image_as_configured() {
     let image = ImageConfig { size: 24, format: StoredFormat::Png, ..ImageConfig::default() };
     let config = FetchConfig { image, ..config() };
     let stage = Fetch::new(Web::new(&worker(server.address)).unwrap());
-    let (rows, _) = run(&stage, &config.params("now"), selected(&["http://a.test/x#fragment".to_owned()])).await.unwrap();
+    let (rows, _) = run(&stage, &config.params("now").unwrap(), selected(&["http://a.test/x#fragment".to_owned()])).await.unwrap();
     let number = |name: &str| rows.column_by_name(name).unwrap().as_primitive::<UInt32Type>().value(0);
     assert_eq!([number("width"), number("height"), number("original_width"), number("original_height")], [32, 24, 64, 48]);
     assert_eq!(texts(&rows, "format"), ["png"]);
@@ -231,7 +231,7 @@ async fn the_same_rows_come_out_whatever_the_speed_and_hosts_are_not_crowded() {
         let server = Server::start(crowd).await;
         let route = CrawlerWorkerConfig { connections, per_host, buffer, ..worker(server.address) };
         let stage = Fetch::new(Web::new(&route).unwrap());
-        let (rows, _) = run(&stage, &config().params("now"), selected(&urls)).await.unwrap();
+        let (rows, _) = run(&stage, &config().params("now").unwrap(), selected(&urls)).await.unwrap();
         assert!(texts(&rows, "status").iter().all(|s| s == "ok"));
         for host in ["slow.test", "h0.test", "h1.test"] {
             assert!(server.most_at_once(host) <= per_host, "{host}: {}", server.most_at_once(host));
@@ -260,7 +260,7 @@ async fn a_host_that_limits_its_rate_gives_all_its_images() {
     let urls: Vec<String> = (0..12).map(|i| format!("http://limited.test/{i}")).collect();
     let stage = Fetch::new(Web::new(&worker(server.address)).unwrap());
     let config = FetchConfig { web: WebConfig { retries: 4, ..web() }, ..config() };
-    let (rows, _) = run(&stage, &config.params("now"), selected(&urls)).await.unwrap();
+    let (rows, _) = run(&stage, &config.params("now").unwrap(), selected(&urls)).await.unwrap();
     assert_eq!(texts(&rows, "status"), vec!["ok"; 12]);
     assert!(server.asked().len() < 40, "it slows down instead of knocking: {}", server.asked().len());
 }
@@ -271,7 +271,7 @@ async fn manners_can_be_set() {
     let urls = ["http://a.test/private/x.png", "http://a.test/noai"].map(str::to_owned);
     let stage = Fetch::new(Web::new(&worker(server.address)).unwrap());
     let rude = WebConfig { robots: false, opt_out: false, agent: "testbot/9 (someone@a.test)".to_owned(), ..web() };
-    let (rows, _) = run(&stage, &FetchConfig { web: rude, ..config() }.params("now"), selected(&urls)).await.unwrap();
+    let (rows, _) = run(&stage, &FetchConfig { web: rude, ..config() }.params("now").unwrap(), selected(&urls)).await.unwrap();
     assert_eq!(texts(&rows, "status"), ["ok", "ok"]);
     assert_eq!(server.hits("a.test/robots.txt"), 0);
     let named = Server::start(|r| match r.path.as_str() {
@@ -282,7 +282,7 @@ async fn manners_can_be_set() {
     .await;
     let stage = Fetch::new(Web::new(&worker(named.address)).unwrap());
     let agent = |agent: &str, robots| {
-        FetchConfig { web: WebConfig { agent: agent.to_owned(), robots, ..web() }, ..config() }.params("now")
+        FetchConfig { web: WebConfig { agent: agent.to_owned(), robots, ..web() }, ..config() }.params("now").unwrap()
     };
     let one = selected(&urls[1..]);
     let (rows, _) = run(&stage, &agent("testbot/9 (someone@a.test)", true), one.clone()).await.unwrap();
@@ -303,7 +303,7 @@ async fn a_plain_proxy_is_asked_for_everything() {
     .await;
     let route = CrawlerWorkerConfig { proxy: Some(format!("http://{}", proxy.address)), ..CrawlerWorkerConfig::default() };
     let stage = Fetch::new(Web::new(&route).unwrap());
-    let (rows, _) = run(&stage, &config().params("now"), selected(&["http://far.test/x.png?q=1".to_owned()])).await.unwrap();
+    let (rows, _) = run(&stage, &config().params("now").unwrap(), selected(&["http://far.test/x.png?q=1".to_owned()])).await.unwrap();
     assert_eq!(texts(&rows, "status"), ["ok"]);
 }
 

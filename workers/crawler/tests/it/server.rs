@@ -15,6 +15,8 @@ pub(crate) struct Request {
     pub(crate) path: String,
     /// How often this address was asked for before.
     pub(crate) before: usize,
+    /// How many requests came over this connection before.
+    pub(crate) nth: usize,
     pub(crate) head: String,
 }
 
@@ -75,7 +77,12 @@ impl Server {
         let counts = Arc::new(Mutex::new(Counts::default()));
         let (shared, answer) = (Arc::clone(&counts), Arc::new(answer));
         let task = tokio::spawn(async move {
-            while let Ok((connection, _)) = listener.accept().await {
+            loop {
+                let Ok((connection, _)) = listener.accept().await else {
+                    // Too many open files, perhaps: others will close theirs.
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    continue;
+                };
                 let (shared, answer) = (Arc::clone(&shared), Arc::clone(&answer));
                 tokio::spawn(async move { serve(connection, &shared, &*answer).await });
             }
@@ -106,10 +113,12 @@ impl Drop for Server {
 }
 
 async fn serve(mut connection: TcpStream, counts: &Mutex<Counts>, answer: &(dyn Fn(&Request) -> Reply + Send + Sync)) {
+    let mut nth = 0;
     while let Some(head) = read_head(&mut connection).await {
         let path = head.split(' ').nth(1).unwrap_or("/").to_owned();
         let host =
             head.lines().find_map(|l| l.to_ascii_lowercase().strip_prefix("host: ").map(str::to_owned)).unwrap_or_default();
+        let host = host.split(':').next().unwrap_or_default().to_owned();
         let address = format!("{host}{path}");
         let before = {
             let mut counts = counts.lock().unwrap();
@@ -123,7 +132,8 @@ async fn serve(mut connection: TcpStream, counts: &Mutex<Counts>, answer: &(dyn 
             *hits += 1;
             *hits - 1
         };
-        let reply = answer(&Request { host: host.clone(), path, before, head });
+        let reply = answer(&Request { host: host.clone(), path, before, nth, head });
+        nth += 1;
         let go_on = send(&mut connection, reply).await;
         *counts.lock().unwrap().live.entry(host).or_default() -= 1;
         if !go_on {
