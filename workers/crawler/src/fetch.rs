@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow::array::{AsArray, RecordBatch};
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
-use capfilt_schemas::{FetchStatus, StageKind, Table, column};
+use capfilt_schemas::{FetchStatus, StageKind};
+use capfilt_store::TakenDown;
 use futures::{StreamExt, TryStreamExt, stream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
@@ -13,6 +13,7 @@ use url::Url;
 use crate::config::{FetchConfig, ImageConfig, Reencode, ResizeMode, StoredFormat};
 use crate::image::{self, Refused};
 use crate::params::FetchParams;
+use crate::retry::Rows;
 use crate::rows::{ImageColumns, Outcome};
 use crate::traffic::Traffic;
 use crate::web::{Want, Web};
@@ -44,44 +45,53 @@ impl Fetch {
         self.traffic.clone()
     }
 
-    fn start(&self, work: &Work, input: RowStream) -> Result<RowStream, StageError> {
-        let config = Arc::new(work.params::<FetchParams>()?.fetch);
-        let memory = self.web.settings().buffer / UNIT;
-        let largest = (largest_result(&config) / UNIT + 1).min(memory.max(1)).min(u32::MAX as usize) as u32;
-        let room = Arc::new(Semaphore::new(memory.clamp(1, Semaphore::MAX_PERMITS)));
-        let (web, traffic, facts) = (self.web.clone(), self.traffic.clone(), work.facts.clone());
+    async fn start(web: Web, traffic: Traffic, work: Work, input: RowStream) -> Result<RowStream, StageError> {
+        let FetchParams { fetch: config, retry, .. } = work.params()?;
+        let config = Arc::new(config);
+        // What was taken down is a fact of the store, as what a server answers is one of the web: it is in the rows, not in the name.
+        let taken_down = Arc::new(work.store.taken_down().await?);
+        let memory = (web.settings().buffer / UNIT).clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
+        let room_for = move |bytes: usize| (bytes / UNIT + 1).min(memory) as u32;
+        let largest = largest_result(&config);
+        let room = Arc::new(Semaphore::new(memory));
+        let facts = work.facts.clone();
         let rows = input
-            .map_ok(|batch| {
-                let batch = Arc::new(batch);
-                stream::iter((0..batch.num_rows()).map(move |row| Ok((Arc::clone(&batch), row))))
-            })
+            .and_then(move |batch| std::future::ready(Rows::new(batch, retry.as_ref()).map(Arc::new)))
+            .map_ok(|rows| stream::iter((0..rows.len()).map(move |row| Ok((Arc::clone(&rows), row)))))
             .try_flatten();
         // Room for the largest result is taken in the order of the rows, and what is not needed is given back: so the earliest row
         // never waits for a later one.
         let results = rows
-            .and_then(move |row| {
+            .and_then(move |(rows, row)| {
                 let room = Arc::clone(&room);
-                async move { Ok((row, room.acquire_many_owned(largest).await.map_err(|_| StageError::Cancelled)?)) }
-            })
-            .map_ok(move |((batch, row), room)| {
-                let (web, traffic, config) = (web.clone(), traffic.clone(), Arc::clone(&config));
+                let bytes = if rows.wants(row) { largest } else { rows.held(row) };
                 async move {
-                    let url = batch
-                        .column_by_name(column::URL)
-                        .map_or_else(String::new, |c| c.as_string::<i32>().value(row).to_owned());
-                    let began = Instant::now();
-                    let outcome = fetch(&web, &url, &config).await?;
-                    traffic.record(&url, outcome.status, outcome.bytes_downloaded.unwrap_or(0), began.elapsed());
+                    let room = room.acquire_many_owned(room_for(bytes)).await.map_err(|_| StageError::Cancelled)?;
+                    Ok((rows, row, room))
+                }
+            })
+            .map_ok(move |(rows, row, room)| {
+                let (web, traffic) = (web.clone(), traffic.clone());
+                let (config, taken_down) = (Arc::clone(&config), Arc::clone(&taken_down));
+                async move {
+                    if !rows.wants(row) {
+                        return Ok((rows, row, None, room));
+                    }
+                    let (url, began) = (rows.url(row), Instant::now());
+                    let outcome = fetch(&web, url, &config, &taken_down).await?;
+                    traffic.record(url, outcome.status, outcome.bytes_downloaded.unwrap_or(0), began.elapsed());
                     let size = outcome.image.as_ref().map_or(0, |i| i.bytes.len());
-                    Ok((batch, row, outcome, shrunk(room, size)))
+                    Ok((rows, row, Some(outcome), shrunk(room, size)))
                 }
             })
             .try_buffered(AHEAD);
         let mut columns = ImageColumns::default();
-        let batches = results.try_filter_map(move |(batch, row, outcome, _room)| {
-            facts.add("bytes_downloaded", outcome.bytes_downloaded.unwrap_or(0));
-            columns.push(&outcome);
-            let done = (row + 1 == batch.num_rows()).then(|| samples(&batch, std::mem::take(&mut columns))).transpose();
+        let batches = results.try_filter_map(move |(rows, row, outcome, _room)| {
+            if let Some(outcome) = outcome {
+                facts.add("bytes_downloaded", outcome.bytes_downloaded.unwrap_or(0));
+                columns.push(&outcome);
+            }
+            let done = (row + 1 == rows.len()).then(|| rows.finish(std::mem::take(&mut columns))).transpose();
             std::future::ready(done)
         });
         Ok(batches.boxed())
@@ -94,7 +104,7 @@ impl Stage for Fetch {
     }
 
     fn process(&self, work: Work, input: RowStream) -> RowStream {
-        self.start(&work, input).unwrap_or_else(|e| stream::once(async { Err(e) }).boxed())
+        stream::once(Self::start(self.web.clone(), self.traffic.clone(), work, input)).try_flatten().boxed()
     }
 }
 
@@ -125,7 +135,10 @@ fn shrunk(mut room: OwnedSemaphorePermit, size: usize) -> OwnedSemaphorePermit {
 ///
 /// # Errors
 /// Only if the program is being stopped; whatever the web does is an outcome.
-async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>) -> Result<Outcome, StageError> {
+async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>, taken_down: &Arc<TakenDown>) -> Result<Outcome, StageError> {
+    if taken_down.covers_url(url) {
+        return Ok(Outcome::refused(Refused::new(FetchStatus::TakenDown, "the address was taken down"), None));
+    }
     let parsed = Url::parse(url).ok().filter(|u| matches!(u.scheme(), "http" | "https") && u.has_host());
     let Some(mut address) = parsed else {
         return Ok(Outcome::refused(Refused::new(FetchStatus::BadUrl, "not an absolute http or https address"), None));
@@ -135,10 +148,13 @@ async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>) -> Result<Outcom
         Ok(answer) => answer,
         Err(failure) => return Ok(Outcome::refused(Refused::new(failure.status, failure.reason), failure.http_status)),
     };
-    let config = Arc::clone(config);
+    let (config, taken_down) = (Arc::clone(config), Arc::clone(taken_down));
     on_rayon(move || {
         let http_status = Some(answer.http_status);
         match image::store(&answer.body, &config.image) {
+            Ok(image) if taken_down.covers_bytes(&image.sha256.to_string()) => {
+                Outcome::refused(Refused::new(FetchStatus::TakenDown, "the image was taken down"), None)
+            }
             Ok(image) => Outcome {
                 status: FetchStatus::Ok,
                 error: None,
@@ -150,11 +166,4 @@ async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>) -> Result<Outcom
         }
     })
     .await
-}
-
-/// The rows of a `selected` batch with their image columns.
-fn samples(selected: &RecordBatch, images: ImageColumns) -> Result<RecordBatch, StageError> {
-    let mut columns = selected.columns().to_vec();
-    columns.extend(images.finish());
-    Ok(RecordBatch::try_new(Table::Samples.schema(), columns)?)
 }

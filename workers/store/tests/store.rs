@@ -92,7 +92,7 @@ async fn an_object_that_was_damaged_is_mended_by_putting_it_again() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path().to_str().unwrap()).await.unwrap();
     let made = shard(&store, &[("a", 1.0)]).await;
-    let path = folder.path().join(store.object_path(Table::Evaluations, &made.digest).to_string());
+    let path = folder.path().join(store.locate(Table::Evaluations, &made.digest).await.unwrap().0.to_string());
     std::fs::write(&path, b"nonsense").unwrap();
     assert!(store.get_object(Table::Evaluations, &made.digest).await.is_err());
     assert_eq!(shard(&store, &[("a", 1.0)]).await, made);
