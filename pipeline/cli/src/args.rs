@@ -77,9 +77,11 @@ pub(crate) struct RunArgs {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "The samples are those that a first success would have given: captions, scores and the dataset follow for the \
+#[command(
+    after_help = "The samples are those that a first success would have given: captions, scores and the dataset follow for the \
                         shards that change. A retry that was interrupted goes on with the same command, or with `capfilt run`; \
-                        asked for again when it is over, it tries again what still fails.")]
+                        asked for again when it is over, it tries again what still fails."
+)]
 pub(crate) struct RetryArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
@@ -168,8 +170,10 @@ pub(crate) struct ExportArgs {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "Afterwards `capfilt run` builds a version without them, and `capfilt store sweep` removes their bytes from the store. \
-                        Models that were trained on them, and copies outside of the store, are not reached.")]
+#[command(
+    after_help = "Afterwards `capfilt run` builds a version without them, and `capfilt store sweep` removes their bytes from the store. \
+                        Models that were trained on them, and copies outside of the store, are not reached."
+)]
 pub(crate) struct TakedownArgs {
     /// The address of an image; `http` and `https` are the same; may be given many times
     #[arg(long, value_name = "URL")]

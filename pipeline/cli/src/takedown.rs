@@ -46,7 +46,8 @@ fn targets(args: &TakedownArgs) -> Result<Targets, Failure> {
     if let Some(path) = &args.file {
         let name = path.display();
         for (n, line) in lines(path).map_err(|e| Failure::Usage(format!("cannot read `{name}`: {e}")))?.lines().enumerate() {
-            let at = |e: StoreError| Failure::Usage(format!("`{name}`, line {}: {e}; write an address, a host or a SHA-256", n + 1));
+            let at =
+                |e: StoreError| Failure::Usage(format!("`{name}`, line {}: {e}; write an address, a host or a SHA-256", n + 1));
             targets.add_line(line).map_err(at)?;
         }
     }
@@ -91,9 +92,8 @@ fn told(takedown: &Takedown, found: &Reach, fresh: bool, dry_run: bool) -> Strin
         (false, true) => format!("takedown {n} covers:"),
         (false, false) => format!("the same was taken down before, as number {n}; it covers:"),
     }];
-    let images = |reached: &Reached, what: &str| {
-        format!("  {} images {what}, in {} shards", count(reached.rows), count(reached.shards))
-    };
+    let images =
+        |reached: &Reached, what: &str| format!("  {} images {what}, in {} shards", count(reached.rows), count(reached.shards));
     lines.push(images(&found.samples, "from the web"));
     if found.annotated.rows > 0 {
         lines.push(images(&found.annotated, "of annotated sets (their files are outside of the store: remove them there)"));
