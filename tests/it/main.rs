@@ -5,5 +5,7 @@ mod architecture;
 mod bad_input;
 mod crash;
 mod exports;
+mod retry;
 mod run;
+mod takedown;
 mod world;
