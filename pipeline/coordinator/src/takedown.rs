@@ -341,3 +341,6 @@ async fn unredacted(store: &Store, table: Table) -> Result<Vec<Digest>> {
     let there = store.shards(table).await?;
     Ok(there.into_iter().map(|(digest, _)| digest).filter(|d| !redacted.contains(d)).collect())
 }
+
+#[cfg(test)]
+mod tests;
