@@ -85,7 +85,8 @@ pub(crate) struct RunArgs {
 pub(crate) struct RetryArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
-    /// Statuses of the rows to fetch again; without it those that may pass: timeout, dns, connect, tls, truncated, http_429, http_5xx
+    /// Statuses of the rows to fetch again; without it those that may pass: `dns`, `connect`, `tls`, `timeout`, `http_429`, `http_5xx`,
+    /// `truncated`
     #[arg(long, value_name = "STATUS", value_delimiter = ',', num_args = 1)]
     pub(crate) status: Vec<String>,
     /// Show how many rows would be fetched again

@@ -4,6 +4,7 @@
 //! a shard that holds some is written again without them and named by a redaction, which every reader follows; then the shard goes.
 //! Rows keep their number and sample id, so that captions, scores and old versions still stand beside them.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -93,11 +94,13 @@ pub async fn reach(store: &Store, down: &TakenDown) -> Result<Reach> {
         for version in store.dataset_versions(&name).await? {
             let mut covered = 0;
             for shard in &version.shards {
-                if !pairs.contains_key(&shard.digest) {
-                    let rows = rows_covered(store, Table::Dataset, &shard.digest, down).await?.rows;
-                    pairs.insert(shard.digest, rows.len() as u64);
-                }
-                covered += pairs.get(&shard.digest).copied().unwrap_or(0);
+                covered += match pairs.entry(shard.digest) {
+                    Entry::Occupied(known) => *known.get(),
+                    Entry::Vacant(unknown) => {
+                        let rows = rows_covered(store, Table::Dataset, &shard.digest, down).await?.rows;
+                        *unknown.insert(rows.len() as u64)
+                    }
+                };
             }
             if covered > 0 {
                 reach.versions.push(ReachedVersion { dataset: name.clone(), version: version.version, pairs: covered });
