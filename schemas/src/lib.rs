@@ -14,8 +14,9 @@ mod task;
 
 pub use ids::{Digest, DigestError, RunId, TaskId, sample_id};
 pub use record::{
-    AliasEvent, Commit, DatasetRef, DatasetVersion, Failure, Funnel, Lineage, Output, RoundRecord, RoundResult, StatusCounts,
+    AliasEvent, Commit, DatasetRef, DatasetVersion, Failure, Funnel, Lineage, Output, Redaction, RetryRecord, RoundRecord,
+    RoundResult, StatusCounts, Takedown,
 };
 pub use status::{FetchStatus, Origin, RowStatus, TextSource};
-pub use table::{Table, column};
+pub use table::{REMOVED_URL, Table, column};
 pub use task::{Input, StageKind, Task};

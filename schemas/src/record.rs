@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Digest, Input, RunId, StageKind, Table, Task, TaskId};
+use crate::{Digest, FetchStatus, Input, RunId, StageKind, Table, Task, TaskId};
 
 /// Rows by status. `ok` is one of the keys.
 pub type StatusCounts = BTreeMap<String, u64>;
@@ -118,6 +118,63 @@ impl RoundResult {
     }
 }
 
+/// `runs/<run>/retries/<n>.json`: somebody asked for the rows of some statuses to be fetched again.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RetryRecord {
+    /// The run.
+    pub run: RunId,
+    /// 1 for the first retry of the run.
+    pub number: u64,
+    /// Rows with one of these are fetched again. Sorted, each once.
+    pub statuses: Vec<FetchStatus>,
+    /// The fetch settings that it was asked under: the name of a fetch task with them and without inputs. Under others it does not count.
+    pub settings: TaskId,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub asked_at_ms: u64,
+}
+
+impl RetryRecord {
+    /// What tells a retry from every other one, in the names of its tasks.
+    #[must_use]
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.run, self.number)
+    }
+}
+
+/// `takedowns/<n>.json`: what must not be in any dataset from now on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Takedown {
+    /// 1 for the first takedown of the store.
+    pub number: u64,
+    /// Addresses of images, without fragment. `http` and `https` are the same. Sorted, each once.
+    pub urls: Vec<String>,
+    /// Hosts, with all hosts below them. Sorted, each once.
+    pub hosts: Vec<String>,
+    /// SHA-256 of images as the server sent them (the column `sha256`). Sorted, each once.
+    pub sha256: Vec<Digest>,
+    /// Why, for the record.
+    pub reason: Option<String>,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub made_at_ms: u64,
+}
+
+/// `redactions/<table>/<from>.json`: a shard was replaced by one without what was taken down. Whoever asks for the shard gets that one.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Redaction {
+    /// The table.
+    pub table: Table,
+    /// The shard replaced. Records that name it stay as they are.
+    pub from: Digest,
+    /// Its replacement.
+    pub to: Output,
+    /// The rows of `from` that were emptied; in `dataset`, left out. Ascending.
+    pub rows: Vec<u32>,
+    /// How many takedowns there were.
+    pub takedowns: u64,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub made_at_ms: u64,
+}
+
 /// A dataset version by number and digest.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct DatasetRef {
@@ -170,6 +227,9 @@ pub struct DatasetVersion {
     pub funnel: Funnel,
     /// The `[build]` settings.
     pub settings: Value,
+    /// How many takedowns were in force when it was built.
+    #[serde(default)]
+    pub takedowns: u64,
     /// Where it came from.
     pub lineage: Lineage,
     /// Milliseconds since 1970-01-01 UTC. Not part of the digest.

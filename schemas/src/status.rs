@@ -83,6 +83,25 @@ closed_list! {
         TooSmall = "too_small",
         /// The image is more elongated than allowed.
         Aspect = "aspect",
+        /// The image was taken down: it is not fetched, or its bytes have been removed since.
+        TakenDown = "taken_down",
+    }
+}
+
+impl FetchStatus {
+    /// Whether the same request may well succeed at another time: what `capfilt retry` fetches again if it is not told otherwise.
+    #[must_use]
+    pub const fn is_transient(self) -> bool {
+        matches!(
+            self,
+            Self::Timeout | Self::Dns | Self::Connect | Self::Tls | Self::Truncated | Self::RateLimited | Self::HttpServer
+        )
+    }
+
+    /// Whether fetching again can change anything at all.
+    #[must_use]
+    pub const fn can_be_retried(self) -> bool {
+        !matches!(self, Self::Ok | Self::TakenDown)
     }
 }
 

@@ -45,6 +45,9 @@ pub mod column {
     pub const VALUE: &str = "value";
 }
 
+/// Stands in the column `url` of a row whose pair was taken down and swept.
+pub const REMOVED_URL: &str = "about:taken-down";
+
 /// A table of the house. Its name is a folder of the store, its schema a contract between two stages.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -6,5 +6,7 @@ mod bad_input;
 mod crash;
 mod download;
 mod exports;
+mod retry;
 mod run;
+mod takedown;
 mod world;

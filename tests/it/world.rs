@@ -5,7 +5,7 @@ use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use axum::body::Body;
 use axum::http::{Response, StatusCode, Uri};
@@ -28,6 +28,7 @@ pub(crate) struct World {
     pub(crate) folder: tempfile::TempDir,
     pub(crate) site: String,
     requests: Arc<AtomicU64>,
+    outage: Arc<AtomicBool>,
     _server: tokio::runtime::Runtime,
 }
 
@@ -105,6 +106,17 @@ fn answer(path: &str, pictures: usize) -> Response<Body> {
     }
 }
 
+/// The answer during an outage, to some of the pictures.
+fn busy(path: &str) -> Option<Response<Body>> {
+    let n: usize = path.strip_prefix("/img/")?.strip_suffix(".png")?.parse().ok()?;
+    let code = match n % 4 {
+        1 => StatusCode::SERVICE_UNAVAILABLE,
+        2 => StatusCode::TOO_MANY_REQUESTS,
+        _ => return None,
+    };
+    Some(Response::builder().status(code).body(Body::from("later")).unwrap())
+}
+
 impl World {
     /// A site of `pictures` pictures, and clean and held-out sets of 30 others each.
     pub(crate) fn new(pictures: usize) -> Self {
@@ -114,12 +126,15 @@ impl World {
         let counted = Arc::clone(&requests);
         let listener = server.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let site = format!("http://{}", listener.local_addr().unwrap());
+        let outage = Arc::new(AtomicBool::new(false));
+        let out = Arc::clone(&outage);
         let app = axum::Router::new().fallback(move |uri: Uri| {
             counted.fetch_add(1, Ordering::Relaxed);
-            async move { answer(uri.path(), pictures) }
+            let down = out.load(Ordering::Relaxed).then(|| busy(uri.path())).flatten();
+            async move { down.unwrap_or_else(|| answer(uri.path(), pictures)) }
         });
         server.spawn(async move { axum::serve(listener, app).await });
-        let world = Self { folder, site, requests, _server: server };
+        let world = Self { folder, site, requests, outage, _server: server };
         world.clean_set("clean", 1_000, 30);
         world.clean_set("held", 2_000, 30);
         let words = COLOURS.iter().map(|(c, _)| *c).chain(SHAPES).collect::<Vec<_>>().join("\n");
@@ -200,6 +215,11 @@ allow_networks = ["127.0.0.0/8"]
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// From now on, some of the pictures cannot be had; or all can again.
+    pub(crate) fn outage(&self, on: bool) {
+        self.outage.store(on, Ordering::Relaxed);
     }
 
     /// How often the site was asked for anything.

@@ -47,6 +47,8 @@ impl Cli {
 pub(crate) enum Verb {
     /// Do everything that a config asks for and that is not done yet, in this process
     Run(RunArgs),
+    /// Fetch failed downloads again, and do everything that follows from it
+    Retry(RetryArgs),
     /// Show what `run` would do, without doing it
     Plan(ViewArgs),
     /// Show how far a run is: stages, rounds, failures, history
@@ -86,6 +88,27 @@ pub(crate) struct RunArgs {
     /// Try tasks again that were given up
     #[arg(long)]
     pub(crate) retry_failed: bool,
+    /// Write the result as JSON to standard output; progress goes to standard error
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "The samples are those that a first success would have given: captions, scores and the dataset follow for the \
+                        shards that change. A retry that was interrupted goes on with the same command, or with `capfilt run`; \
+                        asked for again when it is over, it tries again what still fails."
+)]
+pub(crate) struct RetryArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+    /// Statuses of the rows to fetch again; without it those that may pass: `dns`, `connect`, `tls`, `timeout`, `http_429`, `http_5xx`,
+    /// `truncated`
+    #[arg(long, value_name = "STATUS", value_delimiter = ',', num_args = 1)]
+    pub(crate) status: Vec<String>,
+    /// Show how many rows would be fetched again
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Write the result as JSON to standard output; progress goes to standard error
     #[arg(long)]
     pub(crate) json: bool,
@@ -131,6 +154,8 @@ pub(crate) enum DatasetVerb {
     Diff(DiffArgs),
     /// Copy a version out, with its images
     Export(ExportArgs),
+    /// Take images down: by address, host or hash, out of every new version and export
+    Takedown(TakedownArgs),
 }
 
 #[derive(Args, Debug)]
@@ -167,6 +192,40 @@ pub(crate) struct ExportArgs {
     /// Replace what is there
     #[arg(long)]
     pub(crate) overwrite: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Afterwards `capfilt run` builds a version without them, and `capfilt store sweep` removes their bytes from the store. \
+                        Models that were trained on them, and copies outside of the store, are not reached."
+)]
+pub(crate) struct TakedownArgs {
+    /// The address of an image; `http` and `https` are the same; may be given many times
+    #[arg(long, value_name = "URL")]
+    pub(crate) url: Vec<String>,
+    /// A host of images, with all hosts below it; may be given many times
+    #[arg(long, value_name = "HOST")]
+    pub(crate) host: Vec<String>,
+    /// The SHA-256 of an image as its server sent it; may be given many times
+    #[arg(long, value_name = "DIGEST")]
+    pub(crate) sha256: Vec<String>,
+    /// A text file with an address, a host or a SHA-256 a line; `-` is standard input
+    #[arg(long, value_name = "LIST")]
+    pub(crate) file: Option<PathBuf>,
+    /// Also every image with the same bytes as one that is found in the store
+    #[arg(long)]
+    pub(crate) copies: bool,
+    /// Why, for the record
+    #[arg(long)]
+    pub(crate) reason: Option<String>,
+    /// Show what it would reach
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Show the takedowns made so far
+    #[arg(long, conflicts_with_all = ["url", "host", "sha256", "file", "copies", "reason", "dry_run"])]
+    pub(crate) list: bool,
     #[command(flatten)]
     pub(crate) store: StoreArgs,
 }
@@ -241,7 +300,7 @@ pub(crate) struct RollbackArgs {
 pub(crate) enum StoreVerb {
     /// Read every record and every object that a record names, and report what does not fit
     Check(StoreArgs),
-    /// Remove objects that no record names
+    /// Remove objects that no record names, and the bytes of what was taken down
     Sweep(SweepArgs),
 }
 

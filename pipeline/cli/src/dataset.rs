@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use capfilt_coordinator::SqlConfig;
 use capfilt_coordinator::diff::{DatasetDiff, Moved, diff};
 use capfilt_coordinator::export::{ExportConfig, ExportSummary, export};
+use capfilt_coordinator::takedown::left_out;
 use capfilt_schemas::DatasetVersion;
 use capfilt_store::Store;
 
@@ -12,6 +13,7 @@ use crate::args::{DatasetVerb, DiffArgs, ExportArgs};
 use crate::output::{Failure, count, moment, say, say_json, table};
 use crate::progress::Bar;
 use crate::store::open;
+use crate::takedown;
 
 pub(crate) async fn run(verb: DatasetVerb) -> Result<ExitCode, Failure> {
     match verb {
@@ -32,14 +34,18 @@ pub(crate) async fn run(verb: DatasetVerb) -> Result<ExitCode, Failure> {
         DatasetVerb::Show(args) => {
             let store = open(&args.store).await?;
             let version = find(&store, &args.dataset).await?;
+            let left_out = left_out(&store, &version, &store.taken_down().await?).await?;
             if args.store.json {
-                say_json(&version)?;
+                let mut shown = serde_json::to_value(&version).map_err(anyhow::Error::from)?;
+                shown["left_out"] = left_out.into();
+                say_json(&shown)?;
             } else {
-                say(&show(&version));
+                say(&show(&version, left_out));
             }
         }
         DatasetVerb::Diff(args) => compare(&args).await?,
         DatasetVerb::Export(args) => copy_out(args).await?,
+        DatasetVerb::Takedown(args) => takedown::run(args).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -76,7 +82,7 @@ fn list(versions: &[DatasetVersion]) -> String {
     table(&rows)
 }
 
-fn show(v: &DatasetVersion) -> String {
+fn show(v: &DatasetVersion, left_out: u64) -> String {
     let mut lines = vec![
         format!("{}@{}  {}", v.name, v.version, v.digest),
         format!("built by round {} of run {}, {} (UTC)", v.round, v.run, moment(v.created_at_ms)),
@@ -94,6 +100,10 @@ fn show(v: &DatasetVersion) -> String {
     lines.push(format!("filter     {}", v.lineage.filter));
     lines.push(format!("built from {} shards by task {}", v.lineage.inputs.len(), v.lineage.build));
     lines.push(format!("settings   {}", v.settings));
+    if v.takedowns > 0 || left_out > 0 {
+        let since = count(left_out);
+        lines.push(format!("takedowns  {} in force when it was built; {since} of its pairs taken down since", v.takedowns));
+    }
     lines.join("\n")
 }
 
@@ -110,6 +120,9 @@ async fn compare(args: &DiffArgs) -> Result<(), Failure> {
 
 fn moves(found: &DatasetDiff) -> String {
     let mut lines = vec![format!("{} → {}: {} texts stayed", found.from, found.to, count(found.kept))];
+    if found.taken_down > 0 {
+        lines.push(format!("{} texts were taken down and are not compared", count(found.taken_down)));
+    }
     for change in &found.settings {
         let value = |v: &Option<serde_json::Value>| v.as_ref().map_or_else(|| "unset".to_owned(), ToString::to_string);
         lines.push(format!("setting {}: {} → {}", change.name, value(&change.before), value(&change.after)));
@@ -150,5 +163,9 @@ async fn copy_out(args: ExportArgs) -> Result<(), Failure> {
 pub(crate) fn exported(summary: &ExportSummary) -> String {
     let manifest = &summary.manifest;
     let there = if summary.already_there { " (was there already)" } else { "" };
-    format!("{}: {} pairs of {} images{there}", summary.folder.display(), count(manifest.pairs), count(manifest.images))
+    let gone = match manifest.left_out {
+        0 => String::new(),
+        n => format!("; {} pairs were taken down and left out", count(n)),
+    };
+    format!("{}: {} pairs of {} images{there}{gone}", summary.folder.display(), count(manifest.pairs), count(manifest.images))
 }

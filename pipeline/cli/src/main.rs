@@ -10,8 +10,10 @@ mod models;
 mod output;
 mod overview;
 mod progress;
+mod retry;
 mod run;
 mod store;
+mod takedown;
 mod traffic;
 
 use std::process::ExitCode;
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
 async fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     match cli.verb {
         Verb::Run(run) => run::run(run).await,
+        Verb::Retry(retry) => retry::run(retry).await,
         Verb::Plan(plan) => overview::plan(plan).await,
         Verb::Status(status) => overview::status(status).await,
         Verb::Dataset(verb) => dataset::run(verb).await,

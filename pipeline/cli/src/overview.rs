@@ -73,6 +73,7 @@ pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
         say_json(&json!({
             "run": run, "round": now.round, "complete": now.complete, "progress": now.progress,
             "rounds": rounds, "results": results, "failures": failures, "events": events, "given_up": now.dead,
+            "downloads": now.downloads.statuses,
         }))?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -80,6 +81,11 @@ pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
     say(&format!("run {run}: {state}"));
     say("");
     say(&stages(&now));
+    if !now.downloads.statuses.is_empty() {
+        let counts: Vec<String> = now.downloads.statuses.iter().map(|(status, n)| format!("{} {status}", count(*n))).collect();
+        say("");
+        say(&format!("downloads: {}", counts.join(", ")));
+    }
     for result in &results {
         say("");
         let dataset = &result.dataset;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use async_trait::async_trait;
 use capfilt_coordinator::export::{ExportConfig, export};
-use capfilt_coordinator::plan::Plan;
-use capfilt_coordinator::reconcile::{RunOutcome, TaskSink, reconcile};
+use capfilt_coordinator::plan::{Plan, PlanConfig, plan};
+use capfilt_coordinator::reconcile::{Observer, RunOutcome, TaskSink, reconcile};
 use capfilt_coordinator::report::{self, ReportInput};
 use capfilt_crawler::{Discover, Fetch, Matcher, Traffic, Web};
 use capfilt_runtime::{MemoryQueue, Stage, Telemetry, WorkQueue, Worker};
@@ -24,6 +24,7 @@ use crate::config::{Inputs, RunConfig};
 use crate::output::{self, Failure, count, duration, say, say_json, table};
 use crate::overview::show_plan;
 use crate::progress::{Bar, RunProgress};
+use crate::retry::Retry;
 use crate::{dataset, models, traffic};
 
 /// The embedded queue as the coordinator sees it.
@@ -37,28 +38,79 @@ impl TaskSink for Sink {
 }
 
 pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
-    let began = Instant::now();
     let config = RunConfig::load(&args.config.config, &args.config.set)?;
     if args.dry_run {
         return show_plan(&config, args.json).await;
     }
-    // Before anything is written.
-    let inputs = config.inputs()?;
-    let _alone = lock_work_dir(&config)?;
-    let store = Store::open(&config.run.store).await?;
-    let models = models::of_run(&config, &store, true).await?;
-    models::same_as_begun(&config, &store, &models).await?;
-    let planned = config.plan(&inputs, &models)?;
+    let job = Job::prepare(config).await?;
     if args.retry_failed {
-        for failure in store.all_failures().await? {
-            store.forget_failures(&failure.task_id).await?;
+        for failure in job.store.all_failures().await? {
+            job.store.forget_failures(&failure.task_id).await?;
         }
     }
+    job.work(args.json, None).await
+}
 
+/// A config with all that it names, ready to be worked off.
+pub(crate) struct Job {
+    pub(crate) config: RunConfig,
+    pub(crate) store: Store,
+    pub(crate) planned: PlanConfig,
+    inputs: Inputs,
+    began: Instant,
+    _alone: Option<File>,
+}
+
+impl Job {
+    /// Takes the work folder, opens the store and puts the models into it.
+    pub(crate) async fn prepare(config: RunConfig) -> Result<Self, Failure> {
+        // Before anything is written.
+        let inputs = config.inputs()?;
+        let alone = lock_work_dir(&config)?;
+        Self::open(config, inputs, Some(alone)).await
+    }
+
+    /// As [`prepare`](Self::prepare), to look only.
+    pub(crate) async fn look(config: RunConfig) -> Result<Self, Failure> {
+        let inputs = config.inputs()?;
+        Self::open(config, inputs, None).await
+    }
+
+    async fn open(config: RunConfig, inputs: Inputs, alone: Option<File>) -> Result<Self, Failure> {
+        let store = Store::open(&config.run.store).await?;
+        let models = models::of_run(&config, &store, alone.is_some()).await?;
+        models::same_as_begun(&config, &store, &models).await?;
+        let planned = config.plan(&inputs, &models)?;
+        Ok(Self { config, store, planned, inputs, began: Instant::now(), _alone: alone })
+    }
+
+    /// What is left to do.
+    pub(crate) async fn plan(&self) -> Result<Plan, Failure> {
+        Ok(plan(&self.planned, Observer::new(self.store.clone()).observe(&self.planned).await?))
+    }
+
+    /// Works it off, and tells what came of it.
+    pub(crate) async fn work(self, as_json: bool, retry: Option<Retry>) -> Result<ExitCode, Failure> {
+        let Self { config, store, planned, inputs, began, _alone } = self;
+        let (outcome, traffic) = match work_off(&config, &store, &planned, inputs).await? {
+            Some(ended) => ended,
+            None => return Ok(ExitCode::from(output::INTERRUPTED)),
+        };
+        conclude(&config, &store, &outcome, &traffic, retry.as_ref(), began, as_json).await
+    }
+}
+
+/// Coordinator, queue and worker, until nothing is left to do. `None` if a person interrupted.
+async fn work_off(
+    config: &RunConfig,
+    store: &Store,
+    planned: &PlanConfig,
+    inputs: Inputs,
+) -> Result<Option<(RunOutcome, Traffic)>, Failure> {
     if let Some(address) = config.worker.metrics {
         traffic::serve_metrics(address)?;
     }
-    let (stages, traffic) = stages(&config, inputs)?;
+    let (stages, traffic) = stages(config, inputs)?;
     let (queue, telemetry, stop) = (Arc::new(MemoryQueue::new()), Telemetry::default(), CancellationToken::new());
     let worker = Worker::new(
         store.clone(),
@@ -88,11 +140,11 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     });
     let sink = Sink(queue);
     let outcome = tokio::select! {
-        outcome = reconcile(&store, &planned, &sink, &watch) => outcome?,
+        outcome = reconcile(store, planned, &sink, &watch) => outcome?,
         _ = tokio::signal::ctrl_c() => {
             stop.cancel();
             output::complain("interrupted; what is committed stays, run the same command to go on");
-            return Ok(ExitCode::from(output::INTERRUPTED));
+            return Ok(None);
         }
         ended = working => {
             let why = ended.map_or_else(|e| e.to_string(), |r| r.map_or_else(|e| e.to_string(), |()| "it stopped".to_owned()));
@@ -103,11 +155,11 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     showing.abort();
     progress.show(&outcome.plan);
     progress.finish();
-    conclude(&config, &store, &outcome, &traffic, began, args.json).await
+    Ok(Some((outcome, traffic)))
 }
 
 /// Takes the work folder for this process: two runs in one would overwrite each other's unfinished work. The lock dies with the process.
-fn lock_work_dir(config: &RunConfig) -> Result<File, Failure> {
+pub(crate) fn lock_work_dir(config: &RunConfig) -> Result<File, Failure> {
     let folder = &config.worker.runtime.work_dir;
     let path = folder.join("lock");
     let open = || std::fs::create_dir_all(folder).and_then(|()| File::create(&path));
@@ -147,6 +199,7 @@ async fn conclude(
     store: &Store,
     outcome: &RunOutcome,
     traffic: &Traffic,
+    retry: Option<&Retry>,
     began: Instant,
     as_json: bool,
 ) -> Result<ExitCode, Failure> {
@@ -181,6 +234,7 @@ async fn conclude(
             "tasks_given_up": given_up,
             "progress": outcome.plan.progress,
             "fetch": traffic::to_json(traffic, config.worker.hourly_price),
+            "retry": retry.map(|r| r.to_json(&outcome.plan.downloads.statuses)),
             "dataset": outcome.dataset,
             "results": results,
             "report": report_path,
@@ -190,6 +244,9 @@ async fn conclude(
     } else {
         if outcome.tasks_done == 0 {
             say("nothing to do: everything that this config asks for is done already");
+        }
+        if let Some(summary) = retry.and_then(|r| r.summary(&outcome.plan.downloads.statuses)) {
+            say(&summary);
         }
         if let Some(summary) = traffic::summary(traffic, config.worker.hourly_price) {
             say(&summary);

@@ -4,11 +4,15 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use capfilt_coordinator::takedown::redact;
 use capfilt_store::Store;
+use serde_json::json;
 
-use crate::args::{StoreArgs, StoreVerb};
+use crate::args::{StoreArgs, StoreVerb, SweepArgs};
 use crate::config::RunConfig;
 use crate::output::{Failure, bytes, complain, count, say, say_json};
+use crate::run::lock_work_dir;
+use crate::takedown;
 
 /// Opens the store that `--store` means: an address, or a config that names one.
 pub(crate) async fn open(args: &StoreArgs) -> Result<Store, Failure> {
@@ -23,6 +27,26 @@ pub(crate) async fn open(args: &StoreArgs) -> Result<Store, Failure> {
         return Err(Failure::Usage(format!("`{}` is neither a store nor a config", args.store)));
     }
     Ok(Store::open(&args.store).await?)
+}
+
+/// Removes what was taken down from the work folder, where a config says which one it is and no run is at work in it.
+async fn clear_work_dir(store: &Store, args: &SweepArgs) -> Result<u64, Failure> {
+    let path = Path::new(&args.store.store);
+    if !path.is_file() {
+        return Ok(0);
+    }
+    let config = RunConfig::load(path, &[])?;
+    let folder = &config.worker.runtime.work_dir;
+    if !folder.is_dir() {
+        return Ok(0);
+    }
+    match lock_work_dir(&config) {
+        Ok(_alone) => takedown::clear_work_dir(store, folder, args.dry_run).await,
+        Err(busy) => {
+            complain(&format!("the work folder was left as it is: {}", busy.text()));
+            Ok(0)
+        }
+    }
 }
 
 pub(crate) async fn run(verb: StoreVerb) -> Result<ExitCode, Failure> {
@@ -51,10 +75,25 @@ pub(crate) async fn run(verb: StoreVerb) -> Result<ExitCode, Failure> {
                 return Err(Failure::Usage("--grace-hours must be a number of hours, 0 or more".to_owned()));
             }
             let grace = Duration::from_secs_f64((args.grace_hours * 3600.0).min(1e12));
-            let report = open(&args.store).await?.sweep(grace, args.dry_run).await?;
+            let store = open(&args.store).await?;
+            let redacted = redact(&store, args.dry_run).await?;
+            let copies = clear_work_dir(&store, &args).await?;
+            let report = store.sweep(grace, args.dry_run).await?;
             if args.store.json {
-                say_json(&report)?;
+                say_json(&json!({
+                    "objects": report.objects, "bytes": report.bytes, "young": report.young,
+                    "redacted": redacted, "work_dir_exports": copies,
+                }))?;
             } else {
+                for (table, reached) in &redacted.tables {
+                    let verb = if args.dry_run { "would empty" } else { "emptied" };
+                    let (rows, shards) = (count(reached.rows), count(reached.shards));
+                    say(&format!("{verb} {rows} rows of {table} that were taken down, in {shards} shards"));
+                }
+                if copies > 0 {
+                    let verb = if args.dry_run { "would remove" } else { "removed" };
+                    say(&format!("{verb} {copies} exports with them from the work folder"));
+                }
                 let verb = if args.dry_run { "would remove" } else { "removed" };
                 say(&format!(
                     "{verb} {} objects ({}); left {} that are younger than {} h",

@@ -11,14 +11,16 @@ fn help(verbs: &[&str]) -> String {
 
 #[test]
 fn help_texts() {
-    let verbs: [&[&str]; 11] = [
+    let verbs: [&[&str]; 13] = [
         &[],
         &["run"],
+        &["retry"],
         &["plan"],
         &["status"],
         &["dataset"],
         &["dataset", "export"],
         &["dataset", "diff"],
+        &["dataset", "takedown"],
         &["model"],
         &["store"],
         &["store", "sweep"],

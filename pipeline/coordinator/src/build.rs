@@ -10,9 +10,10 @@ mod images;
 mod texts;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use capfilt_schemas::{Digest, Funnel, Origin, Output, StatusCounts};
-use capfilt_store::Store;
+use capfilt_store::{Store, TakenDown};
 use serde_json::{Value, json};
 
 pub use config::{BuildConfig, Policy, Score};
@@ -51,6 +52,8 @@ pub struct BuildInputs {
     pub annotated: Vec<Digest>,
     /// `annotated` shards on which models are judged; their images must not get into the dataset.
     pub heldout: Vec<Digest>,
+    /// What must not be in the dataset.
+    pub taken_down: Arc<TakenDown>,
 }
 
 /// What a build gave.
@@ -65,7 +68,7 @@ pub struct BuildOutcome {
     pub funnel: Funnel,
     /// Rejected by judged texts, web and synthetic; `None` if none was judged.
     pub noise_ratio: Option<f64>,
-    /// `fetch_status` (rows by status), `duplicates`, `texts` by origin (`judged`, `kept`, `unjudged`, `noise_ratio`),
+    /// `fetch_status` (rows by status, those that were taken down since under `taken_down`), `duplicates`, `texts` by origin (`judged`, `kept`, `unjudged`, `noise_ratio`),
     /// `itm_histogram` by origin ([`BINS`] counts of judged texts), `human` (images and texts, and images dropped as held out).
     pub facts: Value,
 }
@@ -92,7 +95,8 @@ pub async fn build(store: &Store, sql: &SqlConfig, config: &BuildConfig, inputs:
     triplets.sort_unstable();
     triplets.dedup();
     let annotated = if config.human { sorted(inputs.annotated) } else { Vec::new() };
-    let job = Job { store, sql: Sql::new(sql)?, config, triplets, annotated, heldout: sorted(inputs.heldout) };
+    let heldout = sorted(inputs.heldout);
+    let job = Job { store, sql: Sql::new(sql)?, config, triplets, annotated, heldout, taken_down: inputs.taken_down };
     let images = job.images().await?;
     let texts = job.texts(&images).await?;
     let steps = [
@@ -141,6 +145,7 @@ struct Job<'a> {
     triplets: Vec<Triplet>,
     annotated: Vec<Digest>,
     heldout: Vec<Digest>,
+    taken_down: Arc<TakenDown>,
 }
 
 impl Job<'_> {

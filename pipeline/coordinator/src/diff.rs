@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::Float32Type;
 use capfilt_schemas::{DatasetVersion, Digest, Origin, Table};
-use capfilt_store::Store;
+use capfilt_store::{Store, TakenDown};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::Result;
+use crate::takedown::left_out;
 
 /// A text that is in one version only.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -62,6 +63,8 @@ pub struct DatasetDiff {
     pub added: BTreeMap<String, Moved>,
     /// Texts only in the first version, by origin; all origins are there.
     pub removed: BTreeMap<String, Moved>,
+    /// Texts of either version that are not compared, because they were taken down.
+    pub taken_down: u64,
     /// Settings of `[build]`, the captioner and the filter, where they differ.
     pub settings: Vec<SettingChange>,
 }
@@ -82,9 +85,12 @@ pub async fn diff(store: &Store, from: &DatasetVersion, to: &DatasetVersion, exa
         rescored: 0,
         added: all(),
         removed: all(),
+        taken_down: 0,
         settings: changes(from, to),
     };
-    let (mut a, mut b) = (Cursor::new(store, from), Cursor::new(store, to));
+    let taken_down = store.taken_down().await?;
+    diff.taken_down = left_out(store, from, &taken_down).await? + left_out(store, to, &taken_down).await?;
+    let (mut a, mut b) = (Cursor::new(store, &taken_down, from), Cursor::new(store, &taken_down, to));
     let (mut has_a, mut has_b) = (a.advance().await?, b.advance().await?);
     while has_a || has_b {
         let order = match (has_a, has_b) {
@@ -113,6 +119,7 @@ pub async fn diff(store: &Store, from: &DatasetVersion, to: &DatasetVersion, exa
 /// The rows of a version, one after the other.
 struct Cursor<'a> {
     store: &'a Store,
+    taken_down: &'a TakenDown,
     shards: std::vec::IntoIter<Digest>,
     batches: Box<dyn Iterator<Item = capfilt_store::Result<RecordBatch>> + Send>,
     batch: RecordBatch,
@@ -120,25 +127,29 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    fn new(store: &'a Store, version: &DatasetVersion) -> Self {
+    fn new(store: &'a Store, taken_down: &'a TakenDown, version: &DatasetVersion) -> Self {
         let shards: Vec<Digest> = version.shards.iter().map(|s| s.digest).collect();
         let batch = RecordBatch::new_empty(Table::Dataset.schema());
-        Self { store, shards: shards.into_iter(), batches: Box::new(std::iter::empty()), batch, row: 0 }
+        Self { store, taken_down, shards: shards.into_iter(), batches: Box::new(std::iter::empty()), batch, row: 0 }
     }
 
-    /// Goes to the next row; `false` behind the last.
+    /// Goes to the next row that was not taken down; `false` behind the last.
     async fn advance(&mut self) -> Result<bool> {
-        self.row += 1;
-        while self.row >= self.batch.num_rows() {
-            match self.batches.next() {
-                Some(batch) => (self.batch, self.row) = (batch?, 0),
-                None => match self.shards.next() {
-                    Some(shard) => self.batches = Box::new(self.store.read_shard(Table::Dataset, &shard, 1024).await?),
-                    None => return Ok(false),
-                },
+        loop {
+            self.row += 1;
+            while self.row >= self.batch.num_rows() {
+                match self.batches.next() {
+                    Some(batch) => (self.batch, self.row) = (batch?, 0),
+                    None => match self.shards.next() {
+                        Some(shard) => self.batches = Box::new(self.store.read_shard(Table::Dataset, &shard, 1024).await?),
+                        None => return Ok(false),
+                    },
+                }
+            }
+            if !self.taken_down.covers(self.text(5), Some(self.text(6))) {
+                return Ok(true);
             }
         }
-        Ok(true)
     }
 
     fn text(&self, column: usize) -> &str {

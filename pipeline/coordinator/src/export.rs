@@ -17,13 +17,14 @@ use std::sync::Arc;
 use arrow::array::{Array, ArrayRef, AsArray, PrimitiveArray};
 use arrow::datatypes::{ArrowPrimitiveType, Field, Float32Type, Schema, SchemaRef, UInt32Type, UInt64Type};
 use capfilt_schemas::{DatasetVersion, Digest, Lineage, Origin, StatusCounts, Table, column};
-use capfilt_store::Store;
+use capfilt_store::{Store, TakenDown};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::scan::{self, Map, Scan};
 use crate::sql::{Sql, SqlConfig};
+use crate::takedown::left_out;
 use crate::{CoordinatorError, Result};
 use folder::{Staging, Target};
 use pictures::{Picture, Pictures};
@@ -128,6 +129,9 @@ pub struct Manifest {
     pub images: u64,
     /// Pairs by origin.
     pub counts: StatusCounts,
+    /// Pairs of the version that are not in here, because they were taken down after it was built.
+    #[serde(default)]
+    pub left_out: u64,
     /// Share of judged texts that the filter threw out.
     pub noise_ratio: Option<f64>,
     /// The formats written.
@@ -183,7 +187,7 @@ const PAIRS: &str = "
     FROM dataset
     ORDER BY shard, row_no, origin, nth";
 
-/// Exports a version. `progress` is told how many of the version's pairs are done, now and then.
+/// Exports a version, but for what was taken down since it was built. `progress` is told how many of the version's pairs are done, now and then.
 ///
 /// An export of the same rows in the same formats that is complete in the folder is left as it is, unless `overwrite` is on. The same version and settings
 /// give the same bytes.
@@ -202,9 +206,11 @@ pub async fn export(
     let mut formats = config.formats.clone();
     formats.sort_unstable();
     formats.dedup();
+    let taken_down = store.taken_down().await?;
+    let left_out = left_out(store, version, &taken_down).await?;
     let same = |m: &Manifest| {
         let layout = m.samples_per_file == config.samples_per_file && m.blip_images == config.blip_images;
-        m.digest == version.digest && m.formats == formats && layout
+        m.digest == version.digest && m.left_out == left_out && m.formats == formats && layout
     };
     let folder = std::path::absolute(&config.folder).map_err(|e| file_error("find", &config.folder, e))?;
     let replace = match folder::look(&folder)? {
@@ -213,7 +219,7 @@ pub async fn export(
         Target::Export(manifest) if same(&manifest) && folder::is_whole(&folder, &manifest) => {
             return Ok(ExportSummary { folder, already_there: true, manifest: *manifest });
         }
-        Target::Export(there) => return Err(folder::in_the_way(folder, &there, version)),
+        Target::Export(there) => return Err(folder::in_the_way(folder, &there, version, left_out)),
     };
     let staging = Staging::open(&folder)?;
     let mut manifest = Manifest {
@@ -223,6 +229,7 @@ pub async fn export(
         pairs: 0,
         images: 0,
         counts: StatusCounts::new(),
+        left_out,
         noise_ratio: version.noise_ratio,
         formats,
         samples_per_file: config.samples_per_file,
@@ -231,7 +238,7 @@ pub async fn export(
         settings: version.settings.clone(),
         lineage: version.lineage.clone(),
     };
-    let copied = copy(store, sql, version, &mut manifest, staging.path(), progress).await;
+    let copied = copy(store, sql, version, &taken_down, &mut manifest, staging.path(), progress).await;
     let written = copied.and_then(|()| {
         write_file(&staging.path().join("README.md"), card::card(version, &manifest).as_bytes())?;
         let json = serde_json::to_vec_pretty(&manifest)
@@ -253,6 +260,7 @@ async fn copy(
     store: &Store,
     sql: &SqlConfig,
     version: &DatasetVersion,
+    taken_down: &TakenDown,
     manifest: &mut Manifest,
     folder: &Path,
     progress: impl Fn(u64) + Send,
@@ -275,7 +283,7 @@ async fn copy(
         let files = sinks.into_iter().map(Sink::finish).collect::<Result<Vec<_>>>()?;
         Ok(files.concat())
     });
-    let sent = send(store, sql, version, manifest, sender, progress).await;
+    let sent = send(store, sql, version, taken_down, manifest, sender, progress).await;
     let files = match writer.await {
         Ok(files) => files?,
         Err(e) => return Err(CoordinatorError::Encode { what: "the export".to_owned(), source: Box::new(e) }),
@@ -289,6 +297,7 @@ async fn send(
     store: &Store,
     sql: &SqlConfig,
     version: &DatasetVersion,
+    taken_down: &TakenDown,
     manifest: &mut Manifest,
     sender: mpsc::Sender<Pair>,
     progress: impl Fn(u64) + Send,
@@ -305,6 +314,9 @@ async fn send(
         let nth = batch.column(9).as_primitive::<UInt64Type>();
         for i in 0..batch.num_rows() {
             let text = |c: usize| batch.column(c).as_string::<i32>().value(i).to_owned();
+            if taken_down.covers(&text(7), Some(&text(8))) {
+                continue;
+            }
             let (sample_id, origin) = (text(2), text(3));
             let table = if origin == Origin::Human.as_str() { Table::Annotated } else { Table::Samples };
             let (picture, new) = pictures.get(table, &text(0), row_no.value(i)).await?;

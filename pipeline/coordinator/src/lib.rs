@@ -20,6 +20,7 @@ pub mod retrain;
 mod scan;
 mod shards;
 mod sql;
+pub mod takedown;
 #[cfg(test)]
 mod testing;
 

@@ -2,8 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use capfilt_schemas::{Commit, Digest, Input, RoundRecord, RoundResult, RunId, StageKind, Table, Task, TaskId};
+use capfilt_schemas::{
+    Commit, Digest, Input, RetryRecord, RoundRecord, RoundResult, RunId, StageKind, StatusCounts, Table, Takedown, Task, TaskId,
+};
+use capfilt_store::TakenDown;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -76,6 +80,10 @@ pub struct Observation {
     pub rounds: Vec<RoundRecord>,
     /// The results written so far.
     pub results: Vec<RoundResult>,
+    /// The retries that were asked of the run, oldest first.
+    pub retries: Vec<RetryRecord>,
+    /// The takedowns of the store, oldest first.
+    pub takedowns: Vec<Takedown>,
 }
 
 /// What the coordinator itself has to do. Each is safe to repeat.
@@ -121,6 +129,17 @@ pub struct StageProgress {
     pub rows_done: u64,
 }
 
+/// How far the downloads are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Downloads {
+    /// Rows by status, as the newest pass over each shard left them.
+    pub statuses: StatusCounts,
+    /// Whether every shard has been fetched once, or given up.
+    pub fetched: bool,
+    /// Whether a retry that was asked for has something left to fetch.
+    pub retrying: bool,
+}
+
 /// What to do next.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
@@ -132,6 +151,8 @@ pub struct Plan {
     pub progress: BTreeMap<StageKind, StageProgress>,
     /// Tasks that were given up.
     pub dead: Vec<TaskId>,
+    /// How far the downloads are.
+    pub downloads: Downloads,
     /// The round at work; 0 before the first.
     pub round: u32,
     /// The newest build task that is done.
@@ -147,6 +168,25 @@ struct Settled<'a> {
     commits: Vec<&'a Commit>,
     /// Whether every task is done or given up.
     all: bool,
+}
+
+impl Settled<'_> {
+    const fn none() -> Self {
+        Self { commits: Vec::new(), all: true }
+    }
+}
+
+impl PlanConfig {
+    /// What the fetch settings of the run are called: the name of a fetch task without inputs.
+    #[must_use]
+    pub fn fetch_settings(&self) -> TaskId {
+        self.task(StageKind::Fetch, self.stages.fetch.clone(), None, Vec::new()).id()
+    }
+
+    fn task(&self, stage: StageKind, params: Value, model: Option<Digest>, inputs: Vec<Input>) -> Task {
+        let stage_version = self.stages.versions.get(&stage).copied().unwrap_or(1);
+        Task { stage, stage_version, params, model, inputs }
+    }
 }
 
 /// A plan being made.
@@ -178,11 +218,7 @@ impl<'a> Planner<'a> {
         candidates.dedup();
         let balance = self.task(StageKind::Balance, stages.balance.clone(), None, candidates);
         let Some(balance) = self.own(balance) else { return };
-        let mut samples = Settled { commits: Vec::new(), all: true };
-        for selected in balance.outputs.iter().filter(|o| o.rows > 0) {
-            let fetch = self.task(StageKind::Fetch, stages.fetch.clone(), None, vec![selected.as_input()]);
-            self.settle(fetch, selected.rows, &mut samples);
-        }
+        let samples = self.samples(balance);
         for round in 1..=self.config.rounds {
             self.plan.round = round;
             let Some(record) = self.seen.rounds.iter().find(|r| r.round == round) else {
@@ -200,10 +236,59 @@ impl<'a> Planner<'a> {
         self.plan.complete = true;
     }
 
+    /// The downloads of all selected shards: each is fetched, and then fetched again by every retry that finds rows to do in it.
+    fn samples(&mut self, balance: &'a Commit) -> Settled<'a> {
+        let fetch = &self.config.stages.fetch;
+        let settings = self.config.fetch_settings();
+        let retries: Vec<&RetryRecord> = self.seen.retries.iter().filter(|r| r.settings == settings).collect();
+        let mut samples = Settled::none();
+        self.plan.downloads.fetched = true;
+        for selected in balance.outputs.iter().filter(|o| o.rows > 0) {
+            let task = self.task(StageKind::Fetch, fetch.clone(), None, vec![selected.as_input()]);
+            let mut first = Settled::none();
+            let Some(mut last) = self.settle(task, selected.rows, &mut first) else {
+                samples.all &= first.all;
+                self.plan.downloads.fetched &= first.all;
+                continue;
+            };
+            let mut settled = true;
+            for retry in &retries {
+                let again = retry.statuses.iter().filter_map(|s| last.counts.get(s.as_str())).any(|n| *n > 0);
+                if !again {
+                    continue;
+                }
+                let mut params = fetch.clone();
+                params["retry"] = json!({ "name": retry.name(), "statuses": retry.statuses });
+                let task = self.task(StageKind::Fetch, params, None, last.as_inputs().collect());
+                let mut one = Settled::none();
+                match self.settle(task, selected.rows, &mut one) {
+                    Some(done) => last = done,
+                    // Where a retry was given up, what was there before stands.
+                    None if one.all => {}
+                    None => {
+                        settled = false;
+                        break;
+                    }
+                }
+            }
+            for (status, rows) in &last.counts {
+                *self.plan.downloads.statuses.entry(status.clone()).or_default() += rows;
+            }
+            // Captions of what is about to change would be in vain.
+            if settled {
+                samples.commits.push(last);
+            } else {
+                samples.all = false;
+                self.plan.downloads.retrying = true;
+            }
+        }
+        samples
+    }
+
     /// Whether the round is over.
     fn round(&mut self, record: &RoundRecord, samples: &Settled<'a>, annotated: &Settled<'a>, heldout: &Settled<'a>) -> bool {
         let stages = &self.config.stages;
-        let mut scored = Settled { commits: Vec::new(), all: true };
+        let mut scored = Settled::none();
         let mut build_inputs = Vec::new();
         for fetched in &samples.commits {
             for shard in &fetched.outputs {
@@ -235,6 +320,10 @@ impl<'a> Planner<'a> {
         let held: Vec<Input> = heldout.commits.iter().flat_map(|c| c.as_inputs()).collect();
         params["heldout"] = held.iter().map(|i| Value::from(i.digest.to_string())).collect();
         build_inputs.extend(held);
+        let taken_down = TakenDown::of(&self.seen.takedowns);
+        if !taken_down.is_empty() {
+            params["taken_down"] = taken_down.digest().to_string().into();
+        }
         let build = self.task(StageKind::Build, params, None, build_inputs);
         let Some(built) = self.own(build) else { return false };
 
@@ -290,7 +379,7 @@ impl<'a> Planner<'a> {
         for (role, champion) in roles {
             let Some(params) = self.config.stages.train.get(role) else { continue };
             let train = self.task(StageKind::Train, params.clone(), Some(champion), inputs.clone());
-            let mut one = Settled { commits: Vec::new(), all: true };
+            let mut one = Settled::none();
             let external = params.get("command").is_some_and(|c| c.as_array().is_some_and(|c| !c.is_empty()));
             let trained = if external { self.own(train) } else { self.settle(train, 0, &mut one) };
             settled &= one.all && (!external || trained.is_some());
@@ -336,7 +425,7 @@ impl<'a> Planner<'a> {
             let mut params = self.config.stages.evaluate.clone();
             params["role"] = role.into();
             let task = self.task(StageKind::Evaluate, params, Some(model), inputs.clone());
-            let mut one = Settled { commits: Vec::new(), all: true };
+            let mut one = Settled::none();
             if let Some(commit) = self.settle(task, 0, &mut one) {
                 rests_on.insert(commit.task_id);
                 let known = self.seen.metrics.get(&commit.task_id);
@@ -348,12 +437,11 @@ impl<'a> Planner<'a> {
     }
 
     fn task(&self, stage: StageKind, params: Value, model: Option<Digest>, inputs: Vec<Input>) -> Task {
-        let stage_version = self.config.stages.versions.get(&stage).copied().unwrap_or(1);
-        Task { stage, stage_version, params, model, inputs }
+        self.config.task(stage, params, model, inputs)
     }
 
     fn each(&mut self, stage: StageKind, params: &[Value]) -> Settled<'a> {
-        let mut settled = Settled { commits: Vec::new(), all: true };
+        let mut settled = Settled::none();
         for p in params {
             let task = self.task(stage, p.clone(), None, Vec::new());
             self.settle(task, 0, &mut settled);
@@ -410,7 +498,7 @@ impl<'a> Planner<'a> {
 }
 
 /// The inputs of a build task, told apart as [`Planner::round`] put them together.
-pub(crate) fn build_inputs(task: &Task, candidates: u64, selected: u64) -> BuildInputs {
+pub(crate) fn build_inputs(task: &Task, candidates: u64, selected: u64, taken_down: TakenDown) -> BuildInputs {
     let held = task.params.get("heldout").and_then(Value::as_array);
     let held: Vec<Digest> = held.into_iter().flatten().filter_map(|d| d.as_str()?.parse().ok()).collect();
     let column = |table| task.inputs_of(table).collect::<Vec<_>>();
@@ -418,5 +506,5 @@ pub(crate) fn build_inputs(task: &Task, candidates: u64, selected: u64) -> Build
     let beside = samples.into_iter().zip(captions).zip(scores);
     let triplets = beside.map(|((samples, captions), scores)| Triplet { samples, captions, scores }).collect();
     let (heldout, annotated) = column(Table::Annotated).into_iter().partition(|d| held.contains(d));
-    BuildInputs { candidates, selected, triplets, annotated, heldout }
+    BuildInputs { candidates, selected, triplets, annotated, heldout, taken_down: Arc::new(taken_down) }
 }

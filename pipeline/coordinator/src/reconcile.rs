@@ -10,7 +10,7 @@ use capfilt_schemas::{
     AliasEvent, Commit, DatasetRef, DatasetVersion, Lineage, Output, RoundRecord, RoundResult, StageKind, StatusCounts, Table,
     Task, TaskId,
 };
-use capfilt_store::{CommitResult, Store, now_ms};
+use capfilt_store::{CommitResult, Store, TakenDown, now_ms};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
 
@@ -84,6 +84,8 @@ impl Observer {
         }
         self.seen.rounds = self.store.rounds(&config.run).await?;
         self.seen.results = self.store.round_results(&config.run).await?;
+        self.seen.retries = self.store.retries(&config.run).await?;
+        self.seen.takedowns = self.store.takedowns().await?;
         Ok(&self.seen)
     }
 
@@ -202,13 +204,9 @@ async fn work(
         }
         StageKind::Build => {
             let settings: build::BuildConfig = serde_json::from_value(task.params["settings"].clone())?;
-            let made = build::build(
-                store,
-                &config.sql,
-                &settings,
-                build_inputs(task, rows(now, StageKind::Discover), rows(now, StageKind::Balance)),
-            )
-            .await?;
+            let (found, selected) = (rows(now, StageKind::Discover), rows(now, StageKind::Balance));
+            let inputs = build_inputs(task, found, selected, TakenDown::of(&seen.takedowns));
+            let made = build::build(store, &config.sql, &settings, inputs).await?;
             let mut facts = made.facts;
             facts["funnel"] = serde_json::to_value(&made.funnel)?;
             facts["noise_ratio"] = json!(made.noise_ratio);
@@ -261,6 +259,7 @@ async fn publish(
         noise_ratio: build.facts["noise_ratio"].as_f64(),
         funnel: serde_json::from_value(build.facts["funnel"].clone()).unwrap_or_default(),
         settings: build.task.params.get("settings").cloned().unwrap_or(Value::Null),
+        takedowns: seen.takedowns.len() as u64,
         lineage: Lineage {
             build: build.task_id,
             inputs: build.task.inputs.clone(),

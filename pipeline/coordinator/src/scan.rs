@@ -324,13 +324,8 @@ enum ShardFile {
 
 impl ShardFile {
     async fn ranged(store: &Store, table: Table, digest: &Digest) -> Result<Self> {
-        let path = store.object_path(table, digest);
-        let store = store.object_store();
-        let meta = store.head(&path).await.map_err(|source| match source {
-            object_store::Error::NotFound { .. } => StoreError::Missing { path: path.to_string() },
-            source => StoreError::Io { verb: "read", path: path.to_string(), source },
-        })?;
-        Ok(Self::Ranged { store, path, size: meta.size })
+        let (path, size) = store.locate(table, digest).await?;
+        Ok(Self::Ranged { store: store.object_store(), path, size })
     }
 }
 

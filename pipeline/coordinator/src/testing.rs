@@ -264,6 +264,7 @@ pub(crate) async fn version(
         noise_ratio: done.noise_ratio,
         funnel: done.funnel,
         settings: serde_json::to_value(config).unwrap(),
+        takedowns: 0,
         lineage,
         created_at_ms: number,
     }

@@ -6,7 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use capfilt_coordinator::SqlConfig;
 use capfilt_coordinator::plan::{Action, Observation, Plan, PlanConfig, StageParams, plan};
 use capfilt_coordinator::retrain::RetrainConfig;
-use capfilt_schemas::{Commit, DatasetRef, DatasetVersion, Digest, Output, RoundResult, RunId, StageKind, Task, TaskId};
+use capfilt_schemas::{
+    Commit, DatasetRef, DatasetVersion, Digest, FetchStatus, Output, RetryRecord, RoundResult, RunId, StageKind, Takedown, Task,
+    TaskId,
+};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -45,6 +48,8 @@ struct World {
     /// How often each task was worked on.
     worked: BTreeMap<TaskId, u32>,
     promotions: u32,
+    /// Downloads of shards to come of which some rows time out.
+    outage: u32,
 }
 
 impl World {
@@ -73,12 +78,25 @@ impl World {
             task: task.clone(),
             run: RunId::new("test").unwrap(),
             outputs: outputs.collect(),
-            counts: BTreeMap::new(),
+            counts: self.counts(task),
             facts: json!({}),
             committed_at_ms: 0,
             elapsed_ms: 0,
         };
         self.seen.commits.insert(id, commit);
+    }
+
+    fn counts(&mut self, task: &Task) -> BTreeMap<String, u64> {
+        let fails = task.stage == StageKind::Fetch && task.params.get("retry").is_none() && self.outage > 0;
+        self.outage -= u32::from(fails);
+        let rows = if fails { [("ok", 7), ("timeout", 3)] } else { [("ok", 10), ("timeout", 0)] };
+        rows.into_iter().map(|(status, n)| (status.to_owned(), n)).collect()
+    }
+
+    fn retry(&mut self, config: &PlanConfig, status: FetchStatus) {
+        let number = self.seen.retries.len() as u64 + 1;
+        let (run, settings) = (config.run.clone(), config.fetch_settings());
+        self.seen.retries.push(RetryRecord { run, number, statuses: vec![status], settings, asked_at_ms: 0 });
     }
 
     fn act(&mut self, action: &Action) {
@@ -285,6 +303,67 @@ fn without_retraining_both_rounds_use_the_same_models() {
     assert_eq!(world.of_stage(StageKind::Train).len(), 0);
     assert_eq!(world.of_stage(StageKind::Caption).len(), 3, "the same models: the same captions");
     assert_eq!(world.datasets().len(), 1);
+}
+
+#[test]
+fn a_retry_fetches_shards_with_such_rows_and_nothing_else_again() {
+    let mut config = config();
+    config.retrain.enabled = false;
+    let mut world = World { outage: 1, ..World::default() };
+    let first = world.run(&config, || true);
+    let fetched = |timeouts| BTreeMap::from([("ok".to_owned(), 30 - timeouts), ("timeout".to_owned(), timeouts)]);
+    assert_eq!((&first.downloads.statuses, first.downloads.fetched), (&fetched(3), true));
+    world.retry(&config, FetchStatus::Dns);
+    assert_eq!(plan(&config, &world.seen).last_build, first.last_build, "no row has that status");
+    world.retry(&config, FetchStatus::Timeout);
+    let now = plan(&config, &world.seen);
+    assert_eq!(now.tasks.len(), 1, "the shard is fetched again, and what rests on it waits: {:?}", now.tasks);
+    assert!(now.downloads.retrying && now.downloads.fetched && now.tasks[0].params["retry"]["name"] == "test/2");
+    let second = world.run(&config, || true);
+    assert_eq!((second.downloads.statuses.clone(), second.downloads.retrying), (fetched(0), false));
+    assert_ne!(second.last_build, first.last_build);
+    let count = |stage| world.of_stage(stage).len();
+    assert_eq!((count(StageKind::Fetch), count(StageKind::Caption), count(StageKind::Build)), (4, 4, 2));
+    assert!(world.worked.values().all(|n| *n == 1));
+    // It was asked for under these settings: under others everything is fetched anew, once.
+    config.stages.fetch = json!({"size": 512});
+    assert!(world.run(&config, || true).complete);
+    assert_eq!(world.of_stage(StageKind::Fetch).len(), 7);
+}
+
+#[test]
+fn a_retry_that_was_given_up_leaves_what_was_there() {
+    let (config, mut world) = (config(), World { outage: 3, ..World::default() });
+    let first = world.run(&config, || true);
+    world.retry(&config, FetchStatus::Timeout);
+    for task in plan(&config, &world.seen).tasks {
+        world.seen.failures.insert(task.id(), (3, true));
+    }
+    let now = plan(&config, &world.seen);
+    assert!(now.complete && now.dead.len() == 3 && !now.downloads.retrying);
+    assert_eq!(now.last_build, first.last_build);
+}
+
+#[test]
+fn a_takedown_builds_again_and_neither_fetches_nor_captions() {
+    let (config, mut world) = (config(), World::default());
+    let first = world.run(&config, || true);
+    let of = |world: &World| [StageKind::Fetch, StageKind::Caption, StageKind::Score].map(|stage| world.of_stage(stage));
+    let (before, builds) = (of(&world), world.datasets().len());
+    let takedown = |number, host: &str| Takedown {
+        number,
+        urls: vec![],
+        hosts: vec![host.to_owned()],
+        sha256: vec![],
+        reason: None,
+        made_at_ms: number,
+    };
+    world.seen.takedowns.push(takedown(1, "a.test"));
+    let second = world.run(&config, || true);
+    assert!(second.complete && second.last_build != first.last_build);
+    assert_eq!((of(&world), world.datasets().len()), (before, builds + 2));
+    world.seen.takedowns.push(takedown(2, "a.test"));
+    assert_eq!(plan(&config, &world.seen).last_build, second.last_build, "it covers nothing new");
 }
 
 proptest! {

@@ -3,15 +3,16 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow::array::{AsArray, RecordBatch};
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
-use capfilt_schemas::{FetchStatus, StageKind, Table, column};
+use capfilt_schemas::{FetchStatus, StageKind};
+use capfilt_store::TakenDown;
 use futures::{StreamExt, TryStreamExt, stream};
 use url::Url;
 
 use crate::config::{FetchConfig, ImageConfig, Reencode, ResizeMode, StoredFormat};
 use crate::image::{self, Refused};
 use crate::params::FetchParams;
+use crate::retry::Rows;
 use crate::room::{Place, Room, Taken};
 use crate::rows::{ImageColumns, Outcome};
 use crate::traffic::Traffic;
@@ -43,41 +44,49 @@ impl Fetch {
     }
 
     async fn start(web: Web, traffic: Traffic, work: Work, input: RowStream) -> Result<RowStream, StageError> {
-        let params = work.params::<FetchParams>()?;
-        let web = web.without(&params.fetch.web, &params.opt_outs).await?;
-        let config = Arc::new(params.fetch);
+        let FetchParams { fetch: config, opt_outs, retry, .. } = work.params()?;
+        let web = web.without(&config.web, &opt_outs).await?;
+        let config = Arc::new(config);
+        // What was taken down is a fact of the store, as what a server answers is one of the web: it is in the rows, not in the name.
+        let taken_down = Arc::new(work.store.taken_down().await?);
         let room = Room::new(web.settings().buffer, largest_result(&config));
         let facts = work.facts.clone();
         let rows = input
-            .map_ok(|batch| {
-                let batch = Arc::new(batch);
-                stream::iter((0..batch.num_rows()).map(move |row| Ok((Arc::clone(&batch), row))))
-            })
+            .and_then(move |batch| std::future::ready(Rows::new(batch, retry.as_ref()).map(Arc::new)))
+            .map_ok(|rows| stream::iter((0..rows.len()).map(move |row| Ok((Arc::clone(&rows), row)))))
             .try_flatten();
         let results = rows
             .enumerate()
             .map(move |(number, row)| {
                 let place = room.place(number as u64);
-                row.map(|(batch, row)| (batch, row, place))
+                row.map(|(rows, row)| (rows, row, place))
             })
-            .map_ok(move |(batch, row, place)| {
-                let (web, traffic, config) = (web.clone(), traffic.clone(), Arc::clone(&config));
+            .and_then(|(rows, row, place)| async move {
+                // What is only copied is here already.
+                let taken = if rows.wants(row) { None } else { Some(place.take(rows.held(row)).await) };
+                Ok((rows, row, place, taken))
+            })
+            .map_ok(move |(rows, row, place, copied)| {
+                let (web, traffic) = (web.clone(), traffic.clone());
+                let (config, taken_down) = (Arc::clone(&config), Arc::clone(&taken_down));
                 async move {
-                    let url = batch
-                        .column_by_name(column::URL)
-                        .map_or_else(String::new, |c| c.as_string::<i32>().value(row).to_owned());
-                    let began = Instant::now();
-                    let (outcome, taken) = fetch(&web, &url, &config, &place).await?;
-                    traffic.record(&url, outcome.status, outcome.bytes_downloaded.unwrap_or(0), began.elapsed());
-                    Ok((batch, row, outcome, (taken, place)))
+                    if !rows.wants(row) {
+                        return Ok((rows, row, None, (copied, place)));
+                    }
+                    let (url, began) = (rows.url(row), Instant::now());
+                    let (outcome, taken) = fetch(&web, url, &config, &taken_down, &place).await?;
+                    traffic.record(url, outcome.status, outcome.bytes_downloaded.unwrap_or(0), began.elapsed());
+                    Ok((rows, row, Some(outcome), (taken, place)))
                 }
             })
             .try_buffered(AHEAD);
         let mut columns = ImageColumns::default();
-        let batches = results.try_filter_map(move |(batch, row, outcome, _room_and_place)| {
-            facts.add("bytes_downloaded", outcome.bytes_downloaded.unwrap_or(0));
-            columns.push(&outcome);
-            let done = (row + 1 == batch.num_rows()).then(|| samples(&batch, std::mem::take(&mut columns))).transpose();
+        let batches = results.try_filter_map(move |(rows, row, outcome, _room_and_place)| {
+            if let Some(outcome) = outcome {
+                facts.add("bytes_downloaded", outcome.bytes_downloaded.unwrap_or(0));
+                columns.push(&outcome);
+            }
+            let done = (row + 1 == rows.len()).then(|| rows.finish(std::mem::take(&mut columns))).transpose();
             std::future::ready(done)
         });
         Ok(batches.boxed())
@@ -114,7 +123,16 @@ fn largest_result(config: &FetchConfig) -> usize {
 ///
 /// # Errors
 /// Only if the program is being stopped; whatever the web does is an outcome.
-async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>, place: &Place) -> Result<(Outcome, Option<Taken>), StageError> {
+async fn fetch(
+    web: &Web,
+    url: &str,
+    config: &Arc<FetchConfig>,
+    taken_down: &Arc<TakenDown>,
+    place: &Place,
+) -> Result<(Outcome, Option<Taken>), StageError> {
+    if taken_down.covers_url(url) {
+        return Ok((Outcome::refused(Refused::new(FetchStatus::TakenDown, "the address was taken down"), None), None));
+    }
     let parsed = Url::parse(url).ok().filter(|u| matches!(u.scheme(), "http" | "https") && u.has_host());
     let Some(mut address) = parsed else {
         let refused = Refused::new(FetchStatus::BadUrl, "not an absolute http or https address");
@@ -125,10 +143,13 @@ async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>, place: &Place) -
         Ok(answer) => answer,
         Err(failure) => return Ok((Outcome::refused(Refused::new(failure.status, failure.reason), failure.http_status), None)),
     };
-    let (mut taken, config) = (answer.room.take(), Arc::clone(config));
+    let (mut taken, config, taken_down) = (answer.room.take(), Arc::clone(config), Arc::clone(taken_down));
     let outcome = on_rayon(move || {
         let http_status = Some(answer.http_status);
         match image::store(&answer.body, &config.image) {
+            Ok(image) if taken_down.covers_bytes(&image.sha256.to_string()) => {
+                Outcome::refused(Refused::new(FetchStatus::TakenDown, "the image was taken down"), None)
+            }
             Ok(image) => Outcome {
                 status: FetchStatus::Ok,
                 error: None,
@@ -144,11 +165,4 @@ async fn fetch(web: &Web, url: &str, config: &Arc<FetchConfig>, place: &Place) -
         taken.shrink(outcome.image.as_ref().map_or(0, |i| i.bytes.len()));
     }
     Ok((outcome, taken))
-}
-
-/// The rows of a `selected` batch with their image columns.
-fn samples(selected: &RecordBatch, images: ImageColumns) -> Result<RecordBatch, StageError> {
-    let mut columns = selected.columns().to_vec();
-    columns.extend(images.finish());
-    Ok(RecordBatch::try_new(Table::Samples.schema(), columns)?)
 }

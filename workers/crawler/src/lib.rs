@@ -18,6 +18,7 @@ mod matcher;
 mod opt_out;
 mod params;
 mod queries;
+mod retry;
 mod room;
 mod rows;
 mod sources;
@@ -35,7 +36,7 @@ pub use download::{DownloadConfig, DownloadProgress, DownloadSummary, HashKind, 
 pub use error::CrawlError;
 pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::Matcher;
-pub use params::{AnnotateParams, DiscoverParams, FetchParams};
+pub use params::{AnnotateParams, DiscoverParams, FetchParams, RetryParams};
 pub use queries::{Query, QueryList};
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
 pub use web::{Probe, Web};

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use capfilt_schemas::Digest;
+use capfilt_schemas::{Digest, FetchStatus};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -43,6 +43,19 @@ pub struct FetchParams {
     pub opt_outs: Vec<Digest>,
     /// The state of the web that is meant: the same name is the same work.
     pub snapshot: String,
+    /// Set where the task fetches some rows of a `samples` shard again, in place of all rows of a `selected` shard.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<RetryParams>,
+}
+
+/// What a retry fetches again.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RetryParams {
+    /// The name of the retry: the same retry is the same state of the web.
+    pub name: String,
+    /// Rows with one of these statuses are fetched again, all others are kept as they are.
+    pub statuses: Vec<FetchStatus>,
 }
 
 /// The parameters of an annotate task.
@@ -85,7 +98,7 @@ impl FetchConfig {
     /// [`CrawlError::Read`].
     pub fn params(&self, snapshot: &str) -> Result<FetchParams, CrawlError> {
         let opt_outs = opt_out::digests(&self.web.opt_out_lists)?;
-        Ok(FetchParams { fetch: self.clone(), opt_outs, snapshot: snapshot.to_owned() })
+        Ok(FetchParams { fetch: self.clone(), opt_outs, snapshot: snapshot.to_owned(), retry: None })
     }
 }
 

@@ -71,6 +71,17 @@ impl Place {
         })
     }
 
+    /// Waits for room and takes as much of it as `bytes` need, which are no more than the largest result has.
+    pub(crate) async fn take(&self, bytes: usize) -> Taken {
+        loop {
+            if let Some(mut taken) = self.try_take() {
+                taken.shrink(bytes);
+                return taken;
+            }
+            self.wait().await;
+        }
+    }
+
     /// Waits until there is room. It may be gone again when this returns.
     pub(crate) async fn wait(&self) {
         let _waiting = Waiting(self);

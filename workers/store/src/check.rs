@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use capfilt_schemas::{AliasEvent, Commit, DatasetVersion, Digest, Failure, RoundRecord, RoundResult, StageKind, Table};
+use capfilt_schemas::{
+    AliasEvent, Commit, DatasetVersion, Digest, Failure, Redaction, RetryRecord, RoundRecord, RoundResult, StageKind, Table,
+    Takedown,
+};
 use object_store::ObjectMeta;
 use object_store::path::Path;
 use serde::Serialize;
@@ -154,7 +157,35 @@ impl Store {
         let below = |folder: &'static str| move |p: &Path| p.parts().nth(2).is_some_and(|part| part.as_ref() == folder);
         self.records_where::<RoundResult>(&of_runs, below("results"), report).await?;
         self.records_where::<RunEvent>(&of_runs, below("events"), report).await?;
+        self.records_where::<RetryRecord>(&of_runs, below("retries"), report).await?;
+        self.records::<Takedown>(&layout::takedowns(), report).await?;
+        self.replaced(&mut named, report).await?;
         Ok(named)
+    }
+
+    /// Puts the shards that are read in the place of those that were redacted.
+    async fn replaced(&self, named: &mut References, report: &mut CheckReport) -> Result<()> {
+        for table in Table::ALL {
+            let mut replaced = BTreeMap::new();
+            for (path, redaction) in self.records::<Redaction>(&layout::redactions(*table), report).await? {
+                if redaction.table != *table || layout::digest_of(&path) != Some(redaction.from) {
+                    report.find(path.to_string(), "the shard in it has another name than the record".to_owned());
+                }
+                replaced.insert(redaction.from, (path, redaction.to));
+            }
+            let named_here = |d: &&Digest| named.contains_key(&(*table, **d));
+            for from in replaced.keys().filter(named_here).copied().collect::<Vec<_>>() {
+                let mut at = from;
+                // A chain is as long as there are links, unless it runs in a circle.
+                for _ in 0..=replaced.len() {
+                    let Some((path, to)) = replaced.get(&at) else { break };
+                    named.remove(&(*table, at));
+                    named.insert((*table, to.digest), (path.to_string(), Some(to.bytes)));
+                    at = to.digest;
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn records<T: serde::de::DeserializeOwned>(&self, folder: &Path, report: &mut CheckReport) -> Result<Vec<(Path, T)>> {

@@ -7,9 +7,12 @@
 //! failures/<task>/<n>.json                failed attempts
 //! runs/<run>/rounds/<n>.json              models of a round
 //! runs/<run>/results/<n>-<key>.json       what a round led to
+//! runs/<run>/retries/<n>.json             which failed downloads to try again
 //! runs/<run>/events/<n>.json              what happened, for people
 //! datasets/<name>/<n>.json                dataset versions
 //! models/<role>/<n>.json                  who plays the role
+//! takedowns/<n>.json                      what must not be in any dataset
+//! redactions/<table>/<sha256>.json        which shard stands for one from which something was taken down
 //! ```
 
 use capfilt_schemas::{Digest, RoundResult, RunId, StageKind, Table, TaskId};
@@ -55,6 +58,10 @@ pub(crate) fn result(run: &RunId, result: &RoundResult) -> Path {
     results(run).join(format!("{:08}-{}.json", result.round, result.key()))
 }
 
+pub(crate) fn retries(run: &RunId) -> Path {
+    Path::from_iter(["runs", run.as_str(), "retries"])
+}
+
 pub(crate) fn events(run: &RunId) -> Path {
     Path::from_iter(["runs", run.as_str(), "events"])
 }
@@ -69,6 +76,18 @@ pub(crate) fn dataset(name: &str) -> Path {
 
 pub(crate) fn model_role(role: &str) -> Path {
     Path::from_iter(["models", role])
+}
+
+pub(crate) fn takedowns() -> Path {
+    Path::from("takedowns")
+}
+
+pub(crate) fn redactions(table: Table) -> Path {
+    Path::from_iter(["redactions", table.name()])
+}
+
+pub(crate) fn redaction(table: Table, from: &Digest) -> Path {
+    redactions(table).join(format!("{from}.json"))
 }
 
 /// Record number `n` below `folder`: eight digits, so that names sort as numbers do.

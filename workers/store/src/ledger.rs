@@ -1,6 +1,8 @@
 //! What a run has decided and what happened in it.
 
-use capfilt_schemas::{RoundRecord, RoundResult, RunId};
+use std::collections::BTreeSet;
+
+use capfilt_schemas::{FetchStatus, RetryRecord, RoundRecord, RoundResult, RunId, TaskId};
 use serde::{Deserialize, Serialize};
 
 use crate::{Created, Result, Store, layout, now_ms};
@@ -53,6 +55,29 @@ impl Store {
         let mut results: Vec<RoundResult> = self.list_json(&layout::results(run)).await?;
         results.sort_by_key(|result| (result.round, result.finished_at_ms));
         Ok(results)
+    }
+
+    /// Asks for the rows of some statuses to be fetched again; `settings` is the name of a fetch task without inputs.
+    ///
+    /// # Errors
+    /// As [`start_round`](Self::start_round).
+    pub async fn ask_retry(&self, run: &RunId, statuses: &BTreeSet<FetchStatus>, settings: TaskId) -> Result<RetryRecord> {
+        let make = |number| RetryRecord {
+            run: run.clone(),
+            number,
+            statuses: statuses.iter().copied().collect(),
+            settings,
+            asked_at_ms: now_ms(),
+        };
+        self.append_json(&layout::retries(run), make).await
+    }
+
+    /// The retries that were asked of a run, oldest first.
+    ///
+    /// # Errors
+    /// As [`start_round`](Self::start_round).
+    pub async fn retries(&self, run: &RunId) -> Result<Vec<RetryRecord>> {
+        self.list_json(&layout::retries(run)).await
     }
 
     /// Adds a line to a run's history.

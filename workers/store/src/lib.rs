@@ -12,6 +12,7 @@ mod ledger;
 mod registry;
 mod shard;
 mod store;
+mod takedown;
 
 pub use check::{CheckReport, Finding, SweepReport};
 pub use commit::CommitResult;
@@ -20,6 +21,7 @@ pub use ledger::RunEvent;
 pub use registry::{CHECKPOINT_FILES, ROLES, model_rows};
 pub use shard::{ShardWriter, read_parquet};
 pub use store::{Created, Store, now_ms};
+pub use takedown::{TakenDown, Targets};
 
 /// The result of everything that touches the store.
 pub type Result<T> = std::result::Result<T, StoreError>;

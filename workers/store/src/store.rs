@@ -75,12 +75,6 @@ impl Store {
         Arc::clone(&self.inner)
     }
 
-    /// The path of an object below [`object_store`](Self::object_store).
-    #[must_use]
-    pub fn object_path(&self, table: Table, digest: &Digest) -> Path {
-        layout::object(table, digest)
-    }
-
     /// Puts an object under the name of its bytes. Putting it twice is the same as once, but for its age: a sweep then knows that it is
     /// wanted again, and bytes that a broken disk left under its name are mended.
     ///
@@ -100,23 +94,47 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`].
     pub async fn holds(&self, output: &Output) -> Result<bool> {
-        let path = layout::object(output.table, &output.digest);
-        match self.inner.head(&path).await {
-            Ok(there) => Ok(there.size == output.bytes),
-            Err(object_store::Error::NotFound { .. }) => Ok(false),
-            Err(source) => Err(StoreError::Io { verb: "read", path: path.to_string(), source }),
-        }
+        Ok(self.head(&layout::object(output.table, &output.digest)).await?.is_some_and(|there| there.size == output.bytes))
     }
 
-    /// An object's bytes, held against its name.
+    /// An object's bytes, held against its name; where it was [redacted](Self::redact), those of its replacement.
     ///
     /// # Errors
     /// [`StoreError::Missing`], [`StoreError::Corrupt`] or [`StoreError::Io`].
     pub async fn get_object(&self, table: Table, digest: &Digest) -> Result<Bytes> {
-        let path = layout::object(table, digest);
-        let bytes = self.get(&path).await?.ok_or_else(|| StoreError::Missing { path: path.to_string() })?;
-        let found = Digest::of(&bytes);
-        if found == *digest { Ok(bytes) } else { Err(StoreError::Corrupt { path: path.to_string(), found }) }
+        let mut digest = *digest;
+        loop {
+            let path = layout::object(table, &digest);
+            let Some(bytes) = self.get(&path).await? else {
+                digest = self.replacement(table, &digest).await?;
+                continue;
+            };
+            let found = Digest::of(&bytes);
+            return if found == digest { Ok(bytes) } else { Err(StoreError::Corrupt { path: path.to_string(), found }) };
+        }
+    }
+
+    /// Where below [`object_store`](Self::object_store) an object's bytes are, for engines that read parts of a shard themselves, and
+    /// how many; where it was [redacted](Self::redact), its replacement's.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] or [`StoreError::Io`].
+    pub async fn locate(&self, table: Table, digest: &Digest) -> Result<(Path, u64)> {
+        let mut digest = *digest;
+        loop {
+            match self.head(&layout::object(table, &digest)).await? {
+                Some(there) => return Ok((there.location, there.size)),
+                None => digest = self.replacement(table, &digest).await?,
+            }
+        }
+    }
+
+    async fn head(&self, path: &Path) -> Result<Option<ObjectMeta>> {
+        match self.inner.head(path).await {
+            Ok(there) => Ok(Some(there)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(source) => Err(StoreError::Io { verb: "read", path: path.to_string(), source }),
+        }
     }
 
     /// Creates `path` if it is not there; `true` if this call made it.

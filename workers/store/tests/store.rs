@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::array::{ArrayRef, BinaryArray, Float64Array, RecordBatch, StringArray, UInt32Array};
-use capfilt_schemas::{Commit, Output, RunId, StageKind, Table, Task};
-use capfilt_store::{CommitResult, ShardWriter, Store, StoreError};
+use capfilt_schemas::{Commit, FetchStatus, Output, Redaction, RunId, StageKind, Table, Task};
+use capfilt_store::{CommitResult, ShardWriter, Store, StoreError, Targets};
 
 struct Place {
     store: Store,
@@ -92,7 +92,7 @@ async fn an_object_that_was_damaged_is_mended_by_putting_it_again() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path().to_str().unwrap()).await.unwrap();
     let made = shard(&store, &[("a", 1.0)]).await;
-    let path = folder.path().join(store.object_path(Table::Evaluations, &made.digest).to_string());
+    let path = folder.path().join(store.locate(Table::Evaluations, &made.digest).await.unwrap().0.to_string());
     std::fs::write(&path, b"nonsense").unwrap();
     assert!(store.get_object(Table::Evaluations, &made.digest).await.is_err());
     assert_eq!(shard(&store, &[("a", 1.0)]).await, made);
@@ -222,4 +222,67 @@ async fn wrong_columns_and_bad_addresses_are_refused() {
     assert!(there.contains("/proc/no/store/here"), "{there}");
     let s3 = Store::open("s3://bucket/x").await.unwrap_err().to_string();
     assert!(s3.contains("no backend"), "{s3}");
+}
+
+#[tokio::test]
+async fn a_redacted_shard_is_read_as_its_replacement_wherever_the_sweep_stopped() {
+    for Place { store, folder } in places().await {
+        let rows = |names: &[&'static str]| names.iter().map(|n| (*n, 1.0)).collect::<Vec<_>>();
+        let [whole, less, least] =
+            [shard(&store, &rows(&["a", "b"])).await, shard(&store, &rows(&["a"])).await, shard(&store, &rows(&[])).await];
+        store.commit(&commit(1, vec![whole.clone()])).await.unwrap();
+        let redaction = |from: &Output, to: &Output, rows: Vec<u32>| Redaction {
+            table: Table::Evaluations,
+            from: from.digest,
+            to: to.clone(),
+            rows,
+            takedowns: 1,
+            made_at_ms: 0,
+        };
+        let read = async |store: &Store| store.read_whole(Table::Evaluations, &whole.digest).await.unwrap().num_rows();
+        store.redact(&redaction(&whole, &less, vec![1])).await.unwrap();
+        assert_eq!(read(&store).await, 1);
+        // Killed between the record and the removal: the bytes are there, and nothing is wrong with that.
+        assert_eq!(shard(&store, &rows(&["a", "b"])).await, whole);
+        assert_eq!(read(&store).await, 2);
+        let report = store.check().await.unwrap();
+        assert!(report.is_sound() && report.unreferenced == 2, "{report:?}");
+        store.redact(&redaction(&whole, &less, vec![1])).await.unwrap();
+        assert_eq!(read(&store).await, 1);
+        // The replacement can be replaced.
+        store.redact(&redaction(&less, &least, vec![0])).await.unwrap();
+        assert_eq!(read(&store).await, 0);
+        let (place, bytes) = store.locate(Table::Evaluations, &whole.digest).await.unwrap();
+        assert!(place.to_string().contains(&least.digest.to_string()) && bytes == least.bytes);
+        let report = store.check().await.unwrap();
+        assert!(report.is_sound() && (report.objects, report.unreferenced) == (1, 0), "{report:?}");
+        assert_eq!(store.sweep(Duration::ZERO, false).await.unwrap().objects, 0);
+        assert_eq!(store.redactions(Table::Evaluations).await.unwrap().len(), 2);
+        // A replacement that is lost is missed.
+        let Some(folder) = folder else { continue };
+        std::fs::remove_file(folder.path().join(place.to_string())).unwrap();
+        assert!(matches!(store.get_object(Table::Evaluations, &whole.digest).await, Err(StoreError::Missing { .. })));
+        assert!(store.check().await.unwrap().findings[0].problem.contains("missing"));
+    }
+}
+
+#[tokio::test]
+async fn takedowns_and_retries_are_logs() {
+    for Place { store, .. } in places().await {
+        let mut targets = Targets::default();
+        targets.add_line("example.org").unwrap();
+        assert_eq!(store.take_down(&targets, Some("why")).await.unwrap().number, 1);
+        assert_eq!(store.take_down(&targets, None).await.unwrap().reason.as_deref(), Some("why"));
+        targets.add_line("http://a.b/c").unwrap();
+        assert_eq!(store.take_down(&targets, None).await.unwrap().number, 2);
+        let down = store.taken_down().await.unwrap();
+        assert!(down.count() == 2 && down.covers_url("https://www.example.org/x") && down.covers_url("https://a.b/c"));
+        let (run, settings) = (RunId::new("r").unwrap(), commit(1, vec![]).task_id);
+        for number in 1..=2 {
+            let made = store.ask_retry(&run, &BTreeSet::from([FetchStatus::Dns]), settings).await.unwrap();
+            assert_eq!((made.number, made.name()), (number, format!("r/{number}")));
+        }
+        assert_eq!(store.retries(&run).await.unwrap().len(), 2);
+        assert!(store.check().await.unwrap().is_sound());
+    }
 }

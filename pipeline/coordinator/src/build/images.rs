@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef, UInt32Type, UInt64Type};
 use capfilt_schemas::{Digest, FetchStatus, Table, column};
+use capfilt_store::TakenDown;
 use datafusion::common::ScalarValue;
 use futures::TryStreamExt;
 
@@ -56,9 +57,16 @@ const UNIQUE: &str = "
     WHERE nth = 1
     ORDER BY sample_id, part, row_no";
 
-/// Columns that decide over an image.
-const COLUMNS: &[&str] =
-    &[column::SAMPLE_ID, column::STATUS, column::ORIGINAL_WIDTH, column::ORIGINAL_HEIGHT, column::SHA256, column::PHASH];
+/// Columns that decide over an image; the address only if something was taken down.
+const COLUMNS: &[&str] = &[
+    column::SAMPLE_ID,
+    column::STATUS,
+    column::ORIGINAL_WIDTH,
+    column::ORIGINAL_HEIGHT,
+    column::SHA256,
+    column::PHASH,
+    column::URL,
+];
 
 /// Images known by their bytes and by their looks.
 struct Known {
@@ -112,14 +120,14 @@ impl Job<'_> {
 
     /// Hands on (part, row, sample id, SHA-256, perceptual hash) of every image in annotated shards.
     async fn annotated(&self, shards: &[Digest], mut take: impl FnMut(u32, u32, &str, [u8; 32], Option<u64>)) -> Result<()> {
-        let scan = Scan::of(self.store, Table::Annotated, shards, COLUMNS);
+        let scan = Scan::of(self.store, Table::Annotated, shards, self.columns());
         let mut slices = scan.clone().rows();
         while let Some(slice) = slices.try_next().await? {
             let rows = &slice.batches[0];
             let (ids, status) = (rows.column(0).as_string::<i32>(), rows.column(1).as_string::<i32>());
             let (sha256, phash) = (rows.column(4).as_string::<i32>(), rows.column(5).as_primitive::<UInt64Type>());
             for i in 0..rows.num_rows() {
-                if status.value(i) == FetchStatus::Ok.as_str() {
+                if status.value(i) == FetchStatus::Ok.as_str() && !is_down(&self.taken_down, rows, i) {
                     let text = scan::text_at(sha256, i, || scan.bad(0, slice.part, "has an image without SHA-256"))?;
                     let sha256 = parse_sha256(text).ok_or_else(|| scan.bad(0, slice.part, bad_sha256(text)))?;
                     take(slice.part, slice.rows.value(i), ids.value(i), sha256, phash.is_valid(i).then(|| phash.value(i)));
@@ -129,11 +137,15 @@ impl Job<'_> {
         Ok(())
     }
 
+    fn columns(&self) -> &'static [&'static str] {
+        if self.taken_down.is_empty() { &COLUMNS[..COLUMNS.len() - 1] } else { COLUMNS }
+    }
+
     fn register_web(&self) -> Result<()> {
         let schema = web_schema();
-        let columns = Arc::clone(&schema);
-        let map: Map = Arc::new(move |_, slice| web_rows(slice, &columns));
-        Scan::of(self.store, Table::Samples, &self.samples(), COLUMNS).register(&self.sql, "web", &schema, &map)
+        let (columns, taken_down) = (Arc::clone(&schema), Arc::clone(&self.taken_down));
+        let map: Map = Arc::new(move |_, slice| web_rows(slice, &taken_down, &columns));
+        Scan::of(self.store, Table::Samples, &self.samples(), self.columns()).register(&self.sql, "web", &schema, &map)
     }
 
     fn sizes(&self) -> [(&'static str, ScalarValue); 2] {
@@ -213,10 +225,23 @@ fn web_schema() -> SchemaRef {
     ]))
 }
 
-fn web_rows(slice: &Slice, schema: &SchemaRef) -> Result<RecordBatch> {
+fn web_rows(slice: &Slice, taken_down: &TakenDown, schema: &SchemaRef) -> Result<RecordBatch> {
+    let rows = &slice.batches[0];
     let mut columns = vec![scan::part_column(slice), Arc::new(slice.rows.clone()) as _];
-    columns.extend(slice.batches[0].columns().iter().cloned());
+    // All but the address.
+    columns.extend(rows.columns().iter().take(schema.fields().len() - 2).cloned());
+    let down = |(i, status)| if is_down(taken_down, rows, i) { Some(FetchStatus::TakenDown.as_str()) } else { status };
+    columns[3] = Arc::new(rows.column(1).as_string::<i32>().iter().enumerate().map(down).collect::<StringArray>());
     scan::batch("images", schema, columns)
+}
+
+/// Whether the image in row `i` of [`COLUMNS`] was taken down.
+fn is_down(taken_down: &TakenDown, rows: &RecordBatch, i: usize) -> bool {
+    if taken_down.is_empty() {
+        return false;
+    }
+    let (sha256, url) = (rows.column(4).as_string::<i32>(), rows.column(6).as_string::<i32>());
+    taken_down.covers(url.value(i), sha256.is_valid(i).then(|| sha256.value(i)))
 }
 
 fn parse_sha256(text: &str) -> Option<[u8; 32]> {

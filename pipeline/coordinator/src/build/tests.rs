@@ -29,6 +29,7 @@ async fn run(
         triplets: vec![triplet(store, samples).await],
         annotated: vec![annotated(store, human).await],
         heldout: vec![annotated(store, heldout).await],
+        ..BuildInputs::default()
     };
     build(store, &sql(), config, inputs).await.unwrap()
 }

@@ -34,6 +34,13 @@ pub(super) fn card(version: &DatasetVersion, manifest: &Manifest) -> String {
             |r| format!("{:.1} % of the judged texts were thrown out", 100.0 * r)
         ),
     );
+    if version.takedowns > 0 || manifest.left_out > 0 {
+        _ = write!(
+            page,
+            "{} takedowns were in force when the version was built; {} of its pairs were taken down since and are not in this copy.\n\n",
+            version.takedowns, manifest.left_out
+        );
+    }
     page.push_str("## Texts\n\n| origin | pairs | |\n|---|---:|---|\n");
     for origin in Origin::ALL {
         let what = match origin {

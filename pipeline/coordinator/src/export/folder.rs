@@ -46,9 +46,11 @@ pub(super) fn is_whole(folder: &Path, manifest: &Manifest) -> bool {
 }
 
 /// Why an export stays as it is.
-pub(super) fn in_the_way(folder: PathBuf, there: &Manifest, wanted: &DatasetVersion) -> CoordinatorError {
+pub(super) fn in_the_way(folder: PathBuf, there: &Manifest, wanted: &DatasetVersion, left_out: u64) -> CoordinatorError {
     let what = if there.digest != wanted.digest {
         format!("it holds {}@{} ({})", there.dataset, there.version, there.digest.short())
+    } else if there.left_out != left_out {
+        format!("it holds {} pairs that were taken down since", left_out.saturating_sub(there.left_out))
     } else if is_whole(&folder, there) {
         let formats: Vec<_> = there.formats.iter().map(|f| f.name()).collect();
         format!("it holds the same rows in another layout ({}, {} a file)", formats.join(", "), there.samples_per_file)

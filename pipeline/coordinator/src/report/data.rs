@@ -134,6 +134,9 @@ pub(super) async fn gather(store: &Store, input: &ReportInput) -> Result<Report>
     let mut failures = store.all_failures().await?;
     let tasks: HashSet<TaskId> = shown.iter().map(|c| c.task_id).collect();
     failures.retain(|f| f.run == *run || tasks.contains(&f.task_id));
+    let mut shown = shown;
+    let superseded = superseded(&shown);
+    shown.retain(|c| !superseded.contains(&c.task_id));
     let stages = stage_lines(&shown, &failures, input);
     let mut fetch = StatusCounts::new();
     let mut discover = BTreeMap::new();
@@ -240,6 +243,22 @@ fn relevant<'a>(commits: &'a [Commit], rounds: &[Round], input: &ReportInput) ->
     let evaluated = |c: &&Commit| c.task.stage == StageKind::Evaluate && c.task.model.is_some_and(|m| judged.contains(&m));
     found.extend(commits.iter().filter(evaluated).map(|c| c.task_id));
     commits.iter().filter(|c| found.contains(&c.task_id)).collect()
+}
+
+/// The downloads that a retry has replaced: what they counted is counted anew by it.
+fn superseded(shown: &[&Commit]) -> HashSet<TaskId> {
+    let fetches = || shown.iter().filter(|c| c.task.stage == StageKind::Fetch);
+    let retried: HashSet<Digest> = fetches()
+        .filter(|c| c.as_inputs().ne(c.task.inputs.iter().copied()))
+        .flat_map(|c| c.task.inputs_of(Table::Samples))
+        .collect();
+    let mut counted = HashSet::new();
+    // A retry that changed nothing has the very rows of the download before it.
+    let counts = |c: &&&Commit| {
+        c.outputs.iter().all(|o| !retried.contains(&o.digest)) && counted.insert(c.outputs.first().map(|o| o.digest))
+    };
+    let kept: HashSet<TaskId> = fetches().filter(counts).map(|c| c.task_id).collect();
+    fetches().map(|c| c.task_id).filter(|id| !kept.contains(id)).collect()
 }
 
 fn stage_lines(commits: &[&Commit], failures: &[Failure], input: &ReportInput) -> Vec<StageLine> {

@@ -211,6 +211,7 @@ const fn meaning(status: FetchStatus) -> &'static str {
         FetchStatus::Decode => "image is broken",
         FetchStatus::TooSmall => "under the least side",
         FetchStatus::Aspect => "too elongated",
+        FetchStatus::TakenDown => "taken down",
     }
 }
 

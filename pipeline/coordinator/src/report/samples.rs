@@ -114,12 +114,17 @@ pub(super) async fn choose(store: &Store, version: &DatasetVersion, input: &Repo
     }
     let parts = parts(version);
     let kept = kept(store, version, &parts).await?;
+    let taken_down = store.taken_down().await?;
     let rule = threshold(version).map_or(Rule::Rank, Rule::Threshold);
     let mut candidates = Vec::new();
     let scan = Scan { store: store.clone(), sources: sources(&parts, TEXTS), only: None };
     let mut rows = scan.rows();
     while let Some(slice) = rows.try_next().await? {
-        candidates.extend(samples_of(&slice, &kept, rule).map(|(row, s)| candidate(&s, slice.part, row)));
+        candidates.extend(
+            samples_of(&slice, &kept, rule)
+                .filter(|(_, s)| !taken_down.covers(&s.url, Some(&s.sha256)))
+                .map(|(row, s)| candidate(&s, slice.part, row)),
+        );
     }
     let wanted = mixed(candidates, input.samples.saturating_mul(SPARE));
     let mut only = RowSet::default();
@@ -128,13 +133,17 @@ pub(super) async fn choose(store: &Store, version: &DatasetVersion, input: &Repo
     let mut found = BTreeMap::new();
     let mut rows = scan.rows();
     while let Some(slice) = rows.try_next().await? {
-        found.extend(samples_of(&slice, &kept, rule).map(|(row, s)| ((slice.part, row), s)));
+        found.extend(
+            samples_of(&slice, &kept, rule)
+                .filter(|(_, s)| !taken_down.covers(&s.url, Some(&s.sha256)))
+                .map(|(row, s)| ((slice.part, row), s)),
+        );
     }
     let found = wanted.iter().filter_map(|c| found.remove(&(c.part, c.row))).collect();
     Ok(shown(found, input.samples))
 }
 
-const TEXTS: &[&str] = &[column::SAMPLE_ID, column::TEXT, column::URL, column::PAGE_URL];
+const TEXTS: &[&str] = &[column::SAMPLE_ID, column::TEXT, column::URL, column::PAGE_URL, column::SHA256];
 const TEXTS_AND_IMAGE: &[&str] = &[
     column::SAMPLE_ID,
     column::TEXT,

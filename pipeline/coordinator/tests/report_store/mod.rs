@@ -166,6 +166,7 @@ impl Recorder {
             noise_ratio: made.noise_ratio,
             funnel: made.funnel,
             settings,
+            takedowns: 0,
             lineage: Lineage {
                 build: commit.task_id,
                 inputs: commit.task.inputs.clone(),

@@ -10,6 +10,7 @@ mod h2;
 mod hostile;
 mod limits;
 mod names;
+mod retry;
 mod server;
 mod support;
 mod tls;

@@ -1,6 +1,5 @@
 //! Running one stage on one task.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,19 +35,20 @@ pub(crate) async fn run(
     params: &impl Serialize,
     input: Vec<RecordBatch>,
 ) -> Result<(RecordBatch, Value), StageError> {
-    let folder = tempfile::tempdir().unwrap();
-    run_in(stage, params, input, folder.path()).await
+    run_on(&Store::open("memory:").await.unwrap(), stage, params, input).await
 }
 
-async fn run_in(
+/// The same with a store that holds something.
+pub(crate) async fn run_on(
+    store: &Store,
     stage: &dyn Stage,
     params: &impl Serialize,
     input: Vec<RecordBatch>,
-    folder: &Path,
 ) -> Result<(RecordBatch, Value), StageError> {
+    let folder = tempfile::tempdir().unwrap();
     let params = serde_json::to_value(params).unwrap();
     let task = Task { stage: stage.kind(), stage_version: 1, params, model: None, inputs: vec![] };
-    let work = Work::new(task, Store::open("memory:").await.unwrap(), RunId::new("test").unwrap(), folder);
+    let work = Work::new(task, store.clone(), RunId::new("test").unwrap(), folder.path());
     let facts = work.facts.clone();
     let rows = stage.process(work, stream::iter(input.into_iter().map(Ok)).boxed());
     let batches: Vec<RecordBatch> = rows.try_collect().await?;

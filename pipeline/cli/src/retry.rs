@@ -1,0 +1,154 @@
+//! `capfilt retry`: failed downloads again, and everything that follows from them.
+
+use std::collections::BTreeSet;
+use std::process::ExitCode;
+
+use capfilt_coordinator::plan::Downloads;
+use capfilt_schemas::{FetchStatus, RetryRecord, StatusCounts};
+use serde_json::{Value, json};
+
+use crate::args::RetryArgs;
+use crate::config::RunConfig;
+use crate::output::{Failure, count, say, say_json, table};
+use crate::run::Job;
+
+/// A retry under way.
+pub(crate) struct Retry {
+    /// Its record; there is none where nothing was left to fetch again.
+    record: Option<RetryRecord>,
+    statuses: BTreeSet<FetchStatus>,
+    /// Rows by status, when it was asked for.
+    before: StatusCounts,
+}
+
+pub(crate) async fn run(args: RetryArgs) -> Result<ExitCode, Failure> {
+    let statuses = statuses(&args.status)?;
+    let config = RunConfig::load(&args.config.config, &args.config.set)?;
+    let job = if args.dry_run { Job::look(config).await? } else { Job::prepare(config).await? };
+    let downloads = job.plan().await?.downloads;
+    if !downloads.fetched {
+        let (run, path) = (&job.config.run.name, args.config.config.display());
+        return Err(Failure::Other(anyhow::anyhow!(
+            "run {run} has not fetched everything once; `capfilt run {path}` does, and what fails then can be fetched again"
+        )));
+    }
+    if args.dry_run {
+        show(&statuses, &downloads, args.json)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let record = ask(&job, &statuses, &downloads).await?;
+    if !args.json {
+        let rows = rows(&statuses, &downloads.statuses);
+        say(&match &record {
+            Some(record) if rows > 0 => format!("retry {}: {} rows are fetched again", record.number, count(rows)),
+            Some(record) => format!("retry {} goes on", record.number),
+            None => nothing(&statuses, &downloads.statuses),
+        });
+    }
+    job.work(args.json, Some(Retry { record, statuses, before: downloads.statuses })).await
+}
+
+/// The statuses that are meant.
+fn statuses(names: &[String]) -> Result<BTreeSet<FetchStatus>, Failure> {
+    if names.is_empty() {
+        return Ok(FetchStatus::ALL.iter().copied().filter(|s| s.is_transient()).collect());
+    }
+    let mut chosen = BTreeSet::new();
+    for name in names {
+        let known = FetchStatus::parse(name.trim()).filter(|s| s.can_be_retried());
+        chosen.insert(known.ok_or_else(|| {
+            let all: Vec<_> = FetchStatus::ALL.iter().filter(|s| s.can_be_retried()).map(|s| s.as_str()).collect();
+            Failure::Usage(format!("--status: `{name}` is no status of a failed download; there are: {}", all.join(", ")))
+        })?);
+    }
+    Ok(chosen)
+}
+
+/// The record of the retry: that of one that was interrupted, if the same is asked for again. None if there is nothing to fetch.
+async fn ask(job: &Job, statuses: &BTreeSet<FetchStatus>, downloads: &Downloads) -> Result<Option<RetryRecord>, Failure> {
+    let (run, settings) = (&job.config.run.name, job.planned.fetch_settings());
+    let last = job.store.retries(run).await?.into_iter().rfind(|r| r.settings == settings);
+    if let Some(open) = last.filter(|r| downloads.retrying && r.statuses.iter().eq(statuses)) {
+        return Ok(Some(open));
+    }
+    let rows = rows(statuses, &downloads.statuses);
+    if rows == 0 {
+        return Ok(None);
+    }
+    let record = job.store.ask_retry(run, statuses, settings).await?;
+    let message = format!("retry {} was asked for: {} rows with {}", record.number, count(rows), names(statuses));
+    job.store.log_event(run, &message).await?;
+    Ok(Some(record))
+}
+
+fn rows(statuses: &BTreeSet<FetchStatus>, counts: &StatusCounts) -> u64 {
+    statuses.iter().filter_map(|s| counts.get(s.as_str())).sum()
+}
+
+fn names(statuses: &BTreeSet<FetchStatus>) -> String {
+    statuses.iter().map(|s| s.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+fn nothing(statuses: &BTreeSet<FetchStatus>, counts: &StatusCounts) -> String {
+    format!("nothing to fetch again: none of {} rows has the status {}", count(counts.values().sum()), names(statuses))
+}
+
+fn show(statuses: &BTreeSet<FetchStatus>, downloads: &Downloads, as_json: bool) -> Result<(), Failure> {
+    let counts = &downloads.statuses;
+    let again = rows(statuses, counts);
+    if as_json {
+        return say_json(&json!({ "statuses": statuses, "rows": again, "downloads": counts, "retrying": downloads.retrying }));
+    }
+    if again == 0 {
+        say(&nothing(statuses, counts));
+        return Ok(());
+    }
+    let mut page = vec![["status", "rows", "again"].map(str::to_owned).to_vec()];
+    for (status, n) in counts {
+        let chosen = FetchStatus::parse(status).is_some_and(|s| statuses.contains(&s));
+        page.push(vec![status.clone(), count(*n), if chosen { count(*n) } else { String::new() }]);
+    }
+    say(&table(&page));
+    say(&format!("{} rows would be fetched again", count(again)));
+    Ok(())
+}
+
+impl Retry {
+    /// What it came to, for programs.
+    pub(crate) fn to_json(&self, now: &StatusCounts) -> Value {
+        json!({
+            "number": self.record.as_ref().map(|r| r.number),
+            "statuses": self.statuses,
+            "rows": rows(&self.statuses, &self.before),
+            "before": self.before,
+            "now": now,
+        })
+    }
+
+    /// What it came to, for people.
+    pub(crate) fn summary(&self, now: &StatusCounts) -> Option<String> {
+        let record = self.record.as_ref()?;
+        let mut page = vec![["status", "before", "now"].map(str::to_owned).to_vec()];
+        let all: BTreeSet<&String> = self.before.keys().chain(now.keys()).collect();
+        let cell = |counts: &StatusCounts, status: &String| count(counts.get(status).copied().unwrap_or(0));
+        page.extend(all.into_iter().map(|status| vec![status.clone(), cell(&self.before, status), cell(now, status)]));
+        Some(format!("\nretry {}\n{}", record.number, table(&page)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn statuses_are_those_of_failed_downloads() {
+        let of = |names: &[&str]| statuses(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
+        assert_eq!(names(&of(&[]).unwrap()), "dns, connect, tls, timeout, http_429, http_5xx, truncated");
+        assert_eq!(names(&of(&["http_4xx", " dns"]).unwrap()), "dns, http_4xx");
+        for bad in ["ok", "taken_down", "", "Timeout"] {
+            let said = of(&["dns", bad]).unwrap_err().text();
+            assert!(said.contains(&format!("`{bad}`")) && said.contains("not_image") && !said.contains("taken_down,"), "{said}");
+        }
+    }
+}
