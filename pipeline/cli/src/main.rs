@@ -8,13 +8,15 @@ mod models;
 mod output;
 mod overview;
 mod progress;
+mod query_plot;
+mod query_stats;
 mod run;
 mod store;
 mod traffic;
 
 use std::process::ExitCode;
 
-use args::{Cli, Verb};
+use args::{Cli, QueriesVerb, Verb};
 use clap::Parser;
 use output::Failure;
 use tracing_subscriber::EnvFilter;
@@ -47,6 +49,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Run(run) => run::run(run).await,
         Verb::Plan(plan) => overview::plan(plan).await,
         Verb::Status(status) => overview::status(status).await,
+        Verb::Queries(QueriesVerb::Stats(args)) => query_stats::run(args).await,
         Verb::Dataset(verb) => dataset::run(verb).await,
         Verb::Model(verb) => models::run(verb).await,
         Verb::Store(verb) => store::run(verb).await,
