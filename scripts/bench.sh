@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the benches, or those named: scripts/bench.sh [fetch|models|rebuild ...], each beside its peer where there is one. Prints a line for
-# a person and a line of JSON for each figure; the JSON is kept in target/bench/<name>.jsonl. Built with all optimisations, each for
-# itself: `fetch` alone needs neither DataFusion nor candle.
+# Runs the benches, or those named: scripts/bench.sh [fetch|balance|models|rebuild ...], each beside its peer where there is one. Prints a
+# line for a person and a line of JSON for each figure; the JSON is kept in target/bench/<name>.jsonl. Built with all optimisations, each
+# for itself: `fetch` alone needs neither DataFusion nor candle. `balance` makes some 20 GB of temporary files; BALANCE_ROWS=5000000
+# makes it a tenth of that.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v cargo >/dev/null || export PATH="$HOME/.cargo/bin:$PATH"
@@ -9,8 +10,9 @@ scripts/setup.sh bench
 export IMG2DATASET=$PWD/.venv-bench/bin/img2dataset
 # The peer of `models` is large; it takes part where `scripts/setup.sh goldens` has been run.
 [ ! -x .venv-goldens/bin/python ] || export BLIP_PYTHON=$PWD/.venv-goldens/bin/python
+export DUCKDB_PYTHON=$PWD/.venv-bench/bin/python
 
-[ $# -gt 0 ] || set -- fetch models rebuild
+[ $# -gt 0 ] || set -- fetch balance models rebuild
 for name in "$@"; do
   case "$name" in
     fetch)
@@ -18,6 +20,7 @@ for name in "$@"; do
       export FETCH_DATA=$PWD/.cache/bench/fetch
       .venv-bench/bin/python workers/crawler/benches/fetch_data.py "$FETCH_DATA"
       ;;
+    balance) package=capfilt-coordinator ;;
     models | rebuild) package=capfilt-tests ;;
     *) echo "bench: there is no bench '$name'" >&2 && exit 2 ;;
   esac

@@ -45,6 +45,39 @@ fn the_whole_loop_and_then_nothing_again() {
     let status = world.json(&["status", "run.toml", "--json"]);
     assert_eq!(status["rounds"].as_array().unwrap().len(), 2);
     assert!(!status["events"].as_array().unwrap().is_empty());
+
+    for from in ["run.toml", "store"] {
+        let stats = world.json(&["queries", "stats", from, "--json", "--plot", "plot.svg"]);
+        assert_eq!((&stats["before"]["texts"], &stats["after"]["texts"]), (&Value::from(48), &Value::from(48)), "{stats}");
+        assert!(stats["share_matched"].as_f64().unwrap() > 0.0);
+        // A picture's text says its colour and its shape.
+        assert_eq!(stats["before"]["entries_per_text"], 2.0, "{stats}");
+        assert_eq!(stats["top"][0]["text"].is_string(), from == "run.toml", "a store does not know the names");
+        assert!(std::fs::read_to_string(world.path("plot.svg")).unwrap().contains("<polyline"));
+    }
+    let shown = world.capfilt(&["queries", "stats", "run.toml"]);
+    assert!(shown.status.success() && String::from_utf8_lossy(&shown.stdout).contains("entries per text"));
+    let (code, _) = world.refuse(&["queries", "stats", "store", "--run", "other"]);
+    assert_eq!(code, 2);
+}
+
+#[test]
+fn a_surplus_is_downloaded_and_the_cap_holds_all_the_same() {
+    let world = World::new(40);
+    let small = ["retrain.enabled=false", "run.rounds=1", "balance.per_query=3"];
+    let funnel = |run: &Value, step: &str| {
+        let steps = run["dataset"]["funnel"]["steps"].as_array().unwrap().clone();
+        steps.iter().find(|s| s[0] == step).and_then(|s| s[1].as_u64())
+    };
+    let exact = world.run(&small);
+    let surplus = world.run(&[&small[..], &["balance.expected_success=0.5"]].concat());
+    assert!(rows(&surplus, "balance") > rows(&exact, "balance"));
+    assert_eq!(funnel(&exact, "within per_query"), None);
+    let (images, within) = (funnel(&surplus, "not held out").unwrap(), funnel(&surplus, "within per_query").unwrap());
+    // Each of the queries takes three at most, and each pair is taken by one at least.
+    let stats = world.json(&["queries", "stats", "run.toml", "--json", "--set", "balance.per_query=3"]);
+    let queries = stats["before"]["queries"].as_u64().unwrap();
+    assert!(within < images && within <= 3 * queries, "{within} of {images}, {queries} queries");
 }
 
 #[test]

@@ -55,6 +55,9 @@ pub(crate) enum Verb {
     Status(ViewArgs),
     /// Download a list of image addresses into files for training, with img2dataset's flags and layouts
     Download(Box<DownloadArgs>),
+    /// Look at how queries and texts meet
+    #[command(subcommand)]
+    Queries(QueriesVerb),
     /// Look at dataset versions, compare and export them
     #[command(subcommand)]
     Dataset(DatasetVerb),
@@ -139,6 +142,42 @@ pub(crate) struct StoreArgs {
     /// The store: a folder or a URL, or a config whose store is meant
     #[arg(long, short, value_name = "STORE|CONFIG")]
     pub(crate) store: String,
+    /// Write JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum QueriesVerb {
+    /// Show how a run's texts are spread over the queries, before and after balancing
+    #[command(
+        after_help = "To compare with: MetaCLIP (arXiv 2309.16671) reports, for 1.6 billion matched texts and 500,000 queries, that \
+                            about half of all texts match, with 3.5 entries per text; that 114,000 queries match nothing; and that \
+                            the 16,000 queries above 20,000 texts hold 94.5% of all entries."
+    )]
+    Stats(QueriesStatsArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct QueriesStatsArgs {
+    /// A config, or a store, of which the newest balanced run is meant
+    #[arg(value_name = "CONFIG|STORE")]
+    pub(crate) from: String,
+    /// Change a setting of the config: `balance.per_query=1000`; may be given many times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// The run that is meant, in a store
+    #[arg(long)]
+    pub(crate) run: Option<String>,
+    /// The query list, for the names of queries; that of the config if not given
+    #[arg(long, value_name = "FILE")]
+    pub(crate) queries: Option<PathBuf>,
+    /// How many of the most frequent queries to list
+    #[arg(long, default_value_t = 20)]
+    pub(crate) top: usize,
+    /// Draw the rank-count curve and the cumulative counts into a file that ends in .svg or .html
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plot: Option<PathBuf>,
     /// Write JSON
     #[arg(long)]
     pub(crate) json: bool,

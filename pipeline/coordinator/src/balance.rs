@@ -1,41 +1,42 @@
 //! Balancing: which of the candidates to fetch. One pair for each image address, then at most `per_query` pairs for a query.
 //!
-//! This is the last step of CLIP's WIT recipe (arXiv 2103.00020, section 2.2: "up to 20,000 pairs per query") as a hard cap: each
-//! query takes the `per_query` of its pairs with the smallest [`draw`], and a pair stays if at least one query took it. Queries
-//! draw independently, as in `MetaCLIP` (arXiv 2309.16671), so that a pair refused by a frequent query can be kept by a rare one.
+//! This is the last step of CLIP's WIT recipe (arXiv 2103.00020, section 2.2: "up to 20,000 pairs per query") as a hard cap, or
+//! with `MetaCLIP`'s soft rule: see [`Rule`]. A pair stays if at least one of its queries takes it. Queries draw independently, as in
+//! `MetaCLIP` (arXiv 2309.16671), so that a pair refused by a frequent query can be kept by a rare one.
 //!
-//! The work is three passes over the candidates, each a plain window or sort that spills to disk; what a pass found out goes to
-//! the next as a bit a row or a border a query, never as a join.
+//! The work is four passes over the candidates, on all threads and in whatever order the rows come: which are unique
+//! (`unique.rs`), how many each query has, where the borders of the frequent ones lie (`cap.rs`), and the rows that were taken
+//! (`select.rs`). What a pass found out goes to the next as a bit a row, a counter or a border a query; there is no join, and no sort
+//! of more than one partition.
 
-use std::collections::HashMap;
+mod select;
+mod unique;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use arrow::array::{
-    Array, ArrayRef, AsArray, ListArray, ListBuilder, RecordBatch, StringArray, StringBuilder, UInt32Builder, UInt64Array,
-    UInt64Builder,
-};
-use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef, UInt32Type, UInt64Type};
-use capfilt_schemas::{Digest, Output, StatusCounts, Table, TextSource, column};
+use capfilt_schemas::{Digest, Output, StatusCounts, Table, column};
 use capfilt_store::Store;
-use datafusion::common::ScalarValue;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 
-use crate::scan::{self, Map, RowSet, Scan, Slice};
-use crate::shards::Shards;
-use crate::sql::{Sql, SqlConfig};
+use crate::cap::{Borders, Contest, DEVIATIONS, Pairs, Windows, contests};
+pub use crate::cap::{HardCap, Rule};
+use crate::draw::Draws;
+use crate::readers::Readers;
+use crate::scan::RowSet;
+use crate::sql::SqlConfig;
 use crate::{CoordinatorError, Result};
 
 /// Raised whenever the same candidates would give other pairs than before.
-pub const STAGE_VERSION: u32 = 1;
+pub const STAGE_VERSION: u32 = 2;
 
-/// Which candidates count as the same pair.
+/// Which candidates count as the same pair. Addresses are compared as they stand: what finds candidates has resolved them, with
+/// scheme and host in lower case, default ports left out and fragments cut off.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Dedup {
-    /// One pair for an image address: the text from the best [`TextSource`], among equals the one with the smallest draw.
+    /// One pair for an image address: the text from the best [`TextSource`](capfilt_schemas::TextSource), among equals the one with
+    /// the smallest draw.
     #[default]
     Url,
     /// One pair for an image address and text.
@@ -43,14 +44,20 @@ pub enum Dedup {
 }
 
 /// What is fetched. All of it is part of the task's name.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BalanceConfig {
-    /// The most pairs that one query may take.
+    /// The most pairs that one query may take; with the soft rule, about how many it takes.
     pub per_query: u64,
+    /// How a query with more pairs than that chooses.
+    pub rule: Rule,
+    /// The share of downloads that is expected to succeed, above 0 and at most 1. Each query takes `per_query` / `expected_success`
+    /// pairs, so that about `per_query` of them arrive; should more arrive, the hard cap is applied again when the dataset is built.
+    pub expected_success: f64,
     /// Which candidates count as the same pair.
     pub dedup: Dedup,
-    /// The most pairs in all; those with the smallest draw stay. Absent: no such cap. Under it a query may end below `per_query`.
+    /// The most pairs to fetch in all; those with the smallest draw stay. Absent: no such cap. Under it a query may end below
+    /// `per_query`.
     pub max_pairs: Option<u64>,
     /// Decides all draws.
     pub seed: u64,
@@ -60,7 +67,15 @@ pub struct BalanceConfig {
 
 impl Default for BalanceConfig {
     fn default() -> Self {
-        Self { per_query: 20_000, dedup: Dedup::Url, max_pairs: None, seed: 0, shard_rows: 1000 }
+        Self {
+            per_query: 20_000,
+            rule: Rule::Cap,
+            expected_success: 1.0,
+            dedup: Dedup::Url,
+            max_pairs: None,
+            seed: 0,
+            shard_rows: 1000,
+        }
     }
 }
 
@@ -75,8 +90,25 @@ impl BalanceConfig {
             Self { per_query: 0, .. } => bad("balance.per_query", "is 0, which selects nothing; use 1 or more (CLIP used 20000)"),
             Self { max_pairs: Some(0), .. } => bad("balance.max_pairs", "is 0, which selects nothing; leave it out for no cap"),
             Self { shard_rows: 0, .. } => bad("balance.shard_rows", "is 0; use 1 or more (1000 is usual)"),
+            Self { expected_success, .. } if !(*expected_success >= 0.01 && *expected_success <= 1.0) => {
+                let problem =
+                    format!("is {expected_success}; a share of downloads is from 0.01 to 1 (0.7 is usual for old links)");
+                bad("balance.expected_success", &problem)
+            }
             _ => Ok(()),
         }
+    }
+
+    /// How many pairs a query takes for the download.
+    pub(crate) fn quota(&self) -> u64 {
+        (self.per_query as f64 / self.expected_success).ceil() as u64
+    }
+
+    /// The cap that has to be applied again to what was downloaded, because more was selected than it allows.
+    #[must_use]
+    pub fn cap_after_fetch(&self) -> Option<HardCap> {
+        let surplus = self.rule == Rule::Cap && self.quota() > self.per_query;
+        surplus.then_some(HardCap { per_query: self.per_query, seed: self.seed })
     }
 }
 
@@ -87,293 +119,112 @@ pub struct BalanceOutcome {
     pub outputs: Vec<Output>,
     /// `ok`: the selected pairs.
     pub counts: StatusCounts,
-    /// `candidates`, `matched` (hold a query), `unique` (after deduplication), `selected`; `queries_matched`, `queries_capped`;
-    /// `heads`: the twenty queries with most matches, as `{query, matches}`.
+    /// `candidates`, `matched` (hold a query), `unique` (after deduplication), `selected`; `matches` (queries of the unique pairs,
+    /// all added up); `queries_matched`, `queries_capped`; `heads`: the twenty queries with most matches, as `{query, matches}`.
     pub facts: Value,
 }
 
-/// The number by which a query chooses among its pairs, smallest first: the first 8 bytes, big-endian, of SHA-256 over `seed`
-/// (8 bytes, little-endian), `query` (4 bytes, little-endian) and the sample id.
-#[must_use]
-pub fn draw(seed: u64, query: u32, sample_id: &str) -> u64 {
-    let hash =
-        Sha256::new().chain_update(seed.to_le_bytes()).chain_update(query.to_le_bytes()).chain_update(sample_id).finalize();
-    hash.iter().take(8).fold(0, |n, byte| n << 8 | u64::from(*byte))
-}
-
-/// Takes the place of a query in draws that are not a query's.
-const NO_QUERY: u32 = u32::MAX;
-
 /// Selects what to fetch from `candidates` shards. The order of `inputs`, and how the rows are spread over them, does not matter.
+///
+/// `sql` says how much memory and how many threads to use, and where to put what does not fit.
 ///
 /// # Errors
 /// [`CoordinatorError::Setting`] for settings that cannot be used; [`CoordinatorError::Store`] and [`CoordinatorError::Rows`] for a
-/// shard that is missing or damaged; [`CoordinatorError::Memory`] and [`CoordinatorError::Sql`].
+/// shard that is missing or damaged; [`CoordinatorError::Spill`] if the folder for what does not fit into memory is full.
 pub async fn balance(store: &Store, sql: &SqlConfig, config: &BalanceConfig, inputs: &[Digest]) -> Result<BalanceOutcome> {
     config.validate()?;
+    sql.validate()?;
     let mut shards = inputs.to_vec();
     shards.sort_unstable();
     shards.dedup();
-    let job = Job { store, sql: Sql::new(sql)?, config, shards };
+    let threads = sql.threads();
+    let job = Job { store, sql, config, threads, readers: Readers::new(store, Table::Candidates, &shards, threads) };
     let unique = job.unique().await?;
+    tracing::info!(candidates = unique.candidates, unique = unique.unique, "unique candidates found");
     let rows = Arc::new(unique.rows);
-    let queries = job.borders(&rows).await?;
-    let outputs = job.select(&rows, queries.borders).await?;
+    let pairs = job.pairs(&rows);
+    let counts = pairs.counts().await?;
+    let contests = contests(&counts, config.quota());
+    let borders = Arc::new(job.borders(&pairs, &contests).await?);
+    tracing::info!(capped = contests.len(), "borders of frequent queries found");
+    let last_of_all = job.last_of_all(&pairs, &borders).await?;
+    let outputs = job.select(&rows, &borders, last_of_all).await?;
     let selected: u64 = outputs.iter().map(|o| o.rows).sum();
+    let heads = heads(&counts, 20).into_iter().map(|(query, matches)| json!({"query": query, "matches": matches}));
     let facts = json!({
         "candidates": unique.candidates,
         "matched": unique.matched,
         "unique": unique.unique,
         "selected": selected,
-        "queries_matched": queries.matched,
-        "queries_capped": queries.capped,
-        "heads": queries.heads.iter().map(|(query, matches)| json!({"query": query, "matches": matches})).collect::<Vec<_>>(),
+        "matches": counts.iter().sum::<u64>(),
+        "queries_matched": counts.iter().filter(|n| **n > 0).count(),
+        "queries_capped": contests.len(),
+        "heads": heads.collect::<Vec<_>>(),
     });
     Ok(BalanceOutcome { outputs, counts: StatusCounts::from([("ok".to_owned(), selected)]), facts })
 }
 
+/// The `most` queries with the highest counts, highest first, among equals in the order of the list; those without any are left out.
+pub(crate) fn heads(counts: &[u64], most: usize) -> Vec<(u32, u64)> {
+    let mut heads: Vec<(u32, u64)> = (0..).zip(counts.iter().copied()).filter(|(_, n)| *n > 0).collect();
+    let order = |(query, n): &(u32, u64)| (std::cmp::Reverse(*n), *query);
+    if heads.len() > most {
+        heads.select_nth_unstable_by_key(most, order);
+        heads.truncate(most);
+    }
+    heads.sort_unstable_by_key(order);
+    heads
+}
+
 struct Job<'a> {
     store: &'a Store,
-    sql: Sql,
+    sql: &'a SqlConfig,
     config: &'a BalanceConfig,
-    shards: Vec<Digest>,
+    threads: usize,
+    readers: Readers,
 }
-
-struct Unique {
-    rows: RowSet,
-    candidates: u64,
-    matched: u64,
-    unique: u64,
-}
-
-struct Queries {
-    borders: Borders,
-    matched: u64,
-    capped: u64,
-    heads: Vec<(u32, u64)>,
-}
-
-/// The last (draw, sample id) that a query takes; queries that take all they have are absent.
-type Borders = HashMap<u32, (u64, String)>;
-
-/// One candidate for each key, the best first. `sample_id` stands for address and text, so the order leaves no ties that matter.
-const UNIQUE: &str = "
-    SELECT part, row_no
-    FROM (SELECT part, row_no,
-                 row_number() OVER (PARTITION BY key
-                                    ORDER BY source_rank, pick, sample_id, page_url, source, part, row_no) AS nth
-          FROM candidates)
-    WHERE nth = 1";
-
-/// For each query how many pairs it has, and the draw of the last one that it may take, if it has as many.
-const BORDERS: &str = "
-    SELECT query,
-           count(*) AS matches,
-           max(CASE WHEN nth = $per_query THEN draw END) AS last_draw,
-           max(CASE WHEN nth = $per_query THEN sample_id END) AS last_sample
-    FROM (SELECT query, draw, sample_id,
-                 row_number() OVER (PARTITION BY query ORDER BY draw, sample_id) AS nth
-          FROM matches)
-    GROUP BY query";
-
-/// All that some query took.
-const SELECTED: &str = "SELECT * FROM taken ORDER BY sample_id";
-
-/// The same under `max_pairs`.
-const SELECTED_CAPPED: &str = "
-    SELECT *
-    FROM (SELECT *, row_number() OVER (ORDER BY pick, sample_id) AS nth FROM taken)
-    WHERE nth <= $max_pairs
-    ORDER BY sample_id";
 
 impl Job<'_> {
-    fn scan(&self, columns: &'static [&'static str]) -> Scan {
-        Scan::of(self.store, Table::Candidates, &self.shards, columns)
+    fn pairs(&self, rows: &Arc<RowSet>) -> Pairs {
+        const COLUMNS: &[&str; 2] = &[column::SAMPLE_ID, column::QUERIES];
+        let memory = (self.sql.memory_mib << 20) / 2;
+        Pairs { readers: self.readers.clone(), rows: Arc::clone(rows), columns: COLUMNS, memory, deviations: DEVIATIONS }
     }
 
-    async fn unique(&self) -> Result<Unique> {
-        let seen = Arc::new((AtomicU64::new(0), AtomicU64::new(0)));
-        let (counted, config) = (Arc::clone(&seen), self.config.clone());
-        let schema = candidate_schema();
-        let map: Map = Arc::new(move |scan, slice| {
-            counted.0.fetch_add(slice.rows.len() as u64, Ordering::Relaxed);
-            let rows = candidate_rows(scan, slice, &config)?;
-            counted.1.fetch_add(rows.num_rows() as u64, Ordering::Relaxed);
-            Ok(rows)
-        });
-        const COLUMNS: &[&str] =
-            &[column::SAMPLE_ID, column::URL, column::TEXT_SOURCE, column::PAGE_URL, column::SOURCE, column::QUERIES];
-        self.scan(COLUMNS).register(&self.sql, "candidates", &schema, &map)?;
-        let (mut rows, mut unique) = (RowSet::default(), 0);
-        let mut found = self.sql.query("unique candidates", UNIQUE, &[]).await?;
-        while let Some(batch) = found.next().await? {
-            let (parts, numbers) = (batch.column(0).as_primitive::<UInt32Type>(), batch.column(1).as_primitive::<UInt32Type>());
-            for (part, row) in parts.values().iter().zip(numbers.values()) {
-                rows.insert(*part, *row);
-            }
-            unique += batch.num_rows() as u64;
+    async fn borders(&self, pairs: &Pairs, contests: &[Contest]) -> Result<Borders> {
+        if self.config.rule == Rule::Soft {
+            return Ok(Borders::soft(contests));
         }
-        Ok(Unique { rows, candidates: seen.0.load(Ordering::Relaxed), matched: seen.1.load(Ordering::Relaxed), unique })
+        let draws = Draws::new(self.config.seed);
+        let offer = move |windows: &mut Windows, id: u128, queries: &[u32]| {
+            queries.iter().for_each(|q| windows.offer(*q, || draws.place(*q, id)));
+        };
+        pairs.borders(contests, offer).await
     }
 
-    async fn borders(&self, rows: &Arc<RowSet>) -> Result<Queries> {
-        let schema = Arc::new(Schema::new(vec![
-            Field::new("query", DataType::UInt32, false),
-            Field::new("draw", DataType::UInt64, false),
-            Field::new(column::SAMPLE_ID, DataType::Utf8, false),
-        ]));
-        let (seed, columns) = (self.config.seed, Arc::clone(&schema));
-        let map: Map = Arc::new(move |_, slice| match_rows(slice, seed, &columns));
-        let scan = Scan { only: Some(Arc::clone(rows)), ..self.scan(&[column::SAMPLE_ID, column::QUERIES]) };
-        scan.register(&self.sql, "matches", &schema, &map)?;
-        let mut queries = Queries { borders: Borders::new(), matched: 0, capped: 0, heads: Vec::new() };
-        let per_query = [("per_query", ScalarValue::UInt64(Some(self.config.per_query)))];
-        let mut found = self.sql.query("cap per query", BORDERS, &per_query).await?;
-        while let Some(batch) = found.next().await? {
-            let query = batch.column(0).as_primitive::<UInt32Type>();
-            let matches = batch.column(1).as_primitive::<Int64Type>();
-            let draws = batch.column(2).as_primitive::<UInt64Type>();
-            let samples = batch.column(3).as_string::<i32>();
-            for i in 0..batch.num_rows() {
-                let count = matches.value(i).unsigned_abs();
-                queries.matched += 1;
-                queries.heads.push((query.value(i), count));
-                if count > self.config.per_query && draws.is_valid(i) {
-                    queries.capped += 1;
-                    queries.borders.insert(query.value(i), (draws.value(i), samples.value(i).to_owned()));
-                }
-            }
-            queries.heads.sort_unstable_by_key(|(query, matches)| (std::cmp::Reverse(*matches), *query));
-            queries.heads.truncate(20);
+    /// The place of the last pair that `max_pairs` leaves of those that some query takes.
+    async fn last_of_all(&self, pairs: &Pairs, borders: &Arc<Borders>) -> Result<u128> {
+        let Some(max) = self.config.max_pairs else { return Ok(u128::MAX) };
+        let draws = Draws::new(self.config.seed);
+        let takes = {
+            let borders = Arc::clone(borders);
+            move |id: u128, queries: &[u32]| queries.iter().any(|q| borders.takes(draws, *q, id))
+        };
+        let taken = takes.clone();
+        let count = move |n: &mut u64, id: u128, queries: &[u32]| *n += u64::from(taken(id, queries));
+        let taken: u64 = pairs.each(self.readers.states(|| 0), count).await?.iter().sum();
+        if taken <= max {
+            return Ok(u128::MAX);
         }
-        Ok(queries)
-    }
-
-    async fn select(&self, rows: &Arc<RowSet>, borders: Borders) -> Result<Vec<Output>> {
-        let mut fields: Vec<_> = Table::Selected.schema().fields().iter().cloned().collect();
-        fields.push(Arc::new(Field::new("pick", DataType::UInt64, false)));
-        let schema = Arc::new(Schema::new(fields));
-        let (seed, columns) = (self.config.seed, Arc::clone(&schema));
-        let map: Map = Arc::new(move |_, slice| taken_rows(slice, seed, &borders, &columns));
-        const COLUMNS: &[&str] = &[
-            column::SAMPLE_ID,
-            column::URL,
-            column::TEXT,
-            column::TEXT_SOURCE,
-            column::PAGE_URL,
-            column::SOURCE,
-            column::QUERIES,
-        ];
-        let scan = Scan { only: Some(Arc::clone(rows)), ..self.scan(COLUMNS) };
-        scan.register(&self.sql, "taken", &schema, &map)?;
-        let mut found = match self.config.max_pairs {
-            None => self.sql.query("selected pairs", SELECTED, &[]).await?,
-            Some(max) => {
-                let max = [("max_pairs", ScalarValue::UInt64(Some(max)))];
-                self.sql.query("selected pairs", SELECTED_CAPPED, &max).await?
+        // All that was taken is one more contest, with a number of its own.
+        let all = Contest { query: 0, count: taken, quota: max };
+        let offer = move |windows: &mut Windows, id: u128, queries: &[u32]| {
+            if takes(id, queries) {
+                windows.offer(all.query, || draws.place_of_all(id));
             }
         };
-        let schema = Table::Selected.schema();
-        let mut shards = Shards::new(self.store, Table::Selected, self.config.shard_rows);
-        while let Some(batch) = found.next().await? {
-            let columns = batch.columns().iter().take(schema.fields().len()).cloned().collect();
-            shards.write(&scan::batch("selected pairs", &schema, columns)?).await?;
-        }
-        shards.finish().await
+        Ok(pairs.borders(&[all], offer).await?.of(all.query))
     }
-}
-
-fn candidate_schema() -> SchemaRef {
-    Arc::new(Schema::new(vec![
-        Field::new("part", DataType::UInt32, false),
-        Field::new("row_no", DataType::UInt32, false),
-        Field::new("key", DataType::Utf8, false),
-        Field::new("source_rank", DataType::UInt32, false),
-        Field::new("pick", DataType::UInt64, false),
-        Field::new(column::SAMPLE_ID, DataType::Utf8, false),
-        Field::new(column::PAGE_URL, DataType::Utf8, true),
-        Field::new(column::SOURCE, DataType::Utf8, false),
-    ]))
-}
-
-/// The candidates that hold a query at all, with what decides between those of the same key.
-fn candidate_rows(scan: &Scan, slice: &Slice, config: &BalanceConfig) -> Result<RecordBatch> {
-    let [id, url, text_source, page, source, queries] = slice.batches[0].columns() else {
-        return Err(scan.bad(0, slice.part, "lacks columns"));
-    };
-    let (id, queries) = (id.as_string::<i32>(), queries.as_list::<i32>());
-    let key = match config.dedup {
-        Dedup::Url => url.as_string::<i32>(),
-        Dedup::UrlText => id,
-    };
-    let mut ranks = UInt32Builder::with_capacity(id.len());
-    for name in text_source.as_string::<i32>() {
-        let name = name.unwrap_or_default();
-        let place = TextSource::parse(name).and_then(|s| TextSource::ALL.iter().position(|t| *t == s));
-        let rank = place.and_then(|p| u32::try_from(p).ok());
-        ranks.append_value(rank.ok_or_else(|| scan.bad(0, slice.part, format!("has the unknown text source `{name}`")))?);
-    }
-    let picks: UInt64Array = id.iter().map(|id| Some(draw(config.seed, NO_QUERY, id.unwrap_or_default()))).collect();
-    let columns: Vec<ArrayRef> = vec![
-        scan::part_column(slice),
-        Arc::new(slice.rows.clone()),
-        Arc::new(key.clone()),
-        Arc::new(ranks.finish()),
-        Arc::new(picks),
-        Arc::new(id.clone()),
-        Arc::clone(page),
-        Arc::clone(source),
-    ];
-    let all = scan::batch("candidates", &candidate_schema(), columns)?;
-    let matched = (0..queries.len()).map(|i| Some(queries.value_length(i) > 0)).collect();
-    arrow::compute::filter_record_batch(&all, &matched).map_err(|e| scan::encode("candidates", e))
-}
-
-/// The queries of row `i`, each once.
-fn queries_of(queries: &ListArray, i: usize) -> Vec<u32> {
-    let mut all = queries.value(i).as_primitive::<UInt32Type>().values().to_vec();
-    all.sort_unstable();
-    all.dedup();
-    all
-}
-
-/// One row a (query, pair).
-fn match_rows(slice: &Slice, seed: u64, schema: &SchemaRef) -> Result<RecordBatch> {
-    let ids = slice.batches[0].column(0).as_string::<i32>();
-    let queries = slice.batches[0].column(1).as_list::<i32>();
-    let (mut query, mut draws, mut samples) = (UInt32Builder::new(), UInt64Builder::new(), StringBuilder::new());
-    for (i, id) in ids.iter().enumerate() {
-        let id = id.unwrap_or_default();
-        for q in queries_of(queries, i) {
-            query.append_value(q);
-            draws.append_value(draw(seed, q, id));
-            samples.append_value(id);
-        }
-    }
-    scan::batch("matches", schema, vec![Arc::new(query.finish()), Arc::new(draws.finish()), Arc::new(samples.finish())])
-}
-
-/// The pairs that some query takes, with those queries.
-fn taken_rows(slice: &Slice, seed: u64, borders: &Borders, schema: &SchemaRef) -> Result<RecordBatch> {
-    let pairs = &slice.batches[0];
-    let ids: &StringArray = pairs.column(0).as_string();
-    let queries = pairs.column(6).as_list::<i32>();
-    let item = Arc::new(Field::new("item", DataType::UInt32, false));
-    let mut takers = ListBuilder::new(UInt32Builder::new()).with_field(item);
-    let mut taken = Vec::with_capacity(ids.len());
-    for (i, id) in ids.iter().enumerate() {
-        let id = id.unwrap_or_default();
-        let takes = |q: &u32| borders.get(q).is_none_or(|(last, sample)| (draw(seed, *q, id), id) <= (*last, sample.as_str()));
-        let of: Vec<u32> = queries_of(queries, i).into_iter().filter(takes).collect();
-        taken.push(Some(!of.is_empty()));
-        takers.append_value(of.into_iter().map(Some));
-    }
-    let picks: UInt64Array = ids.iter().map(|id| Some(draw(seed, NO_QUERY, id.unwrap_or_default()))).collect();
-    let mut columns = pairs.columns().to_vec();
-    columns.push(Arc::new(takers.finish()));
-    columns.push(Arc::new(picks));
-    let all = scan::batch("taken pairs", schema, columns)?;
-    arrow::compute::filter_record_batch(&all, &taken.into_iter().collect()).map_err(|e| scan::encode("taken pairs", e))
 }
 
 #[cfg(test)]

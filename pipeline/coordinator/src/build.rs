@@ -3,7 +3,8 @@
 //! The scores are in the store; everything that decides over them is here, so that a new threshold costs a query and no model.
 //! `samples`, `captions` and `scores` are row-aligned (row i answers row i), so their join is a zip: no hash table, no sort, and a
 //! shard that does not answer its neighbour is found at once. Images are judged first (`images.rs`: size, exact and near duplicates,
-//! held-out set), on hashes alone; then the texts of the images that stay (`texts.rs`: the policy), in SQL. Pixels are never read.
+//! held-out set), on hashes alone; then, if more was selected
+//! than may stay, the cap per query is applied again (`cap.rs`); then the texts of the images that stay (`texts.rs`: the policy), in SQL. Pixels are never read.
 
 mod config;
 mod images;
@@ -12,7 +13,7 @@ mod texts;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use capfilt_schemas::{Digest, Funnel, Origin, Output, StatusCounts};
+use capfilt_schemas::{Digest, Funnel, Origin, Output, StatusCounts, Table};
 use capfilt_store::{Store, TakenDown};
 use serde_json::{Value, json};
 
@@ -20,6 +21,8 @@ pub use config::{BuildConfig, Policy, Score};
 pub use texts::normalise;
 
 use crate::Result;
+use crate::cap::HardCap;
+use crate::readers::Readers;
 use crate::sql::{Sql, SqlConfig};
 
 /// Raised whenever the same inputs would give another dataset than before.
@@ -48,6 +51,9 @@ pub struct BuildInputs {
     pub selected: u64,
     /// The web pairs.
     pub triplets: Vec<Triplet>,
+    /// The cap on what was fetched for each query, if more was selected than may stay; see
+    /// [`BalanceConfig::expected_success`](crate::balance::BalanceConfig::expected_success).
+    pub cap: Option<HardCap>,
     /// `annotated` shards to mix in.
     pub annotated: Vec<Digest>,
     /// `annotated` shards on which models are judged; their images must not get into the dataset.
@@ -64,7 +70,7 @@ pub struct BuildOutcome {
     /// Kept texts by origin; all three origins are there.
     pub counts: StatusCounts,
     /// The way of the pairs: `candidates`, `selected`, `fetched`, `large enough`, `unique (exact)`, `unique (perceptual)`,
-    /// `not held out` count images; `texts judged`, `kept web`, `kept synthetic`, `added human` count texts.
+    /// `not held out` and, with a cap, `within per_query` count images; `texts judged`, `kept web`, `kept synthetic`, `added human` count texts.
     pub funnel: Funnel,
     /// Rejected by judged texts, web and synthetic; `None` if none was judged.
     pub noise_ratio: Option<f64>,
@@ -97,9 +103,15 @@ pub async fn build(store: &Store, sql: &SqlConfig, config: &BuildConfig, inputs:
     let annotated = if config.human { sorted(inputs.annotated) } else { Vec::new() };
     let heldout = sorted(inputs.heldout);
     let job = Job { store, sql: Sql::new(sql)?, config, triplets, annotated, heldout, taken_down: inputs.taken_down };
-    let images = job.images().await?;
+    let mut images = job.images().await?;
+    // The cap comes last: a query whose images were lost, small or known already makes up for them with others that it has.
+    if let Some(cap) = inputs.cap {
+        let readers = Readers::new(store, Table::Samples, &job.samples(), sql.threads());
+        images.web = Arc::new(cap.keep(&readers, &images.web, (sql.memory_mib << 20) / 2).await?);
+    }
+    let within = images.web.len();
     let texts = job.texts(&images).await?;
-    let steps = [
+    let mut steps = vec![
         ("candidates", inputs.candidates),
         ("selected", inputs.selected),
         ("fetched", images.fetched),
@@ -107,11 +119,14 @@ pub async fn build(store: &Store, sql: &SqlConfig, config: &BuildConfig, inputs:
         ("unique (exact)", images.unique),
         ("unique (perceptual)", images.distinct),
         ("not held out", images.kept),
+    ];
+    steps.extend(inputs.cap.map(|_| ("within per_query", within)));
+    steps.extend([
         ("texts judged", texts.judged()),
         ("kept web", texts.kept(Origin::Web)),
         ("kept synthetic", texts.kept(Origin::Synthetic)),
         ("added human", texts.kept(Origin::Human)),
-    ];
+    ]);
     let judged: BTreeMap<_, _> = [Origin::Web, Origin::Synthetic].iter().map(|o| (o.as_str(), texts.facts(*o))).collect();
     let facts = json!({
         "fetch_status": images.statuses,
@@ -130,7 +145,7 @@ pub async fn build(store: &Store, sql: &SqlConfig, config: &BuildConfig, inputs:
     });
     Ok(BuildOutcome {
         counts: Origin::ALL.iter().map(|o| (o.as_str().to_owned(), texts.kept(*o))).collect(),
-        funnel: Funnel { steps: steps.map(|(name, n)| (name.to_owned(), n)).to_vec() },
+        funnel: Funnel { steps: steps.into_iter().map(|(name, n)| (name.to_owned(), n)).collect() },
         noise_ratio: texts.noise_ratio(&[Origin::Web, Origin::Synthetic]),
         facts,
         shards: texts.shards,

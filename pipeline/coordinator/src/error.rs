@@ -50,6 +50,19 @@ pub enum CoordinatorError {
         #[source]
         source: Box<DataFusionError>,
     },
+    /// What does not fit into memory cannot be put on disk.
+    #[error(
+        "cannot keep in `{}` what does not fit into memory; make room there, name a larger disk by `worker.sql.spill_folder`, \
+         or raise `worker.sql.memory_mib`",
+        folder.display()
+    )]
+    Spill {
+        /// The folder.
+        folder: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// A file outside the store cannot be read or written.
     #[error("cannot {verb} `{}`", path.display())]
     File {
@@ -103,7 +116,7 @@ impl CoordinatorError {
     pub const fn is_retryable(&self) -> bool {
         match self {
             Self::Store(e) => e.is_retryable(),
-            Self::Trainer { .. } | Self::Queue(_) => true,
+            Self::Trainer { .. } | Self::Queue(_) | Self::Spill { .. } => true,
             _ => false,
         }
     }

@@ -7,18 +7,23 @@
 pub mod balance;
 pub mod bench;
 pub mod build;
+mod cap;
 mod dedup;
 pub mod diff;
+mod draw;
 mod error;
 pub mod export;
 mod external;
+pub mod marginals;
 mod memory;
 pub mod plan;
+mod readers;
 pub mod reconcile;
 pub mod report;
 pub mod retrain;
 mod scan;
 mod shards;
+mod spill;
 mod sql;
 pub mod takedown;
 #[cfg(test)]

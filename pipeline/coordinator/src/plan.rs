@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::SqlConfig;
+use crate::balance::{BalanceConfig, HardCap};
 use crate::build::{BuildInputs, Triplet};
 use crate::retrain::{self, RetrainConfig};
 
@@ -316,6 +317,10 @@ impl<'a> Planner<'a> {
         let clean = annotated.commits.iter().flat_map(|c| c.as_inputs());
         build_inputs.extend(clean);
         let mut params = json!({ "settings": stages.build.clone() });
+        // Where more was selected than may stay, the build depends on how much may; elsewhere its name says nothing of it.
+        if let Some(cap) = BalanceConfig::deserialize(&stages.balance).ok().and_then(|b| b.cap_after_fetch()) {
+            params["cap"] = json!(cap);
+        }
         // Held-out shards are inputs as well, told from the clean ones by their digests.
         let held: Vec<Input> = heldout.commits.iter().flat_map(|c| c.as_inputs()).collect();
         params["heldout"] = held.iter().map(|i| Value::from(i.digest.to_string())).collect();
@@ -506,5 +511,6 @@ pub(crate) fn build_inputs(task: &Task, candidates: u64, selected: u64, taken_do
     let beside = samples.into_iter().zip(captions).zip(scores);
     let triplets = beside.map(|((samples, captions), scores)| Triplet { samples, captions, scores }).collect();
     let (heldout, annotated) = column(Table::Annotated).into_iter().partition(|d| held.contains(d));
-    BuildInputs { candidates, selected, triplets, annotated, heldout, taken_down: Arc::new(taken_down) }
+    let cap = task.params.get("cap").and_then(|cap| HardCap::deserialize(cap).ok());
+    BuildInputs { candidates, selected, triplets, cap, annotated, heldout, taken_down: Arc::new(taken_down) }
 }

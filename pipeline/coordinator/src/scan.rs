@@ -235,6 +235,10 @@ impl RowSet {
         self.parts[part][word] |= 1 << (row % 64);
     }
 
+    pub(crate) fn len(&self) -> u64 {
+        self.parts.iter().flatten().map(|word| u64::from(word.count_ones())).sum()
+    }
+
     pub(crate) fn contains(&self, part: u32, row: u32) -> bool {
         self.parts.get(part as usize).and_then(|p| p.get(row as usize / 64)).is_some_and(|word| word >> (row % 64) & 1 == 1)
     }
@@ -244,6 +248,14 @@ impl RowSet {
         let rows = arrow::compute::filter(&slice.rows, &wanted)?.as_primitive().clone();
         let batches = slice.batches.iter().map(|b| filter_record_batch(b, &wanted)).collect::<std::result::Result<_, _>>()?;
         Ok(Slice { part: slice.part, rows, batches })
+    }
+}
+
+impl FromIterator<(u32, u32)> for RowSet {
+    fn from_iter<I: IntoIterator<Item = (u32, u32)>>(rows: I) -> Self {
+        let mut set = Self::default();
+        rows.into_iter().for_each(|(part, row)| set.insert(part, row));
+        set
     }
 }
 

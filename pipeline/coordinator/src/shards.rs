@@ -1,48 +1,86 @@
 //! Writing a stream of rows as shards of equal size.
 
+use std::collections::VecDeque;
+
 use arrow::array::RecordBatch;
 use capfilt_schemas::{Output, Table};
 use capfilt_store::{ShardWriter, Store};
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
-use crate::Result;
+use crate::{CoordinatorError, Result};
 
-/// Cuts rows into shards of `rows` rows each; the last may be shorter. No rows, no shard.
+/// Cuts rows into shards of `rows` rows each; the last may be shorter. No rows, no shard. Shards are encoded and put in the
+/// background, some at a time.
 pub(crate) struct Shards<'a> {
     store: &'a Store,
     table: Table,
-    rows: u64,
-    open: Option<ShardWriter>,
+    rows: usize,
+    at_once: usize,
+    /// Rows of the next shard.
+    open: Vec<RecordBatch>,
+    /// How many they are.
+    held: usize,
+    busy: VecDeque<JoinHandle<Result<Output>>>,
     done: Vec<Output>,
 }
 
 impl<'a> Shards<'a> {
     pub(crate) fn new(store: &'a Store, table: Table, rows: usize) -> Self {
-        Self { store, table, rows: rows.max(1) as u64, open: None, done: Vec::new() }
+        let (open, busy, done) = (Vec::new(), VecDeque::new(), Vec::new());
+        Self { store, table, rows: rows.max(1), at_once: 2, open, held: 0, busy, done }
+    }
+
+    /// The same with so many shards in the background.
+    pub(crate) fn at_once(self, shards: usize) -> Self {
+        Self { at_once: shards.max(1), ..self }
     }
 
     pub(crate) async fn write(&mut self, batch: &RecordBatch) -> Result<()> {
         let mut from = 0;
         while from < batch.num_rows() {
-            let mut shard = match self.open.take() {
-                Some(shard) => shard,
-                None => ShardWriter::new(self.table)?,
-            };
-            let room = usize::try_from(self.rows - shard.rows()).unwrap_or(usize::MAX);
-            let n = room.min(batch.num_rows() - from);
-            shard.write(&batch.slice(from, n))?;
+            let n = (self.rows - self.held).min(batch.num_rows() - from);
+            self.open.push(batch.slice(from, n));
+            self.held += n;
             from += n;
-            if shard.rows() == self.rows {
-                self.done.push(shard.finish(self.store).await?);
-            } else {
-                self.open = Some(shard);
+            if self.held == self.rows {
+                self.close().await?;
             }
         }
         Ok(())
     }
 
+    async fn close(&mut self) -> Result<()> {
+        let (store, table, rows) = (self.store.clone(), self.table, std::mem::take(&mut self.open));
+        self.held = 0;
+        if self.busy.len() >= self.at_once {
+            self.wait().await?;
+        }
+        let handle = Handle::current();
+        self.busy.push_back(tokio::task::spawn_blocking(move || {
+            let mut shard = ShardWriter::new(table)?;
+            for batch in &rows {
+                shard.write(batch)?;
+            }
+            Ok(handle.block_on(shard.finish(&store))?)
+        }));
+        Ok(())
+    }
+
+    /// Waits for the oldest shard.
+    async fn wait(&mut self) -> Result<()> {
+        if let Some(shard) = self.busy.pop_front() {
+            self.done.push(shard.await.map_err(|e| CoordinatorError::Task(format!("writing a shard failed: {e}")))??);
+        }
+        Ok(())
+    }
+
     pub(crate) async fn finish(mut self) -> Result<Vec<Output>> {
-        if let Some(shard) = self.open.take() {
-            self.done.push(shard.finish(self.store).await?);
+        if self.held > 0 {
+            self.close().await?;
+        }
+        while !self.busy.is_empty() {
+            self.wait().await?;
         }
         Ok(self.done)
     }

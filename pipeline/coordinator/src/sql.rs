@@ -25,9 +25,9 @@ use crate::{CoordinatorError, Result};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SqlConfig {
-    /// Memory for sorts and aggregates, in MiB; what does not fit is spilled to disk.
+    /// Memory for balancing, sorts and aggregates, in MiB; what does not fit is spilled to disk.
     pub memory_mib: usize,
-    /// Threads that a query is spread over, at most one for every 16 MiB of memory; 0 is one for every core.
+    /// Threads that the work is spread over, at most one for every 16 MiB of memory; 0 is one for every core.
     pub partitions: usize,
     /// Where to spill; the system's temporary folder if absent.
     pub spill_folder: Option<PathBuf>,
@@ -51,6 +51,14 @@ impl SqlConfig {
         }
         Ok(())
     }
+
+    /// How many threads to use.
+    pub(crate) fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let wanted = if self.partitions == 0 { cores() } else { self.partitions };
+        // Several sorts share a partition's memory; below 16 MiB they would spill every few batches.
+        wanted.min(self.memory_mib / 16).max(1)
+    }
 }
 
 /// Makes the stream of one partition of a registered table, as often as it is asked to.
@@ -68,10 +76,7 @@ pub(crate) struct Sql {
 impl Sql {
     pub(crate) fn new(config: &SqlConfig) -> Result<Self> {
         config.validate()?;
-        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let wanted = if config.partitions == 0 { cores() } else { config.partitions };
-        // Several sorts share a partition's memory; below 16 MiB they would spill every few batches.
-        let partitions = wanted.min(config.memory_mib / 16).max(1);
+        let partitions = config.threads();
         let spill = match &config.spill_folder {
             None => DiskManagerMode::OsTmpDirectory,
             Some(folder) => DiskManagerMode::Directories(vec![folder.clone()]),

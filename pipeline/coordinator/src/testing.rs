@@ -198,6 +198,14 @@ pub(crate) async fn selected(store: &Store, shards: &[Output]) -> Vec<(String, V
     rows
 }
 
+/// The same `samples` rows with other takers.
+pub(crate) async fn selected_for(store: &Store, shard: &Digest, takers: impl Fn(usize) -> Vec<u32>) -> Digest {
+    let rows = store.read_whole(Table::Samples, shard).await.unwrap();
+    let mut columns = rows.columns().to_vec();
+    columns[7] = numbers((0..rows.num_rows()).map(takers));
+    write(store, Table::Samples, columns).await
+}
+
 /// A row of `dataset`.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Kept {

@@ -386,3 +386,18 @@ proptest! {
         prop_assert_eq!(world.worked.keys().collect::<Vec<_>>(), straight.worked.keys().collect::<Vec<_>>());
     }
 }
+
+#[test]
+fn a_build_knows_the_cap_only_where_more_was_selected_than_may_stay() {
+    let cap_of = |balance: serde_json::Value| {
+        let (mut config, mut world) = (config(), World::default());
+        config.stages.balance = balance;
+        world.run(&config, || true);
+        let build = world.seen.commits.values().find(|c| c.task.stage == StageKind::Build).unwrap().task.clone();
+        build.params.get("cap").cloned()
+    };
+    let surplus = json!({"per_query": 5, "seed": 3, "expected_success": 0.5});
+    assert_eq!(cap_of(surplus), Some(json!({"per_query": 5, "seed": 3})));
+    assert_eq!(cap_of(json!({"per_query": 5})), None);
+    assert_eq!(cap_of(json!({"per_query": 5, "expected_success": 0.5, "rule": "soft"})), None, "the soft rule is no cap");
+}

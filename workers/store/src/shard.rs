@@ -15,8 +15,17 @@ use parquet::schema::types::ColumnPath;
 
 use crate::{Result, Store, StoreError};
 
-/// Rows in a row group: small, so that a reader of images holds few of them at a time.
-const ROW_GROUP_ROWS: usize = 512;
+/// Rows in a row group: few where rows are large, so that a reader of images holds few of them at a time; many elsewhere, since each
+/// group costs a reader some ten microseconds a column.
+const fn row_group_rows(table: Table) -> usize {
+    match table {
+        Table::Samples | Table::Annotated | Table::Models => 512,
+        _ => 65_536,
+    }
+}
+
+/// Columns whose values hardly repeat: a dictionary of them costs time and saves nothing.
+const DISTINCT: [&str; 4] = [column::SAMPLE_ID, column::URL, column::TEXT, column::SHA256];
 
 /// Rows that go to the encoder at a time. It cuts pages where a batch ends, so batches are made anew: all of this many rows, few where
 /// a row is large, since a column of a batch holds 2 GiB at most.
@@ -45,7 +54,10 @@ impl ShardWriter {
         let mut properties = WriterProperties::builder()
             .set_created_by("capfilt".to_owned())
             .set_compression(Compression::SNAPPY)
-            .set_max_row_group_row_count(Some(ROW_GROUP_ROWS));
+            .set_max_row_group_row_count(Some(row_group_rows(table)));
+        for distinct in DISTINCT {
+            properties = properties.set_column_dictionary_enabled(ColumnPath::from(distinct), false);
+        }
         for opaque in [column::IMAGE, column::BYTES] {
             properties = properties
                 .set_column_compression(ColumnPath::from(opaque), Compression::UNCOMPRESSED)

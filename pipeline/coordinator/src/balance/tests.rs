@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use capfilt_schemas::TextSource;
 use capfilt_store::StoreError;
 use proptest::prelude::*;
 
 use super::*;
+use crate::draw::parse_id;
 use crate::testing::{Candidate, candidates, selected, stores};
 
 fn pair(url: usize, text: &str, source: &'static str, queries: &[u32]) -> Candidate {
@@ -16,10 +18,15 @@ fn settings() -> SqlConfig {
     SqlConfig { memory_mib: 64, partitions: 2, spill_folder: None }
 }
 
+/// A query's draw for a pair, then the id.
+fn place(config: &BalanceConfig, q: u32, id: &str) -> u128 {
+    Draws::new(config.seed).place(q, parse_id(id).unwrap())
+}
+
 /// The definition, word by word: keep the best candidate of each key, let each query take its smallest draws.
 fn naive(config: &BalanceConfig, rows: &[Candidate]) -> Vec<(String, Vec<u32>)> {
     let mut best = BTreeMap::<String, &Candidate>::new();
-    let rank = |c: &Candidate| (TextSource::parse(c.source).unwrap(), draw(config.seed, u32::MAX, &c.id()), c.id());
+    let rank = |c: &Candidate| (TextSource::parse(c.source).unwrap(), place(config, u32::MAX, &c.id()), c.id());
     for c in rows.iter().filter(|c| !c.queries.is_empty()) {
         let key = if config.dedup == Dedup::Url { c.url.clone() } else { c.id() };
         let there = best.entry(key).or_insert(c);
@@ -31,15 +38,24 @@ fn naive(config: &BalanceConfig, rows: &[Candidate]) -> Vec<(String, Vec<u32>)> 
     let queries: BTreeSet<u32> = best.values().flat_map(|c| c.queries.clone()).collect();
     for q in queries {
         let mut all: Vec<_> =
-            best.values().filter(|c| c.queries.contains(&q)).map(|c| (draw(config.seed, q, &c.id()), c.id())).collect();
+            best.values().filter(|c| c.queries.contains(&q)).map(|c| (place(config, q, &c.id()), c.id())).collect();
         all.sort();
-        for (_, id) in all.into_iter().take(usize::try_from(config.per_query).unwrap()) {
+        let (count, quota) = (all.len() as u64, (config.per_query as f64 / config.expected_success).ceil() as u64);
+        all.retain(|(place, _)| {
+            let smaller = best.values().filter(|c| c.queries.contains(&q) && self::place(config, q, &c.id()) < *place).count();
+            match config.rule {
+                Rule::Cap => (smaller as u64) < quota,
+                // draw / 2^64 < quota / count, without rounding.
+                Rule::Soft => (place >> 64) * u128::from(count) < u128::from(quota) << 64,
+            }
+        });
+        for (_, id) in all {
             takers.entry(id).or_default().push(q);
         }
     }
     let mut chosen: Vec<_> = takers.into_iter().collect();
     if let Some(max) = config.max_pairs {
-        chosen.sort_by_key(|(id, _)| (draw(config.seed, u32::MAX, id), id.clone()));
+        chosen.sort_by_key(|(id, _)| place(config, u32::MAX, id));
         chosen.truncate(usize::try_from(max).unwrap());
         chosen.sort();
     }
@@ -73,12 +89,15 @@ proptest! {
         rows in some_candidates(),
         per_query in 1_u64..8,
         by_url in any::<bool>(),
+        soft in any::<bool>(),
+        expected_success in prop_oneof![Just(1.0), Just(0.7), Just(0.25)],
         max_pairs in proptest::option::of(1_u64..30),
         seed in 0_u64..3,
         cut in 0_usize..60,
     ) {
         let dedup = if by_url { Dedup::Url } else { Dedup::UrlText };
-        let config = BalanceConfig { per_query, dedup, max_pairs, seed, shard_rows: 7 };
+        let rule = if soft { Rule::Soft } else { Rule::Cap };
+        let config = BalanceConfig { per_query, rule, expected_success, dedup, max_pairs, seed, shard_rows: 7 };
         tokio::runtime::Runtime::new().unwrap().block_on(async {
             let store = Store::open("memory:").await.unwrap();
             let (a, b) = rows.split_at(cut.min(rows.len()));
@@ -141,16 +160,56 @@ async fn an_address_keeps_the_text_of_the_best_source() {
 }
 
 #[tokio::test]
-async fn sorts_that_do_not_fit_are_spilled() {
+async fn what_does_not_fit_is_spilled_and_changes_nothing() {
     let store = Store::open("memory:").await.unwrap();
     let filler = "x".repeat(1500);
     let rows: Vec<_> = (0..30_000).map(|i| pair(i, &format!("{i} {filler}"), "alt", &[1, 2, 3])).collect();
-    let shard = candidates(&store, &rows).await;
+    let shards = [candidates(&store, &rows[..9000]).await, candidates(&store, &rows[9000..]).await];
     let config = BalanceConfig { per_query: 25_000, shard_rows: 100_000, ..BalanceConfig::default() };
-    let small = SqlConfig { memory_mib: 32, ..settings() };
-    let large = SqlConfig { memory_mib: 1024, partitions: 1, ..settings() };
-    let spilled = balance(&store, &small, &config, &[shard]).await.unwrap();
-    assert_eq!(spilled.outputs, balance(&store, &large, &config, &[shard]).await.unwrap().outputs);
+    let folder = tempfile::tempdir().unwrap();
+    let small = SqlConfig { memory_mib: 32, partitions: 2, spill_folder: Some(folder.path().to_owned()) };
+    let large = SqlConfig { memory_mib: 1024, partitions: 1, spill_folder: None };
+    let spilled = balance(&store, &small, &config, &shards).await.unwrap();
+    assert_eq!(spilled, balance(&store, &large, &config, &shards).await.unwrap());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left behind");
+    let nowhere = SqlConfig { spill_folder: Some(folder.path().join("gone")), ..small };
+    let error = balance(&store, &nowhere, &config, &shards).await.unwrap_err();
+    assert!(matches!(&error, CoordinatorError::Spill { .. }) && error.to_string().contains("gone"), "{error}");
+}
+
+#[tokio::test]
+async fn an_address_on_very_many_pages_is_one_pair() {
+    let store = Store::open("memory:").await.unwrap();
+    let found = |n: usize| Candidate { page: format!("http://p/{n}"), ..pair(1, "a logo", "alt", &[1]) };
+    let rows: Vec<_> = (0..2000).map(found).collect();
+    let forward = candidates(&store, &rows).await;
+    let backward = candidates(&store, &rows.iter().rev().cloned().collect::<Vec<_>>()).await;
+    let config = BalanceConfig::default();
+    let one = balance(&store, &settings(), &config, &[forward]).await.unwrap();
+    let other = balance(&store, &settings(), &config, &[backward]).await.unwrap();
+    assert_eq!((one.counts["ok"], &one.facts["candidates"]), (1, &json!(2000)));
+    assert_eq!(one.outputs, other.outputs, "the page that is named does not depend on the order");
+}
+
+#[tokio::test]
+async fn the_soft_rule_takes_about_as_many_and_the_cap_exactly() {
+    let store = Store::open("memory:").await.unwrap();
+    let rows: Vec<_> = (0..20_000).map(|i| pair(i, "text", "alt", if i % 4 == 0 { &[5, 6] } else { &[5] })).collect();
+    let shard = candidates(&store, &rows).await;
+    let run = async |rule, expected_success| {
+        let config = BalanceConfig { per_query: 1000, rule, expected_success, ..BalanceConfig::default() };
+        let done = balance(&store, &settings(), &config, &[shard]).await.unwrap();
+        let takers: Vec<u32> = selected(&store, &done.outputs).await.into_iter().flat_map(|(_, q)| q).collect();
+        [5, 6].map(|q| takers.iter().filter(|t| **t == q).count())
+    };
+    assert_eq!(run(Rule::Cap, 1.0).await, [1000, 1000]);
+    assert_eq!(run(Rule::Cap, 0.8).await, [1250, 1250]);
+    // Four standard deviations of a binomial count around 1000 (of 20,000 and of 5000) and 2000.
+    let [frequent, rarer] = run(Rule::Soft, 1.0).await;
+    assert!((877..1123).contains(&frequent) && frequent != 1000, "{frequent}");
+    assert!((887..1113).contains(&rarer), "{rarer}");
+    let [frequent, _] = run(Rule::Soft, 0.5).await;
+    assert!((1830..2170).contains(&frequent), "{frequent}");
 }
 
 #[tokio::test]
@@ -171,6 +230,9 @@ async fn bad_settings_and_bad_shards_are_named() {
         (BalanceConfig { per_query: 0, ..BalanceConfig::default() }, "balance.per_query"),
         (BalanceConfig { max_pairs: Some(0), ..BalanceConfig::default() }, "balance.max_pairs"),
         (BalanceConfig { shard_rows: 0, ..BalanceConfig::default() }, "balance.shard_rows"),
+        (BalanceConfig { expected_success: 0.0, ..BalanceConfig::default() }, "balance.expected_success"),
+        (BalanceConfig { expected_success: f64::NAN, ..BalanceConfig::default() }, "balance.expected_success"),
+        (BalanceConfig { expected_success: 70.0, ..BalanceConfig::default() }, "balance.expected_success"),
     ] {
         let error = balance(&store, &settings(), &config, &[]).await.unwrap_err().to_string();
         assert!(error.contains(name), "{error}");
@@ -188,6 +250,9 @@ async fn bad_settings_and_bad_shards_are_named() {
     let odd = candidates(&store, &[pair(1, "t", "caption", &[1])]).await;
     let error = balance(&store, &settings(), &BalanceConfig::default(), &[odd]).await.unwrap_err().to_string();
     assert!(error.contains("caption") && error.contains(&odd.to_string()), "{error}");
+    let list = candidates(&store, &[pair(1, "t", "alt", &[1, u32::MAX])]).await;
+    let error = balance(&store, &settings(), &BalanceConfig::default(), &[list]).await.unwrap_err().to_string();
+    assert!(error.contains("4294967295") && error.contains(&list.to_string()), "{error}");
     let small = SqlConfig { memory_mib: 1, ..settings() };
     assert!(balance(&store, &small, &BalanceConfig::default(), &[]).await.is_err());
 }
@@ -207,11 +272,4 @@ async fn a_flipped_bit_is_found() {
         matches!(&error, CoordinatorError::Store(StoreError::Corrupt { path, .. }) if path.contains(&shard.to_string())),
         "{error}"
     );
-}
-
-#[test]
-fn draws_are_fixed_for_ever() {
-    let zero = Sha256::digest([&[0_u8; 12][..], b"abc"].concat());
-    assert_eq!(draw(0, 0, "abc"), u64::from_be_bytes(zero[..8].try_into().unwrap()));
-    assert_ne!(draw(1, 0, "abc"), draw(0, 1, "abc"));
 }

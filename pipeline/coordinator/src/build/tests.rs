@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::CoordinatorError;
+use crate::balance::HardCap;
 use crate::testing::{Annotated, Image, Kept, Sample, annotated, image, kept, sample, stores, triplet};
 
 fn sql() -> SqlConfig {
@@ -27,6 +28,7 @@ async fn run(
         candidates: 90,
         selected: 80,
         triplets: vec![triplet(store, samples).await],
+        cap: None,
         annotated: vec![annotated(store, human).await],
         heldout: vec![annotated(store, heldout).await],
         ..BuildInputs::default()
@@ -410,4 +412,43 @@ fn texts_that_say_the_same_are_equal_when_normalised() {
     assert_eq!(normalise(" ★★ "), "★★");
     assert_ne!(normalise("★"), normalise("☆"));
     assert_eq!(normalise("ÉTÉ 2023"), "été 2023");
+}
+
+/// Rows whose queries are their own: `selected_for` of row i is `takers(i)`.
+async fn wanted(store: &Store, samples: &[Sample], takers: impl Fn(usize) -> Vec<u32>) -> Triplet {
+    let mut made = triplet(store, samples).await;
+    made.samples = crate::testing::selected_for(store, &made.samples, takers).await;
+    made
+}
+
+#[tokio::test]
+async fn a_surplus_makes_up_for_lost_downloads_and_never_breaks_the_cap() {
+    let store = memory().await;
+    let ids = |samples: &[Sample]| samples.iter().map(|s| capfilt_schemas::sample_id(&s.url, &s.text)).collect::<Vec<_>>();
+    // Query 1 was given 60 pairs for 30, query 2 took 10 of the same and may take 30.
+    for lost_every in [100, 3, 2] {
+        let mut samples: Vec<_> = (0..60).map(|n| sample(n, &format!("text {n}"), 0.9)).collect();
+        for s in samples.iter_mut().skip(1).step_by(lost_every) {
+            *s = Sample { image: None, web: (None, None), ..s.clone() };
+        }
+        let takers = |i: usize| if i.is_multiple_of(6) { vec![1, 2] } else { vec![1] };
+        let (left, right) = samples.split_at(25);
+        let whole = BuildInputs {
+            triplets: vec![wanted(&store, left, takers).await, wanted(&store, right, |i| takers(i + 25)).await],
+            cap: Some(HardCap { per_query: 30, seed: 4 }),
+            ..BuildInputs::default()
+        };
+        let done = build(&store, &sql(), &BuildConfig::default(), whole).await.unwrap();
+        let draws = crate::draw::Draws::new(4);
+        let arrived: Vec<(usize, String)> =
+            ids(&samples).into_iter().enumerate().filter(|(i, _)| samples[*i].image.is_some()).collect();
+        let mut first: Vec<_> =
+            arrived.iter().map(|(_, id)| (draws.place(1, crate::draw::parse_id(id).unwrap()), id.clone())).collect();
+        first.sort();
+        let mut expected: std::collections::BTreeSet<_> = first.into_iter().take(30).map(|(_, id)| id).collect();
+        expected.extend(arrived.iter().filter(|(i, _)| takers(*i).contains(&2)).map(|(_, id)| id.clone()));
+        let got: std::collections::BTreeSet<_> = kept(&store, &done.shards).await.into_iter().map(|k| k.id).collect();
+        assert_eq!(got, expected, "lost every {lost_every}");
+        assert_eq!(step(&done, "within per_query"), expected.len() as u64);
+    }
 }
