@@ -8,6 +8,7 @@ mod models;
 mod output;
 mod overview;
 mod progress;
+mod queries;
 mod run;
 mod store;
 mod traffic;
@@ -47,6 +48,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Run(run) => run::run(run).await,
         Verb::Plan(plan) => overview::plan(plan).await,
         Verb::Status(status) => overview::status(status).await,
+        Verb::Queries(verb) => queries::run(verb).await,
         Verb::Dataset(verb) => dataset::run(verb).await,
         Verb::Model(verb) => models::run(verb).await,
         Verb::Store(verb) => store::run(verb).await,

@@ -63,6 +63,7 @@ pub(crate) struct Bar {
     bar: ProgressBar,
     name: &'static str,
     unit: &'static str,
+    began: Instant,
     last: Mutex<(Instant, u64)>,
 }
 
@@ -71,15 +72,17 @@ impl Bar {
         let bar = bars().add(ProgressBar::new(0));
         bar.set_style(style(unit));
         bar.set_prefix(name);
-        Self { bar, name, unit, last: Mutex::new((Instant::now(), 0)) }
+        Self { bar, name, unit, began: Instant::now(), last: Mutex::new((Instant::now(), 0)) }
     }
 
     pub(crate) fn set(&self, done: u64, of: u64) {
+        let message = pace(self.began.elapsed(), done, of);
         self.bar.set_length(of.max(done));
         self.bar.set_position(done);
+        self.bar.set_message(message.clone());
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if !on_terminal() && done > last.1 && (last.0.elapsed() > LINE_EVERY || done == of) {
-            line(&format!("{:>9} {}/{} {}", self.name, count(done), count(of), self.unit));
+            line(format!("{:>9} {}/{} {} {message}", self.name, count(done), count(of), self.unit).trim_end());
             *last = (Instant::now(), done);
         }
     }
@@ -88,6 +91,17 @@ impl Bar {
         self.bar.finish_and_clear();
         bars().remove(&self.bar);
     }
+}
+
+/// Rate and time left of what has come so far in some time.
+fn pace(elapsed: Duration, done: u64, of: u64) -> String {
+    let seconds = elapsed.as_secs_f64();
+    if seconds < 0.5 || done == 0 || done >= of {
+        return String::new();
+    }
+    #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few digits are shown")]
+    let (rate, left) = (done as f64 / seconds, ((of - done) as f64 * seconds / done as f64) as u64);
+    format!("{rate:.1}/s, {} left", duration(left))
 }
 
 fn style(unit: &str) -> ProgressStyle {

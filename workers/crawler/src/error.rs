@@ -25,6 +25,15 @@ pub enum CrawlError {
         #[source]
         source: std::io::Error,
     },
+    /// A local file cannot be written.
+    #[error("cannot write to `{}`", path.display())]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// A local file is not what it should be.
     #[error("cannot use `{}`: {reason}", path.display())]
     Format {
@@ -68,12 +77,16 @@ impl CrawlError {
         Self::Read { path: path.to_owned(), source }
     }
 
+    pub(crate) fn write(path: &Path, source: std::io::Error) -> Self {
+        Self::Write { path: path.to_owned(), source }
+    }
+
     /// Whether the same call may succeed later.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Read { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
-            Self::Seeds { .. } => true,
+            Self::Seeds { .. } | Self::Write { .. } => true,
             _ => false,
         }
     }
