@@ -105,8 +105,8 @@ pub(crate) enum QueriesVerb {
         --dump        dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles-multistream.xml.bz2 (its index is not needed)\n  \
         --page-views  dumps.wikimedia.org/other/pageviews/ (hours), other/pageview_complete/ (days, months); MetaCLIP took all hours of 26 days\n  \
         --wordnet     the folder `dict` of WordNet 3, or /usr/share/wordnet of Debian's wordnet-base\n\n\
-        The budget goes to WordNet first, then to words, pairs of words and titles; within each the more frequent come first.\n\
-        The defaults are the thresholds of MetaCLIP's table 1. A PMI of 30 bits leaves, of the English Wikipedia, pairs of words that\n\
+        The budget goes to WordNet first, then to words, pairs of words and titles; within each the more frequent come first.\n\n\
+        The defaults are the thresholds of MetaCLIP's table 1. A PMI of 30 bits leaves, of the English Wikipedia, pairs of words that \
         are hardly used but together; for phrases in common use: --bigram-pmi 8 --bigram-count 100.")]
     Build(Box<QueriesBuildArgs>),
     /// Show what a query table holds and how it was made

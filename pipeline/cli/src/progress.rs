@@ -99,7 +99,12 @@ fn pace(elapsed: Duration, done: u64, of: u64) -> String {
     if seconds < 0.5 || done == 0 || done >= of {
         return String::new();
     }
-    #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few digits are shown")]
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a few digits are shown"
+    )]
     let (rate, left) = (done as f64 / seconds, ((of - done) as f64 * seconds / done as f64) as u64);
     format!("{rate:.1}/s, {} left", duration(left))
 }

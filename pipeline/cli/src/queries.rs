@@ -29,11 +29,14 @@ async fn build(args: QueriesBuildArgs) -> Result<ExitCode, Failure> {
         return usage("--budget must be at least 1, and --bigram-pmi a number");
     }
     if [&args.dump, &args.word_counts, &args.page_views, &args.titles, &args.wordnet].into_iter().all(Vec::is_empty) {
-        return usage("nothing to make queries of: give at least one of --wordnet, --dump, --word-counts, --page-views, --titles");
+        return usage(
+            "nothing to make queries of: give at least one of --wordnet, --dump, --word-counts, --page-views, --titles",
+        );
     }
     let beside = args.out.parent().filter(|p| !p.as_os_str().is_empty()).map_or_else(|| ".".into(), std::path::Path::to_owned);
     let work_dir = args.work_dir.unwrap_or(beside);
-    std::fs::create_dir_all(&work_dir).map_err(|e| Failure::Other(anyhow::Error::new(e).context(format!("cannot make `{}`", work_dir.display()))))?;
+    std::fs::create_dir_all(&work_dir)
+        .map_err(|e| Failure::Other(anyhow::Error::new(e).context(format!("cannot make `{}`", work_dir.display()))))?;
     let defaults = QueryBuild::default();
     let settings = QueryBuild {
         inputs: QueryInputs {
@@ -126,7 +129,8 @@ fn show(args: &QueriesShowArgs) -> Result<ExitCode, Failure> {
         }
     }
     if args.json {
-        let sources: Vec<_> = sources.iter().map(|(name, n, some)| json!({ "source": name, "queries": n, "examples": some })).collect();
+        let sources: Vec<_> =
+            sources.iter().map(|(name, n, some)| json!({ "source": name, "queries": n, "examples": some })).collect();
         say_json(&json!({ "queries": list.len(), "digest": list.digest(), "sources": sources, "made": head }))?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -137,7 +141,12 @@ fn show(args: &QueriesShowArgs) -> Result<ExitCode, Failure> {
     if let Some(head) = head {
         say(&format!(
             "\nmade with a budget of {}, words used {} times, pairs of {} bits used {} times, titles viewed {} times ({}), of:",
-            count(head.budget), count(head.unigram_count), head.bigram_pmi, count(head.bigram_count), count(head.title_views), head.wiki
+            count(head.budget),
+            count(head.unigram_count),
+            head.bigram_pmi,
+            count(head.bigram_count),
+            count(head.title_views),
+            head.wiki
         ));
         for file in &head.inputs {
             say(&format!("  {:<11} {} ({}, sha256 {})", file.kind, file.name, bytes(file.bytes), file.sha256));

@@ -11,11 +11,13 @@ fn help(verbs: &[&str]) -> String {
 
 #[test]
 fn help_texts() {
-    let verbs: [&[&str]; 10] = [
+    let verbs: [&[&str]; 12] = [
         &[],
         &["run"],
         &["plan"],
         &["status"],
+        &["queries"],
+        &["queries", "build"],
         &["dataset"],
         &["dataset", "export"],
         &["dataset", "diff"],

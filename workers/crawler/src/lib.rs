@@ -34,7 +34,8 @@ pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::Matcher;
 pub use params::{AnnotateParams, DiscoverParams, FetchParams};
 pub use queries::{
-    InputFile, OnProgress, Pages, QUERY_TABLE_VERSION, Query, QueryBuild, QueryInputs, QueryList, QueryRow, QuerySource, QueryTable, SourceCounts, TableHead,
+    InputFile, OnProgress, Pages, QUERY_TABLE_VERSION, Query, QueryBuild, QueryInputs, QueryList, QueryRow, QuerySource,
+    QueryTable, SourceCounts, TableHead,
 };
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
 pub use web::Web;

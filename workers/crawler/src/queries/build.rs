@@ -85,10 +85,16 @@ impl QueryBuild {
         for folder in &of.wordnet {
             synset_files.extend(wordnet::files(folder)?);
         }
-        let paths: Vec<&Path> =
-            [&synset_files, &of.word_counts, &of.dumps, &of.page_views, &of.titles].into_iter().flatten().map(PathBuf::as_path).collect();
+        let paths: Vec<&Path> = [&synset_files, &of.word_counts, &of.dumps, &of.page_views, &of.titles]
+            .into_iter()
+            .flatten()
+            .map(PathBuf::as_path)
+            .collect();
         if paths.is_empty() {
-            return Err(CrawlError::Config { setting: "inputs".to_owned(), reason: "there is nothing to make queries of".to_owned() });
+            return Err(CrawlError::Config {
+                setting: "inputs".to_owned(),
+                reason: "there is nothing to make queries of".to_owned(),
+            });
         }
         let meter = Meter::new(&paths, progress)?;
         tempfile::tempfile_in(&self.work_dir).map_err(|e| CrawlError::write(&self.work_dir, e))?;
@@ -113,7 +119,8 @@ impl QueryBuild {
         }
         let pages = if of.dumps.is_empty() { None } else { Some(build.dumps(&meter)?) };
         if !of.page_views.is_empty() {
-            let (mut views, files) = titles::views(&of.page_views, &self.wiki, self.memory, self.threads, &self.work_dir, &meter)?;
+            let (mut views, files) =
+                titles::views(&of.page_views, &self.wiki, self.memory, self.threads, &self.work_dir, &meter)?;
             build.inputs.extend(files);
             let mut any = false;
             build.picker.source(QuerySource::Title, |offer| {
@@ -214,7 +221,8 @@ impl Building<'_> {
                 ngrams.highest_pmi()
             ));
         }
-        self.picker.source(QuerySource::Bigram, |offer| ngrams.pairs(&settings, |pair| offer(pair.text, pair.count, Some(pair.pmi))))?;
+        self.picker
+            .source(QuerySource::Bigram, |offer| ngrams.pairs(&settings, |pair| offer(pair.text, pair.count, Some(pair.pmi))))?;
         Ok(pages)
     }
 }

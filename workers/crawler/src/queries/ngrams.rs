@@ -97,7 +97,10 @@ pub(super) fn count(dumps: &[PathBuf], settings: &Counting, meter: &Arc<Meter>) 
                     break;
                 }
                 if !end.pages {
-                    return Err(CrawlError::format(path, "it holds no `<page>`; is it a MediaWiki XML dump (pages-articles), in UTF-8?"));
+                    return Err(CrawlError::format(
+                        path,
+                        "it holds no `<page>`; is it a MediaWiki XML dump (pages-articles), in UTF-8?",
+                    ));
                 }
                 if end.cut {
                     return Err(CrawlError::format(path, "it ends within a page; get the file again"));
@@ -320,7 +323,13 @@ mod tests {
         (words, pairs, total)
     }
 
-    fn counted(texts: &[String], min_pmi: f64, min_count: u64, threads: usize, memory: usize) -> (BTreeMap<String, u64>, BTreeMap<String, (u64, f64)>) {
+    fn counted(
+        texts: &[String],
+        min_pmi: f64,
+        min_count: u64,
+        threads: usize,
+        memory: usize,
+    ) -> (BTreeMap<String, u64>, BTreeMap<String, (u64, f64)>) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("dump.xml");
         let page = |t: &String| format!("<page><ns>0</ns><text>{t}</text></page>");
@@ -355,7 +364,8 @@ mod tests {
 
     #[test]
     fn little_memory_and_many_threads_change_nothing() {
-        let texts: Vec<String> = (0..400_u64).map(|i| (0..60).map(|j| format!("w{} ", (i * 31 + j * j * 17) % 5_003)).collect()).collect();
+        let texts: Vec<String> =
+            (0..400_u64).map(|i| (0..60).map(|j| format!("w{} ", (i * 31 + j * j * 17) % 5_003)).collect()).collect();
         for min_pmi in [2.0, 11.0, 13.0] {
             check(&texts, min_pmi, 1, 3, 0);
         }

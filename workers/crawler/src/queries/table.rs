@@ -110,7 +110,9 @@ impl TableHead {
         let unreadable = |e: serde_json::Error| CrawlError::format(path, format!("its metadata `{HEAD}` is not readable ({e})"));
         let Version { version } = serde_json::from_str(text).map_err(unreadable)?;
         if version > QUERY_TABLE_VERSION {
-            let reason = format!("it is a query table of version {version}, and this program knows {QUERY_TABLE_VERSION}; use a newer one");
+            let reason = format!(
+                "it is a query table of version {version}, and this program knows {QUERY_TABLE_VERSION}; use a newer one"
+            );
             return Err(CrawlError::format(path, reason));
         }
         serde_json::from_str(text).map(Some).map_err(unreadable)
@@ -148,7 +150,12 @@ impl QueryTable {
 
     fn encode(&self, file: &mut File) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let head = KeyValue::new(HEAD.to_owned(), serde_json::to_string(&self.head)?);
-        let fields = [("text", DataType::Utf8, false), ("source", DataType::Utf8, false), ("count", DataType::UInt64, true), ("pmi", DataType::Float64, true)];
+        let fields = [
+            ("text", DataType::Utf8, false),
+            ("source", DataType::Utf8, false),
+            ("count", DataType::UInt64, true),
+            ("pmi", DataType::Float64, true),
+        ];
         let fields: Vec<_> = fields.into_iter().map(|(name, of, null)| Field::new(name, of, null)).collect();
         let schema = Arc::new(Schema::new(fields));
         let settings = WriterProperties::builder()

@@ -94,14 +94,25 @@ fn packing_threads_and_memory_change_nothing() {
         folder.path().join(name)
     };
     // A stream for some pages each, as Wikimedia packs them; streams that end anywhere, as parallel packers make them; plain; gzip.
-    let multistream: Vec<u8> =
-        std::iter::once(head.clone()).chain(pages.chunks(7).map(<[String]>::concat)).chain(["</mediawiki>".to_owned()]).flat_map(|p| packed(p.as_bytes())).collect();
+    let multistream: Vec<u8> = std::iter::once(head.clone())
+        .chain(pages.chunks(7).map(<[String]>::concat))
+        .chain(["</mediawiki>".to_owned()])
+        .flat_map(|p| packed(p.as_bytes()))
+        .collect();
     let cut: Vec<u8> = xml.as_bytes().chunks(90_001).flat_map(packed).collect();
     let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     gz.write_all(xml.as_bytes()).unwrap();
     let rows = |path: PathBuf, threads: usize, memory: usize| {
         let inputs = QueryInputs { dumps: vec![path], ..QueryInputs::default() };
-        let build = QueryBuild { threads, memory, unigram_count: 5, bigram_pmi: 5.0, bigram_count: 3, work_dir: folder.path().to_owned(), ..build(inputs) };
+        let build = QueryBuild {
+            threads,
+            memory,
+            unigram_count: 5,
+            bigram_pmi: 5.0,
+            bigram_count: 3,
+            work_dir: folder.path().to_owned(),
+            ..build(inputs)
+        };
         run(&build).rows
     };
     let expected = rows(file("plain.xml", xml.as_bytes()), 1, 1 << 30);
@@ -116,7 +127,11 @@ fn packing_threads_and_memory_change_nothing() {
 fn all_parts_make_one_table() {
     let folder = tempfile::tempdir().unwrap();
     let views = folder.path().join("pageviews-20220829-000000");
-    std::fs::write(&views, "en Heron 40 0\nen.m Heron 40 0\nen Eiffel_Tower 70 0\nen Rarely_Read 69 0\nen Mona_Lisa_(painting) 500 0\n").unwrap();
+    std::fs::write(
+        &views,
+        "en Heron 40 0\nen.m Heron 40 0\nen Eiffel_Tower 70 0\nen Rarely_Read 69 0\nen Mona_Lisa_(painting) 500 0\n",
+    )
+    .unwrap();
     let titles = folder.path().join("titles.txt");
     std::fs::write(&titles, "page_title\nEiffel_Tower\nRarely_Read\n").unwrap();
     let inputs = QueryInputs {
@@ -149,7 +164,10 @@ fn all_parts_make_one_table() {
     assert_eq!(list.len(), table.rows.len());
     assert!(list.iter().zip(&table.rows).all(|(q, r)| (q.text, q.source) == (&*r.text, r.source.name())));
     assert_eq!(TableHead::load(&one).unwrap(), Some(table.head.clone()));
-    assert_eq!(table.head.inputs.iter().map(|f| f.name.as_str()).collect::<Vec<_>>()[3..], ["data.adv", "word_counts.tsv", "pageviews-20220829-000000", "titles.txt"]);
+    assert_eq!(
+        table.head.inputs.iter().map(|f| f.name.as_str()).collect::<Vec<_>>()[3..],
+        ["data.adv", "word_counts.tsv", "pageviews-20220829-000000", "titles.txt"]
+    );
 
     // A smaller budget cuts from the end.
     let cut = run(&QueryBuild { budget: 100_000, ..settings });

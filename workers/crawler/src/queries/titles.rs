@@ -178,7 +178,10 @@ mod tests {
         paths.iter().zip(files).for_each(|(path, text)| std::fs::write(path, text).unwrap());
         let meter = Meter::new(&paths.iter().map(PathBuf::as_path).collect::<Vec<_>>(), Box::new(|_, _| ())).unwrap();
         let (mut merge, about) = views(&paths, "en", 0, threads, folder.path(), &meter)?;
-        assert_eq!(about.iter().map(|f| f.name.clone()).collect::<Vec<_>>(), (0..files.len()).map(|i| format!("views-{i}")).collect::<Vec<_>>());
+        assert_eq!(
+            about.iter().map(|f| f.name.clone()).collect::<Vec<_>>(),
+            (0..files.len()).map(|i| format!("views-{i}")).collect::<Vec<_>>()
+        );
         let mut out = Vec::new();
         while let Some((title, n)) = merge.next().unwrap() {
             out.push((title.into(), n));
@@ -191,7 +194,8 @@ mod tests {
         let hour = "de Katze 99 0\nen Red_Car 30 0\nen.m Red_Car 20 0\nen Special:Search 1000 0\nen.b Cookbook 5 0\nen Main 7\nen - 5 0\n\"\" x 1 0\n";
         let day = "en.wikipedia red_car 123 desktop 5 A2B3\nen.wikipedia Red_car null mobile-web 6 A6\nen.wikipedia Caf%C3%A9 desktop 8 A8\nen.wikibooks X 1 desktop 5 A5\n";
         let ez = "en.z Mercury_(planet) 40 A40\nen.z Mercury_(element) 2 A2\nen.z 2001:_A_Space_Odyssey 3 A3\nen.z %FF%FE 3 A\nen bad x 0\n";
-        let expected = [("2001 a space odyssey", 3), ("café", 8), ("main", 7), ("mercury", 42), ("red car", 61)].map(|(t, n)| (t.to_owned(), n));
+        let expected = [("2001 a space odyssey", 3), ("café", 8), ("main", 7), ("mercury", 42), ("red car", 61)]
+            .map(|(t, n)| (t.to_owned(), n));
         for threads in [1, 3] {
             assert_eq!(summed(&[hour, day, ez], threads).unwrap(), expected);
         }

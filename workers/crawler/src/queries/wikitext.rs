@@ -11,8 +11,24 @@ const DEEPEST: usize = 1_000;
 const LONGEST_TAG: usize = 1 << 10;
 /// Elements that are no prose, with all that is in them.
 const NOT_PROSE: [&str; 18] = [
-    "ref", "math", "chem", "ce", "gallery", "timeline", "score", "syntaxhighlight", "source", "graph", "imagemap", "templatedata", "hiero",
-    "mapframe", "maplink", "inputbox", "style", "script",
+    "ref",
+    "math",
+    "chem",
+    "ce",
+    "gallery",
+    "timeline",
+    "score",
+    "syntaxhighlight",
+    "source",
+    "graph",
+    "imagemap",
+    "templatedata",
+    "hiero",
+    "mapframe",
+    "maplink",
+    "inputbox",
+    "style",
+    "script",
 ];
 /// The element whose content is text as it stands.
 const LITERAL: &str = "nowiki";
@@ -60,7 +76,8 @@ enum Kind {
 /// each other.
 pub(super) fn plain(text: &str, hidden: &HiddenLinks, out: &mut String) {
     out.clear();
-    let mut page = Page { text, hidden, out, open: Vec::new(), templates: 0, missing: [false; NOT_PROSE.len() + 1], no_comment_end: false };
+    let mut page =
+        Page { text, hidden, out, open: Vec::new(), templates: 0, missing: [false; NOT_PROSE.len() + 1], no_comment_end: false };
     page.run();
 }
 
@@ -178,7 +195,8 @@ impl Page<'_> {
     }
 
     fn end_table(&mut self) -> bool {
-        let links = self.open.iter().rev().take_while(|(kind, _)| matches!(kind, Kind::Target | Kind::Label | Kind::Hidden)).count();
+        let links =
+            self.open.iter().rev().take_while(|(kind, _)| matches!(kind, Kind::Target | Kind::Label | Kind::Hidden)).count();
         let table = self.open.len().checked_sub(links + 1).filter(|i| self.open[*i].0 == Kind::Table);
         table.is_some_and(|i| {
             self.cut(self.open[i].1);
@@ -299,7 +317,8 @@ mod tests {
     fn prose(text: &str) -> String {
         let mut out = String::new();
         plain(text, &HiddenLinks::new(["Datei".to_owned()]), &mut out);
-        let lines: Vec<_> = out.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).filter(|l| !l.is_empty()).collect();
+        let lines: Vec<_> =
+            out.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).filter(|l| !l.is_empty()).collect();
         lines.join("/")
     }
 
@@ -308,7 +327,10 @@ mod tests {
         assert_eq!(prose("a [[red car|fast [[x]] one]] and [[cat]]s"), "a fast x one and cats");
         assert_eq!(prose("[[File:A.jpg|thumb|a [[heron|bird]] here]]b [[datei: B.png]] c"), "b/c");
         assert_eq!(prose("[[Category:Birds]][[:Category:Birds|birds]] [[de:Vogel]] [[zh-yue:鳥]]"), "birds");
-        assert_eq!(prose("[http://x.org/a?b=c the site], [//y.org y] [mailto:a@b.c mail], [sic] http://bare.example/x_y end"), "the site], y] mail], [sic] end");
+        assert_eq!(
+            prose("[http://x.org/a?b=c the site], [//y.org y] [mailto:a@b.c mail], [sic] http://bare.example/x_y end"),
+            "the site], y] mail], [sic] end"
+        );
         assert_eq!(prose("a [[broken\nlink]] b"), "a broken/link]] b");
     }
 
@@ -318,7 +340,10 @@ mod tests {
         assert_eq!(prose("a<ref name=\"x\">{{cite</ref> b<ref name=x /> c<REF>d</Ref >e"), "a b ce");
         assert_eq!(prose("x <math>\\frac{{a}}{b}</math> y<!-- {{ --> z"), "x/y z");
         assert_eq!(prose("one\n{| class=x\n|-\n| {{t|}} || [[a|b]]\n{|\n|inner\n|}\n|}\ntwo"), "one/two");
-        assert_eq!(prose("'''Bold''' ''it'''s'' <b>b</b> __NOTOC__ a<br/>b &nbsp;&amp;&eacute; &x; <nowiki>{{no}}</nowiki>"), "Bold its b a/b &é &x; {{no}}");
+        assert_eq!(
+            prose("'''Bold''' ''it'''s'' <b>b</b> __NOTOC__ a<br/>b &nbsp;&amp;&eacute; &x; <nowiki>{{no}}</nowiki>"),
+            "Bold its b a/b &é &x; {{no}}"
+        );
         assert_eq!(prose("== Head ==\n* item"), "== Head ==/* item");
     }
 
@@ -335,7 +360,10 @@ mod tests {
     #[test]
     fn hostile_depth_and_length_take_linear_time() {
         let deep = 300_000;
-        for unit in ["{{", "[[a|", "{|\n", "\n{|", "<ref>", "<!--", "<a ", "</", "[[File:", "''", "&", "://", "<nowiki>", "x}}", "|}", "__A"] {
+        for unit in [
+            "{{", "[[a|", "{|\n", "\n{|", "<ref>", "<!--", "<a ", "</", "[[File:", "''", "&", "://", "<nowiki>", "x}}", "|}",
+            "__A",
+        ] {
             let mut out = String::new();
             let started = std::time::Instant::now();
             plain(&unit.repeat(deep), &HiddenLinks::new([]), &mut out);

@@ -44,7 +44,8 @@ pub(super) fn count(path: &Path, meter: &Arc<Meter>, tally: &mut Tally, folder: 
 
 fn word_and_count(line: &str) -> Option<(&str, u64)> {
     let line = line.trim();
-    let (word, count) = line.rsplit_once('\t').or_else(|| line.rsplit_once(',')).or_else(|| line.rsplit_once(char::is_whitespace))?;
+    let (word, count) =
+        line.rsplit_once('\t').or_else(|| line.rsplit_once(',')).or_else(|| line.rsplit_once(char::is_whitespace))?;
     Some((word.trim().trim_matches('"'), count.trim().trim_matches('"').parse().ok()?))
 }
 

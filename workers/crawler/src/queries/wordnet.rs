@@ -17,7 +17,10 @@ const PLACES: [&str; 4] = ["", "dict", "usr/share/wordnet", "WordNet-3.0/dict"];
 pub(super) fn files(folder: &Path) -> Result<Vec<PathBuf>, CrawlError> {
     let place = PLACES.iter().map(|p| folder.join(p)).find(|p| p.join(FILES[0]).is_file());
     let place = place.ok_or_else(|| {
-        CrawlError::format(folder, "it has no WordNet database (data.noun, data.verb, data.adj, data.adv); give the folder `dict` of WordNet 3")
+        CrawlError::format(
+            folder,
+            "it has no WordNet database (data.noun, data.verb, data.adj, data.adv); give the folder `dict` of WordNet 3",
+        )
     })?;
     Ok(FILES.iter().map(|f| place.join(f)).collect())
 }
@@ -40,7 +43,10 @@ pub(super) fn count(path: &Path, meter: &Arc<Meter>, tally: &mut Tally, folder: 
             continue;
         }
         let Some(name) = std::str::from_utf8(line).ok().and_then(name_of) else {
-            return Err(CrawlError::format(path, format!("line {number} is no synset; is it a file of WordNet's `dict` folder?")));
+            return Err(CrawlError::format(
+                path,
+                format!("line {number} is no synset; is it a file of WordNet's `dict` folder?"),
+            ));
         };
         words_of(name, &mut words);
         synsets += 1;
@@ -56,7 +62,8 @@ pub(super) fn count(path: &Path, meter: &Arc<Meter>, tally: &mut Tally, folder: 
 fn name_of(line: &str) -> Option<&str> {
     let mut fields = line.split(' ');
     let (offset, _file, kind, words) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-    let numbers = offset.len() == 8 && offset.bytes().all(|b| b.is_ascii_digit()) && u8::from_str_radix(words, 16).is_ok_and(|n| n > 0);
+    let numbers =
+        offset.len() == 8 && offset.bytes().all(|b| b.is_ascii_digit()) && u8::from_str_radix(words, 16).is_ok_and(|n| n > 0);
     let name = fields.next().filter(|_| numbers && matches!(kind, "n" | "v" | "a" | "s" | "r"))?;
     let mark = [("(p)"), ("(a)"), ("(ip)")].into_iter().find_map(|mark| name.strip_suffix(mark));
     Some(mark.unwrap_or(name))
@@ -72,7 +79,9 @@ mod tests {
         assert_eq!(name_of("00014358 00 s 02 abundant 0 galore(ip) 0 001 & 0001 a 0000 | x"), Some("abundant"));
         assert_eq!(name_of("00014358 00 s 01 galore(ip) 0 001 & 0001 a 0000 | x"), Some("galore"));
         assert_eq!(name_of("02124272 05 n 0a true_cat 0 cat 0"), Some("true_cat"));
-        for bad in ["", "one two three four five", "0000174 03 n 01 x", "00001740 03 x 01 x", "00001740 03 n 00 x", "00001740 03 n 01"] {
+        for bad in
+            ["", "one two three four five", "0000174 03 n 01 x", "00001740 03 x 01 x", "00001740 03 n 00 x", "00001740 03 n 01"]
+        {
             assert_eq!(name_of(bad), None, "{bad}");
         }
     }
