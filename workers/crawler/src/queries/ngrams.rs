@@ -20,7 +20,7 @@ use crate::matcher::words_of;
 
 /// The longest word that is counted, in bytes; what is longer is no word of a language.
 const LONGEST_WORD: usize = 100;
-/// No collection of texts has more words than this; see [`most_used`].
+/// No collection of texts has more words than this; see `most_used`.
 const MOST_WORDS: f64 = (1_u64 << 40) as f64;
 /// What an entry of a map of words takes beside the word, and the smallest such map.
 const WORD_BYTES: usize = 112;

@@ -59,13 +59,13 @@ pub(super) fn count(path: &Path, meter: &Arc<Meter>, tally: &mut Tally, folder: 
 }
 
 /// The first word of `offset file type count word id …`, without the mark of where an adjective may stand: `galore(ip)`.
-fn name_of(line: &str) -> Option<&str> {
+pub(super) fn name_of(line: &str) -> Option<&str> {
     let mut fields = line.split(' ');
     let (offset, _file, kind, words) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
     let numbers =
         offset.len() == 8 && offset.bytes().all(|b| b.is_ascii_digit()) && u8::from_str_radix(words, 16).is_ok_and(|n| n > 0);
     let name = fields.next().filter(|_| numbers && matches!(kind, "n" | "v" | "a" | "s" | "r"))?;
-    let mark = [("(p)"), ("(a)"), ("(ip)")].into_iter().find_map(|mark| name.strip_suffix(mark));
+    let mark = ["(p)", "(a)", "(ip)"].into_iter().find_map(|mark| name.strip_suffix(mark));
     Some(mark.unwrap_or(name))
 }
 
