@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds the demo's data from package files: a small noisy web site, clean captions to train on, held-out captions, queries.
+"""Builds the demo's data from package files: a small noisy web site, clean captions to train on, held-out captions.
 
     build_site.py [--packages .cache/demo/packages] [--out .cache/demo] [--seed 7] [--jobs N]
 
@@ -7,7 +7,6 @@ OUT gets   site/<host>/...       the web site, served by serve.py, which behaves
            site.json             seeds, hosts, robots rules, and by address the server's moods
            annotated/            annotated.json (COCO caption layout) and images/: clean pairs to train on
            heldout/              heldout.json and images/: known concepts, unseen pictures
-           queries.txt           one query a line
            extra_urls.tsv.gz     url, text: pictures that no page links to, and lines that lead nowhere
            truth.jsonl           what each picture on the site shows; for judging only
            build.json            what all this was built from; a second call with the same does nothing
@@ -31,7 +30,6 @@ from packages import Source, loaders
 from pages import ROBOTS, Site, disallowed, write_pages
 from pictures import Item, alike, key, render
 from placements import HOSTS, START_HOST, Placement, plan
-from queries import query_list
 
 ANNOTATED = 1_900
 HELD_OUT = 280
@@ -51,20 +49,18 @@ def render_all(pictures: list, seed: int) -> list[Item | None]:
     return [render(p, seed) for p in pictures]
 
 
-def items_and_texts(folder: str, seed: int, jobs: int) -> tuple[list[Item], list[str], list[str]]:
-    """(pictures drawn, all texts, titles) of every package, in an order that does not depend on the helpers' speed."""
+def items_and_texts(folder: str, seed: int, jobs: int) -> tuple[list[Item], list[str]]:
+    """(pictures drawn, all texts) of every package, in an order that does not depend on the helpers' speed."""
     with ProcessPoolExecutor(jobs) as pool:
         loading = [pool.submit(load, function, arguments, seed) for function, arguments in loaders(folder)]
-        drawing, texts, titles = [], [], []
+        drawing, texts = [], []
         for future in reversed(loading):  # the slowest package is first in the pool and last here
             source = future.result()
             texts += source.texts
-            titles += [p.caption or p.natural[0] for p in source.pictures]
             drawing += [pool.submit(render_all, source.pictures[at : at + CHUNK], seed) for at in range(0, len(source.pictures), CHUNK)]
         items = [item for future in drawing for item in future.result() if item]
     items.sort(key=lambda i: i.id)
-    titles = [" ".join(t.split()[1:]) if t.split()[0] in ("a", "an", "the") and len(t.split()) > 1 else t for t in sorted(titles) if t.split()]
-    return items, sorted(texts), titles
+    return items, sorted(texts)
 
 
 def split(items: list[Item], seed: int) -> tuple[list[Item], list[Item], list[Item]]:
@@ -160,7 +156,7 @@ def inputs_digest(packages: str, seed: int) -> str:
 
 def build(packages: str, out: str, seed: int, jobs: int) -> dict:
     """Builds everything under `out` and returns its counts."""
-    items, texts, titles = items_and_texts(packages, seed, jobs)
+    items, texts = items_and_texts(packages, seed, jobs)
     annotated, held, web = split(items, seed)
     placements = plan(web, seed)
     site = Site()
@@ -173,8 +169,6 @@ def build(packages: str, out: str, seed: int, jobs: int) -> dict:
         write(f"{out}/site/{host}{path}", data)
     write_captions(out, "annotated", annotated)
     write_captions(out, "heldout", held)
-    queries = query_list(texts, titles)
-    write(f"{out}/queries.txt", ("\n".join(queries) + "\n").encode())
     write(f"{out}/extra_urls.tsv.gz", extra_urls(placements, seed))
     hosts = sorted({host for host, _ in site.files})
     write(f"{out}/site.json", as_json({"seeds": [f"http://{START_HOST}/"], "hosts": hosts, "robots": ROBOTS, "rules": site.rules}))
@@ -182,7 +176,7 @@ def build(packages: str, out: str, seed: int, jobs: int) -> dict:
     judged = [p for p in placements if p.ok is not None]
     return {
         "pictures": len(items), "web_pictures": len(web), "placements": len(placements), "pages": len({p.page for p in placements if p.page}), "hosts": len(hosts),
-        "annotated": len(annotated), "heldout": len(held), "queries": len(queries), "wrong_share": round(sum(not p.ok for p in judged) / max(1, len(judged)), 4),
+        "annotated": len(annotated), "heldout": len(held), "wrong_share": round(sum(not p.ok for p in judged) / max(1, len(judged)), 4),
         "text_kinds": dict(sorted(collections.Counter(p.kind for p in placements).items())),
         "image_kinds": dict(sorted(collections.Counter(p.image_kind for p in placements).items())),
         "sources": dict(sorted(collections.Counter(i.source for i in items).items())),
@@ -209,7 +203,7 @@ def main() -> None:
     write(record, as_json({"inputs": digest, "seed": args.seed, **counts}))
     print(
         f"demo data in {args.out}: {counts['web_pictures']} pictures at {counts['placements']} places on {counts['pages']} pages of {counts['hosts']} hosts, "
-        f"{counts['wrong_share']:.1%} of the known texts wrong; {counts['annotated']} annotated, {counts['heldout']} held out, {counts['queries']} queries; "
+        f"{counts['wrong_share']:.1%} of the known texts wrong; {counts['annotated']} annotated, {counts['heldout']} held out; "
         f"{time.monotonic() - started:.0f} s"
     )
 

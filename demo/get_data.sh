@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Fetches the demo's picture packages, by name, into .cache/demo/packages (about 290 MB). Idempotent.
+# Fetches the demo's packages, by name, into .cache/demo/packages (about 300 MB). Idempotent.
 #
-#     demo/get_data.sh [FOLDER]
+#     demo/get_data.sh [FOLDER [NAME ...]]       with names, only those packages
 #
 # They are ordinary Debian packages; they are opened, never installed. apt-get checks what it downloads; here only the
-# size is looked at, so that half a file from an interrupted copy is fetched again. Two packages are needed, the rest
-# makes the site larger.
+# size is looked at, so that half a file from an interrupted copy is fetched again. Three packages are needed, the
+# rest makes the site larger.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.cache/demo/packages}
+only=" ${*:2} "
 mkdir -p "$folder"
 cd "$folder"
 
@@ -16,6 +17,7 @@ cd "$folder"
 packages="
 tuxpaint-stamps-default 100000000 needed
 ruby-tanuki-emoji         4000000 needed
+wordnet-base              6000000 needed
 ruby-gemojione            3000000 wanted
 openclipart-svg          20000000 wanted
 gcompris-qt-data         30000000 wanted
@@ -51,6 +53,7 @@ download() { # download NAME: with one update of the package lists if the name i
 missing=
 while read -r name size need; do
   [ -n "$name" ] || continue
+  [ $# -lt 2 ] || [[ $only = *" $name "* ]] || continue
   whole "$name" "$size" && continue
   if ! command -v apt-get >/dev/null; then
     echo "get_data: apt-get is not here; put a $name package file (.deb) into $folder yourself" >&2

@@ -2,7 +2,7 @@
 
 Each `load_*` function opens one package file and returns `Source`: the pictures in it, each with the captions that its
 package gives it (or, where authors wrote free metadata, that metadata as it is), and all its English texts, which
-the query list is counted from.  Nothing here decides what a picture is used for.
+stand as prose on the pages.  Nothing here decides what a picture is used for.
 """
 
 import glob

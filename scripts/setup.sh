@@ -2,7 +2,7 @@
 # Installs, once, what the Makefile's targets need on a Debian or Ubuntu machine that has git, make, curl and a Rust toolchain.
 #
 #     scripts/setup.sh demo       a C compiler, cmake, nasm, Python 3 with venv, and in .venv what builds the demo's site
-#     scripts/setup.sh test       the same, rustfmt and clippy, and in .venv what opens the exports
+#     scripts/setup.sh test       the same, rustfmt and clippy, in .venv what opens the exports, and in .cache/test-data real data
 #     scripts/setup.sh bench      the same tools, and in .venv-bench the peers that the benches run beside ours
 #     scripts/setup.sh goldens    the same as demo, and in .venv-goldens what the models' golden files are made with (large)
 #
@@ -67,3 +67,5 @@ if ! wanted "$level" | cmp -s - "$venv/filled-$level"; then
   wanted "$level" >"$venv/filled-$level"
   [ "$level" != test ] || wanted demo >"$venv/filled-demo" # the list for the tests holds the demo's
 fi
+
+[ "$level" != test ] || scripts/test_data.sh

@@ -55,7 +55,7 @@ pub(crate) enum Verb {
     Status(ViewArgs),
     /// Download a list of image addresses into files for training, with img2dataset's flags and layouts
     Download(Box<DownloadArgs>),
-    /// Look at how queries and texts meet
+    /// Make query lists, and look at how they and texts meet
     #[command(subcommand)]
     Queries(QueriesVerb),
     /// Look at dataset versions, compare and export them
@@ -149,6 +149,17 @@ pub(crate) struct StoreArgs {
 
 #[derive(Subcommand, Debug)]
 pub(crate) enum QueriesVerb {
+    /// Make a query list of Wikipedia, its page views and WordNet, by CLIP's recipe
+    #[command(after_help = "Where the files come from:\n  \
+        --dump        dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles-multistream.xml.bz2 (its index is not needed)\n  \
+        --page-views  dumps.wikimedia.org/other/pageviews/ (hours), other/pageview_complete/ (days, months); MetaCLIP took all hours of 26 days\n  \
+        --wordnet     the folder `dict` of WordNet 3, or /usr/share/wordnet of Debian's wordnet-base\n\n\
+        The budget goes to WordNet first, then to words, pairs of words and titles; within each the more frequent come first.\n\n\
+        The defaults are the thresholds of MetaCLIP's table 1. A PMI of 30 bits leaves, of the English Wikipedia, pairs of words that \
+        are hardly used but together; for phrases in common use: --bigram-pmi 8 --bigram-count 100.")]
+    Build(Box<QueriesBuildArgs>),
+    /// Show what a query table holds and how it was made
+    Show(QueriesShowArgs),
     /// Show how a run's texts are spread over the queries, before and after balancing
     #[command(
         after_help = "To compare with: MetaCLIP (arXiv 2309.16671) reports, for 1.6 billion matched texts and 500,000 queries, that \
@@ -156,6 +167,76 @@ pub(crate) enum QueriesVerb {
                             the 16,000 queries above 20,000 texts hold 94.5% of all entries."
     )]
     Stats(QueriesStatsArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct QueriesBuildArgs {
+    /// Where to: a `.parquet` file, which runs read as `queries.path`
+    #[arg(long, short)]
+    pub(crate) out: PathBuf,
+    /// A Wikipedia dump (pages-articles): .xml, .xml.gz, .xml.bz2 of one or many streams; may be given many times
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) dump: Vec<PathBuf>,
+    /// Words with their counts (`word<TAB>count`, also .gz), in place of a dump's words
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) word_counts: Vec<PathBuf>,
+    /// Wikimedia's page view files, of hours, days or months
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) page_views: Vec<PathBuf>,
+    /// Titles, one a line, that need no page views
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) titles: Vec<PathBuf>,
+    /// A folder with WordNet's data.noun, data.verb, data.adj and data.adv
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) wordnet: Vec<PathBuf>,
+    /// The most queries
+    #[arg(long, default_value_t = 500_000)]
+    pub(crate) budget: usize,
+    /// Words used at least this often
+    #[arg(long, value_name = "USES", default_value_t = 100)]
+    pub(crate) unigram_count: u64,
+    /// Pairs of words with at least this pointwise mutual information, in bits (log2, over all words)
+    #[arg(long, value_name = "BITS", default_value_t = 30.0, allow_negative_numbers = true)]
+    pub(crate) bigram_pmi: f64,
+    /// Pairs of words used at least this often
+    #[arg(long, value_name = "USES", default_value_t = 1)]
+    pub(crate) bigram_count: u64,
+    /// Titles with at least this many views, over all page view files
+    #[arg(long, value_name = "VIEWS", default_value_t = 70)]
+    pub(crate) title_views: u64,
+    /// The wiki whose page views count
+    #[arg(long, default_value = "en")]
+    pub(crate) wiki: String,
+    /// Memory to stay within, roughly, in MiB; what does not fit is kept in files meanwhile
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub(crate) memory: usize,
+    /// Threads; by default one for each core
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// Where those files are; by default beside the table
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) work_dir: Option<PathBuf>,
+    /// Replace what is there
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// Count and show the result, but write nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Write the result as JSON to standard output; progress goes to standard error
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct QueriesShowArgs {
+    /// A list: a table of `queries build`, a text file with one query a line, or Parquet with a column `text`
+    pub(crate) list: PathBuf,
+    /// Examples shown of each source
+    #[arg(long, default_value_t = 5)]
+    pub(crate) examples: usize,
+    /// Write JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args, Debug)]

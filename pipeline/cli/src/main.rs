@@ -10,6 +10,7 @@ mod models;
 mod output;
 mod overview;
 mod progress;
+mod queries;
 mod query_plot;
 mod query_stats;
 mod retry;
@@ -20,7 +21,7 @@ mod traffic;
 
 use std::process::ExitCode;
 
-use args::{Cli, QueriesVerb, Verb};
+use args::{Cli, Verb};
 use output::Failure;
 use tracing_subscriber::EnvFilter;
 
@@ -54,7 +55,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Retry(retry) => retry::run(retry).await,
         Verb::Plan(plan) => overview::plan(plan).await,
         Verb::Status(status) => overview::status(status).await,
-        Verb::Queries(QueriesVerb::Stats(args)) => query_stats::run(args).await,
+        Verb::Queries(verb) => queries::run(verb).await,
         Verb::Dataset(verb) => dataset::run(verb).await,
         Verb::Model(verb) => models::run(verb).await,
         Verb::Store(verb) => store::run(verb).await,

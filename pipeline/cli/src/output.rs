@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use capfilt_coordinator::CoordinatorError;
+use capfilt_crawler::CrawlError;
 use capfilt_store::StoreError;
 use serde::Serialize;
 
@@ -55,6 +56,15 @@ impl From<CoordinatorError> for Failure {
         match e {
             CoordinatorError::Store(e) => e.into(),
             e @ CoordinatorError::Setting { .. } => Self::Usage(e.to_string()),
+            e => Self::Other(e.into()),
+        }
+    }
+}
+
+impl From<CrawlError> for Failure {
+    fn from(e: CrawlError) -> Self {
+        match e {
+            CrawlError::Config { .. } | CrawlError::Format { .. } => Self::Usage(e.to_string()),
             e => Self::Other(e.into()),
         }
     }

@@ -63,6 +63,7 @@ pub(crate) struct Bar {
     bar: ProgressBar,
     name: &'static str,
     unit: &'static str,
+    began: Instant,
     last: Mutex<(Instant, u64)>,
 }
 
@@ -71,14 +72,14 @@ impl Bar {
         let bar = bars().add(ProgressBar::new(0));
         bar.set_style(style(unit));
         bar.set_prefix(name);
-        Self { bar, name, unit, last: Mutex::new((Instant::now(), 0)) }
+        Self { bar, name, unit, began: Instant::now(), last: Mutex::new((Instant::now(), 0)) }
     }
 
     pub(crate) fn set(&self, done: u64, of: u64) {
-        self.show(done, of, "");
+        self.show(done, of, &pace(self.began.elapsed(), done, of));
     }
 
-    /// The same, with a few words on how it goes.
+    /// The same, with other words on how it goes.
     pub(crate) fn show(&self, done: u64, of: u64, message: &str) {
         self.bar.set_length(of.max(done));
         self.bar.set_position(done);
@@ -94,6 +95,22 @@ impl Bar {
         self.bar.finish_and_clear();
         bars().remove(&self.bar);
     }
+}
+
+/// Rate and time left of what has come so far in some time.
+fn pace(elapsed: Duration, done: u64, of: u64) -> String {
+    let seconds = elapsed.as_secs_f64();
+    if seconds < 0.5 || done == 0 || done >= of {
+        return String::new();
+    }
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a few digits are shown"
+    )]
+    let (rate, left) = (done as f64 / seconds, ((of - done) as f64 * seconds / done as f64) as u64);
+    format!("{rate:.1}/s, {} left", duration(left))
 }
 
 fn style(unit: &str) -> ProgressStyle {

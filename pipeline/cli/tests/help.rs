@@ -11,12 +11,14 @@ fn help(verbs: &[&str]) -> String {
 
 #[test]
 fn help_texts() {
-    let verbs: [&[&str]; 13] = [
+    let verbs: [&[&str]; 15] = [
         &[],
         &["run"],
         &["retry"],
         &["plan"],
         &["status"],
+        &["queries"],
+        &["queries", "build"],
         &["dataset"],
         &["dataset", "export"],
         &["dataset", "diff"],

@@ -86,7 +86,7 @@ impl CrawlError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Read { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
-            Self::Seeds { .. } => true,
+            Self::Seeds { .. } | Self::Write { .. } => true,
             _ => false,
         }
     }

@@ -9,14 +9,14 @@ use crate::config::ImageConfig;
 use crate::html::{self, MAX_URL};
 use crate::sources::sitemap;
 use crate::web::Rules;
-use crate::{Matcher, QueryList, image};
+use crate::{Matcher, QueryList, image, queries};
 
 /// Reads any bytes.
 pub type Parser = fn(&[u8]);
 
 /// The parsers with the names of their fuzz targets, which are those of their folders of inputs.
 pub const TARGETS: &[(&str, Parser)] =
-    &[("html", page), ("robots", robots), ("sitemap", site_map), ("image", picture), ("text", text)];
+    &[("html", page), ("robots", robots), ("sitemap", site_map), ("image", picture), ("text", text), ("dump", dump)];
 
 /// Runs the parser of that name.
 ///
@@ -71,6 +71,10 @@ fn text(data: &[u8]) {
     let mut found = Vec::new();
     matcher.find(text, &mut String::new(), &mut found);
     assert!(found.is_sorted() && found.iter().all(|q| (*q as usize) < list.len()));
+}
+
+fn dump(data: &[u8]) {
+    queries::read_any(data);
 }
 
 #[cfg(test)]

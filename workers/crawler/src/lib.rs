@@ -37,6 +37,9 @@ pub use error::CrawlError;
 pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::Matcher;
 pub use params::{AnnotateParams, DiscoverParams, FetchParams, RetryParams};
-pub use queries::{Query, QueryList};
+pub use queries::{
+    InputFile, OnProgress, Pages, QUERY_TABLE_VERSION, Query, QueryBuild, QueryInputs, QueryList, QueryRow, QuerySource,
+    QueryTable, SourceCounts, TableHead,
+};
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
 pub use web::{Probe, Web};

@@ -13,6 +13,7 @@ use flate2::read::MultiGzDecoder;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use sha2::{Digest as _, Sha256};
 
+use super::TableHead;
 use crate::CrawlError;
 use crate::matcher::words_of;
 
@@ -172,7 +173,9 @@ fn read_lines(path: &Path, file: impl Read, list: &mut Builder) -> Result<(), Cr
 
 fn read_parquet(path: &Path, file: File, list: &mut Builder) -> Result<(), CrawlError> {
     let fail = |e: &dyn std::fmt::Display| CrawlError::format(path, format!("it is not readable Parquet ({e})"));
-    let reader = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| fail(&e))?.build().map_err(|e| fail(&e))?;
+    let reader = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| fail(&e))?;
+    TableHead::of(path, reader.metadata().file_metadata())?;
+    let reader = reader.build().map_err(|e| fail(&e))?;
     for batch in reader {
         let batch = batch.map_err(|e| fail(&e))?;
         let strings = |name: &str| -> Result<Option<StringArray>, CrawlError> {
