@@ -31,8 +31,9 @@ pub use config::{
 pub use discover::{DISCOVER_VERSION, Discover};
 pub use error::CrawlError;
 pub use fetch::{FETCH_VERSION, Fetch};
-pub use matcher::Matcher;
-pub use params::{AnnotateParams, DiscoverParams, FetchParams};
+pub use matcher::{Matcher, Scratch};
+pub use params::{AnnotateParams, DiscoverParams, FetchParams, Part};
 pub use queries::{Query, QueryList};
+pub use sources::{Adapter, ApiKey, SearchConfig};
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
 pub use web::Web;

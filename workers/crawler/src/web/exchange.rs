@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capfilt_schemas::FetchStatus;
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, LOCATION, RETRY_AFTER, USER_AGENT};
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER, USER_AGENT};
 use reqwest::{Client, Proxy, redirect};
 use tokio::sync::OwnedSemaphorePermit;
 use url::Url;
@@ -29,6 +29,8 @@ pub(crate) enum Want {
     Page,
     /// The beginning of the body.
     Text,
+    /// All of the body, or a failure.
+    Json,
 }
 
 impl Want {
@@ -37,9 +39,13 @@ impl Want {
             Self::Image => "image/webp,image/png,image/jpeg,image/gif,image/bmp,image/*;q=0.8,*/*;q=0.5",
             Self::Page => "text/html,application/xhtml+xml,*/*;q=0.5",
             Self::Text => "text/plain,text/xml,application/xml,*/*;q=0.5",
+            Self::Json => "application/json",
         }
     }
 }
+
+/// A header that is sent along.
+pub(crate) type Header = (HeaderName, HeaderValue);
 
 /// One answer, and where it came from.
 pub(crate) struct Answer {
@@ -125,19 +131,31 @@ pub(super) async fn exchange(
     url: &Url,
     web: &WebConfig,
     want: Want,
+    key: Option<&Header>,
     max_body: usize,
     within: Duration,
 ) -> Result<Reply, Failure> {
-    let work = exchange_unbounded(client, url, web, want, max_body);
+    let work = exchange_unbounded(client, url, web, want, key, max_body);
     match tokio::time::timeout(within, work).await {
         Ok(reply) => reply,
         Err(_) => Err(Failure::new(FetchStatus::Timeout, LATE)),
     }
 }
 
-async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: Want, max_body: usize) -> Result<Reply, Failure> {
-    let request = client.get(url.clone()).header(USER_AGENT, &web.agent).header(ACCEPT, want.accept());
-    let mut response = request.send().await.map_err(|e| classify(&e, FetchStatus::Connect))?;
+async fn exchange_unbounded(
+    client: &Client,
+    url: &Url,
+    web: &WebConfig,
+    want: Want,
+    key: Option<&Header>,
+    max_body: usize,
+) -> Result<Reply, Failure> {
+    let mut request = client.get(url.clone()).header(USER_AGENT, &web.agent).header(ACCEPT, want.accept());
+    if let Some((name, value)) = key {
+        request = request.header(name, value);
+    }
+    // Without the address: a key may stand in it, and errors are logged.
+    let mut response = request.send().await.map_err(|e| classify(&e.without_url(), FetchStatus::Connect))?;
     let code = response.status().as_u16();
     let fail = |status, reason: String| Failure { http_status: Some(code), ..Failure::new(status, reason) };
     match code {
@@ -165,7 +183,7 @@ async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: W
     if want == Want::Page && !may_be_html(&headers) {
         return answer(Vec::new());
     }
-    let cut = want != Want::Image;
+    let cut = !matches!(want, Want::Image | Want::Json);
     let told = response.content_length().unwrap_or(0);
     if !cut && told > max_body as u64 {
         return Err(fail(FetchStatus::TooLarge, format!("the body has {told} bytes, more than {max_body}")));
@@ -176,7 +194,7 @@ async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: W
             Ok(Some(chunk)) => chunk,
             Ok(None) => return answer(body),
             Err(e) => {
-                let failure = classify(&e, FetchStatus::Truncated);
+                let failure = classify(&e.without_url(), FetchStatus::Truncated);
                 return Err(Failure { http_status: (failure.status != FetchStatus::Timeout).then_some(code), ..failure });
             }
         };

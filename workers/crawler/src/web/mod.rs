@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
-pub(crate) use exchange::{Answer, Want};
+pub(crate) use exchange::{Answer, Header, Want};
 
 use crate::CrawlError;
 use crate::config::{CrawlerWorkerConfig, WebConfig};
@@ -37,6 +37,15 @@ struct Inner {
     robots: Robots,
     connections: Arc<Semaphore>,
     settings: CrawlerWorkerConfig,
+}
+
+/// How one address is asked for.
+#[derive(Clone, Copy, Default)]
+struct Manners<'a> {
+    robots: bool,
+    /// Time between two requests to the host, where robots.txt says nothing.
+    delay: Duration,
+    key: Option<&'a Header>,
 }
 
 /// Why there is no answer.
@@ -84,13 +93,33 @@ impl Web {
     /// It ends within `(retries + 1) × timeout`, the waits between the attempts (`Retry-After` up to its cap), and the waits for a turn
     /// at the host.
     pub(crate) async fn get(&self, url: &Url, config: &WebConfig, want: Want, max_body: usize) -> Result<Answer, Failure> {
-        self.ask(url, config, want, max_body, config.robots).await
+        self.ask(url, config, want, max_body, Manners { robots: config.robots, ..Manners::default() }).await
     }
 
-    async fn ask(&self, url: &Url, config: &WebConfig, want: Want, max_body: usize, robots: bool) -> Result<Answer, Failure> {
+    /// The body at an address that is made for programs: robots.txt, which is for those that follow links, does not count. Two requests
+    /// are `delay` apart, or further; `key` is sent to the host of `url` only.
+    pub(crate) async fn get_api(
+        &self,
+        url: &Url,
+        config: &WebConfig,
+        max_body: usize,
+        delay: Duration,
+        key: Option<&Header>,
+    ) -> Result<Answer, Failure> {
+        self.ask(url, config, Want::Json, max_body, Manners { robots: false, delay, key }).await
+    }
+
+    async fn ask(
+        &self,
+        url: &Url,
+        config: &WebConfig,
+        want: Want,
+        max_body: usize,
+        manners: Manners<'_>,
+    ) -> Result<Answer, Failure> {
         let mut attempt = 0;
         loop {
-            let failure = match self.attempt(url, config, want, max_body, robots).await {
+            let failure = match self.attempt(url, config, want, max_body, manners).await {
                 Ok(answer) => return Ok(answer),
                 Err(failure) => failure,
             };
@@ -106,14 +135,22 @@ impl Web {
     }
 
     /// One attempt: the request and the redirects that it leads to, each allowed by its own site.
-    async fn attempt(&self, url: &Url, config: &WebConfig, want: Want, max_body: usize, robots: bool) -> Result<Answer, Failure> {
+    async fn attempt(
+        &self,
+        url: &Url,
+        config: &WebConfig,
+        want: Want,
+        max_body: usize,
+        manners: Manners<'_>,
+    ) -> Result<Answer, Failure> {
         let mut budget = Budget::new(config.timeout);
         let mut seen = vec![url.clone()];
         loop {
             let Some(url) = seen.last().cloned() else { return Err(Failure::new(FetchStatus::BadUrl, "no address")) };
-            let delay = if robots { self.permission(&url, config).await? } else { Duration::ZERO };
+            let delay = if manners.robots { self.permission(&url, config).await? } else { manners.delay };
+            let key = manners.key.filter(|_| url.origin() == seen[0].origin());
             let (slot, place) = self.turn(&url, delay).await?;
-            let ask = async |left| exchange(&self.0.client, &url, config, want, max_body, left).await;
+            let ask = async |left| exchange(&self.0.client, &url, config, want, key, max_body, left).await;
             let reply = budget.spend(ask).await;
             match reply {
                 Ok(Reply::Answer(answer)) => {

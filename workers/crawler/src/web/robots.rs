@@ -76,7 +76,7 @@ impl Entry {
 /// 429 and an endless redirect. After a network failure the status tells what failed, so that a dead host is not taken for a closed one.
 async fn fetch(web: &Web, url: &Url, config: &WebConfig) -> Site {
     let Ok(robots_url) = url.join("/robots.txt") else { return Site::Rules(Arc::default()) };
-    match web.ask(&robots_url, config, Want::Text, MAX_BYTES, false).await {
+    match web.ask(&robots_url, config, Want::Text, MAX_BYTES, super::Manners::default()).await {
         Ok(answer) => Site::Rules(Arc::new(Rules::parse(&answer.body, config.token()))),
         Err(failure) if failure.status == FetchStatus::HttpClient => Site::Rules(Arc::default()),
         Err(failure) => {

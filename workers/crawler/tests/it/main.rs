@@ -5,5 +5,6 @@
 mod annotate;
 mod crawl;
 mod fetch;
+mod search;
 mod server;
 mod support;
