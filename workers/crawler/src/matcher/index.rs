@@ -88,7 +88,8 @@ impl Index {
     /// after how many of them each text ends. [`SHORT`] bytes follow on every beginning.
     ///
     /// Each step touches what it needs for all words, without a branch that depends on what stands there: so the processor waits for
-    /// many places of the tables at once, and the next step finds them near.
+    /// many places of the tables at once, and the next step finds them near. The steps are functions so that each keeps its few values
+    /// in registers.
     pub(super) fn find(
         &self,
         folded: &[u8],
@@ -97,23 +98,60 @@ impl Index {
         steps: &mut Steps,
         mut each: impl FnMut(&[u32]),
     ) {
-        let Steps { keys, numbers, words, pairs, edges, found } = steps;
-        keys.clear();
-        keys.extend(spans.iter().map(|(start, end)| {
+        steps.keys.clear();
+        steps.keys.extend(spans.iter().map(|(start, end)| {
             let key = key_of(folded, *start, *end);
             (key, hash_key(key))
         }));
+        self.look_up_words(steps);
+        self.look_further(folded, spans, steps);
+        self.look_up_edges(ends, steps);
+        let Steps { words, pairs, edges, found, .. } = steps;
+        let (mut start, mut edges) = (0, pairs.iter().zip(edges.iter()).peekable());
+        for end in ends {
+            let words = &words[start..*end];
+            found.resize(words.len().max(found.len()), 0);
+            let mut n = 0;
+            for word in words {
+                found[n] = word.query;
+                n += usize::from(word.query != NO_QUERY);
+            }
+            found.truncate(n);
+            while let Some(((i, hash), edge)) = edges.next_if(|((i, _), _)| i < end) {
+                self.follow(&words[i - start..], *hash, *edge, found);
+            }
+            found.sort_unstable();
+            found.dedup();
+            each(found);
+            start = *end;
+        }
+    }
+
+    /// The entry of each word, if it stands where it should.
+    #[inline(never)]
+    fn look_up_words(&self, steps: &mut Steps) {
+        let Steps { keys, numbers, words, .. } = steps;
         numbers.clear();
         numbers.extend(keys.iter().map(|(_, hash)| self.word_places.first(*hash)));
         words.clear();
         words.extend(numbers.iter().map(|number| self.words[*number as usize]));
-        for ((word, (start, end)), (key, hash)) in words.iter_mut().zip(spans).zip(keys.iter()) {
+    }
+
+    /// The entries of the other words.
+    #[inline(never)]
+    fn look_further(&self, folded: &[u8], spans: &[(usize, usize)], steps: &mut Steps) {
+        for ((word, (start, end)), (key, hash)) in steps.words.iter_mut().zip(spans).zip(&steps.keys) {
             let text = &folded[*start..*end];
             if !self.is_word(word, *key, text) {
                 *word = self.word(*key, *hash, text);
             }
         }
+    }
 
+    /// The edge of each two words that may have one, if it stands where it should.
+    #[inline(never)]
+    fn look_up_edges(&self, ends: &[usize], steps: &mut Steps) {
+        let Steps { words, numbers, pairs, edges, .. } = steps;
         pairs.resize(words.len().max(pairs.len()), (0, 0));
         let (mut n, mut start) = (0, 0);
         for end in ends {
@@ -124,23 +162,11 @@ impl Index {
             }
             start = *end;
         }
+        pairs.truncate(n);
         numbers.clear();
-        numbers.extend(pairs[..n].iter().map(|(_, hash)| self.edge_places.first(*hash)));
+        numbers.extend(pairs.iter().map(|(_, hash)| self.edge_places.first(*hash)));
         edges.clear();
         edges.extend(numbers.iter().map(|number| self.edges[*number as usize]));
-
-        let (mut start, mut pairs) = (0, pairs[..n].iter().zip(edges.iter()).peekable());
-        for end in ends {
-            found.clear();
-            found.extend(words[start..*end].iter().map(|word| word.query).filter(|query| *query != NO_QUERY));
-            while let Some(((i, hash), edge)) = pairs.next_if(|((i, _), _)| i < end) {
-                self.follow(&words[*i..*end], *hash, *edge, found);
-            }
-            found.sort_unstable();
-            found.dedup();
-            each(found);
-            start = *end;
-        }
     }
 
     /// The queries that begin with the first two of some words, whose edge may be `edge`.
@@ -213,11 +239,14 @@ impl Places {
         self.0[at] = mark(hash) | number;
     }
 
-    /// The number at the place that a hash names, 0 if it surely is not that of the hash.
+    /// The number of a hash at the first two places where it may stand, or 0; perhaps that of another hash.
     #[inline]
     fn first(&self, hash: u64) -> u32 {
-        let place = self.0[scale(hash, self.0.len())];
-        if place & !NUMBER == mark(hash) { place & NUMBER } else { 0 }
+        let at = scale(hash, self.0.len());
+        let next = if at + 1 == self.0.len() { 0 } else { at + 1 };
+        let (first, second) = (self.0[at] ^ mark(hash), self.0[next] ^ mark(hash));
+        let place = if first <= NUMBER { first } else { second };
+        if place <= NUMBER { place } else { 0 }
     }
 
     /// The number of a hash that `is_it`, or 0.

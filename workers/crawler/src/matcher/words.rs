@@ -5,6 +5,8 @@
 //! parts them. Scripts that write without spaces (Han, kana, Thai, Lao, Khmer, Burmese) give a word for each character, so that a query
 //! is found inside an unbroken line.
 
+use std::sync::LazyLock;
+
 use unicode_normalization::char::is_combining_mark;
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfkc_quick};
 
@@ -78,11 +80,8 @@ const fn word_bytes(eight: u64) -> u64 {
 /// Appends `text`, folded.
 fn fold(text: &str, out: &mut String) {
     let mut rest = text;
-    loop {
+    while !rest.is_ascii() {
         let ascii = rest.bytes().position(|b| !b.is_ascii()).unwrap_or(rest.len());
-        if ascii == rest.len() {
-            return fold_ascii(rest, out);
-        }
         // NFKC joins nothing across the front of an ASCII character. The last one before others goes with them: a mark may stand on it.
         let (plain, more) = rest.split_at(ascii.saturating_sub(1));
         fold_ascii(plain, out);
@@ -96,6 +95,7 @@ fn fold(text: &str, out: &mut String) {
         }
         rest = more;
     }
+    fold_ascii(rest, out);
 }
 
 fn fold_ascii(text: &str, out: &mut String) {
@@ -108,25 +108,55 @@ fn fold_ascii(text: &str, out: &mut String) {
 }
 
 fn fold_char(c: char, out: &mut String) {
-    if c.is_ascii() {
-        fold_ascii(c.encode_utf8(&mut [0]), out);
-    } else if is_combining_mark(c) {
+    static KNOWN: LazyLock<Vec<Kind>> =
+        LazyLock::new(|| (0..0x3000).map(|c| char::from_u32(c).map_or(Kind::Other, kind)).collect());
+    match KNOWN.get(c as usize).copied().unwrap_or_else(|| kind(c)) {
         // A mark belongs to the word it stands on; alone it is nothing.
-        if in_word(out) {
+        Kind::Mark if in_word(out) => out.push(c),
+        Kind::Mark => {}
+        Kind::Unspaced => {
+            end_word(out);
             out.push(c);
         }
-    } else if is_unspaced(c) {
-        end_word(out);
-        out.push(c);
-    } else if c.is_alphanumeric() {
-        if out.ends_with(is_unspaced) {
-            out.push(' ');
+        Kind::Letter(folded) => {
+            if out.ends_with(is_unspaced) {
+                out.push(' ');
+            }
+            match folded {
+                Some(folded) => out.push(folded),
+                None => out.extend(folds(c)),
+            }
         }
-        // Down, up and down again: `ẞ` and `ß` both become `ss`.
-        out.extend(c.to_lowercase().flat_map(char::to_uppercase).flat_map(char::to_lowercase));
-    } else {
-        end_word(out);
+        Kind::Other => end_word(out),
     }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Mark,
+    Unspaced,
+    /// A letter or digit, and what it folds to, if that is one character.
+    Letter(Option<char>),
+    Other,
+}
+
+fn kind(c: char) -> Kind {
+    if is_combining_mark(c) {
+        Kind::Mark
+    } else if is_unspaced(c) {
+        Kind::Unspaced
+    } else if c.is_alphanumeric() {
+        let mut folded = folds(c);
+        let first = folded.next();
+        Kind::Letter(if folded.next().is_none() { first } else { None })
+    } else {
+        Kind::Other
+    }
+}
+
+/// Down, up and down again: `ẞ` and `ß` both become `ss`.
+fn folds(c: char) -> impl Iterator<Item = char> {
+    c.to_lowercase().flat_map(char::to_uppercase).flat_map(char::to_lowercase)
 }
 
 /// Whether the last character belongs to a word.
