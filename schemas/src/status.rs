@@ -136,10 +136,14 @@ closed_list! {
         Alt = "alt",
         /// A `figcaption` around the image.
         Figcaption = "figcaption",
-        /// The `title` attribute.
+        /// The description of an image that a search API gives.
+        Description = "description",
+        /// The `title` attribute, or the title that a search API gives.
         Title = "title",
         /// The text column of a URL list.
         List = "list",
+        /// The tags of an image that a search API gives, joined by commas.
+        Tags = "tags",
     }
 }
 

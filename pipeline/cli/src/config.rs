@@ -279,7 +279,7 @@ impl RunConfig {
     pub(crate) fn inputs(&self) -> Result<Inputs, Failure> {
         let usage = |e: &CrawlError| Failure::Usage(capfilt_store::chain(e));
         let queries = QueryList::load(&self.queries.path).map_err(|e| usage(&e))?;
-        let discover = self.discover.params(queries.digest(), &self.run.snapshot).map_err(|e| usage(&e))?;
+        let discover = self.discover.params(&queries, &self.run.snapshot).map_err(|e| usage(&e))?;
         let (clean, annotated) = Annotate::new(&self.annotated).map_err(|e| usage(&e))?;
         let (kept_apart, heldout) = Annotate::new(&self.heldout).map_err(|e| usage(&e))?;
         Ok(Inputs { queries, discover, annotate: clean.and(kept_apart), annotated, heldout })

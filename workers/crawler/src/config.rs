@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use url::Url;
 
+use crate::sources::SearchConfig;
 use crate::{CrawlError, units};
 
 /// How the crawler behaves towards servers.
@@ -98,6 +99,8 @@ pub enum SourceConfig {
     Pages(PagesConfig),
     /// A list of addresses and texts.
     List(ListConfig),
+    /// A search API, asked for the queries. Every `chunk` of them is a task of its own.
+    Search(Box<SearchConfig>),
 }
 
 /// A crawl: breadth first, level by level, each level in the order of its addresses, so that it visits the same pages every time.
@@ -448,8 +451,11 @@ impl DiscoverConfig {
     pub fn check(&self) -> Result<(), CrawlError> {
         self.web.check("discover.web")?;
         for (i, source) in self.sources.iter().enumerate() {
-            let SourceConfig::Pages(pages) = source else { continue };
             let name = format!("discover.sources[{i}]");
+            if let SourceConfig::Search(search) = source {
+                search.check(&name)?;
+            }
+            let SourceConfig::Pages(pages) = source else { continue };
             if pages.seeds.is_empty() {
                 return Err(bad(&format!("{name}.seeds"), "it is empty; name at least one page to start from"));
             }

@@ -9,10 +9,11 @@ use capfilt_schemas::{StageKind, Table, sample_id};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::config::SourceConfig;
+use crate::matcher::Scratch;
 use crate::params::DiscoverParams;
 use crate::rows::list_of;
-use crate::sources::{Found, FoundStream, crawl, read_list};
-use crate::{CrawlError, Matcher, Web};
+use crate::sources::{Found, FoundStream, crawl, read_list, search};
+use crate::{CrawlError, Matcher, QueryList, Web};
 
 /// Raised whenever the same task would give other rows than before.
 pub const DISCOVER_VERSION: u32 = 2;
@@ -21,13 +22,20 @@ pub const DISCOVER_VERSION: u32 = 2;
 pub struct Discover {
     web: Web,
     matcher: Arc<Matcher>,
+    queries: Arc<QueryList>,
 }
 
 impl Discover {
-    /// The stage for tasks with the query list of `matcher`.
+    /// The stage for tasks with the query list of `matcher`, search APIs aside.
     #[must_use]
-    pub const fn new(web: Web, matcher: Arc<Matcher>) -> Self {
-        Self { web, matcher }
+    pub fn new(web: Web, matcher: Arc<Matcher>) -> Self {
+        Self { web, matcher, queries: Arc::new(QueryList::from_texts([])) }
+    }
+
+    /// The stage with the list itself: search APIs are asked for its texts.
+    #[must_use]
+    pub fn with_queries(self, queries: Arc<QueryList>) -> Self {
+        Self { queries, ..self }
     }
 
     async fn start(web: Web, matcher: Arc<Matcher>, work: Work) -> Result<RowStream, StageError> {
@@ -41,6 +49,15 @@ impl Discover {
         let (source, found): (String, FoundStream) = match params.source {
             SourceConfig::Pages(pages) => {
                 ("pages".to_owned(), crawl(web, pages, params.web, params.max_text, work.clone()))
+            }
+            SourceConfig::Search(config) => {
+                let list = self.queries.digest();
+                let Some(part) = params.part.filter(|_| list == params.queries) else {
+                    let what = "query list";
+                    return Err(CrawlError::WrongFile { what, wanted: params.queries, found: list.to_string() }.into());
+                };
+                let (web, queries, name) = (self.web.clone(), Arc::clone(&self.queries), config.adapter.name.clone());
+                (name, search(web, *config, part, queries, params.web, params.max_text, work.clone()))
             }
             SourceConfig::List(list) => {
                 let name = list.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -81,12 +98,11 @@ impl Stage for Discover {
 fn candidates(found: &[Found], source: &str, matcher: &Matcher) -> Result<RecordBatch, StageError> {
     let mut texts: [StringBuilder; 6] = Default::default();
     let mut queries = list_of(UInt32Builder::new(), DataType::UInt32);
-    let (mut scratch, mut ids) = (String::new(), Vec::new());
-    for f in found {
-        matcher.find(&f.text, &mut scratch, &mut ids);
+    matcher.find_all(found.iter().map(|f| f.text.as_str()), &mut Scratch::default(), |i, ids| {
         if ids.is_empty() {
-            continue;
+            return;
         }
+        let f = &found[i];
         let [sample, url, text, text_source, page, from] = &mut texts;
         sample.append_value(sample_id(&f.url, &f.text));
         url.append_value(&f.url);
@@ -94,9 +110,9 @@ fn candidates(found: &[Found], source: &str, matcher: &Matcher) -> Result<Record
         text_source.append_value(f.text_source.as_str());
         page.append_option(f.page_url.as_ref());
         from.append_value(source);
-        queries.values().append_slice(&ids);
+        queries.values().append_slice(ids);
         queries.append(true);
-    }
+    });
     let mut columns: Vec<ArrayRef> = texts.iter_mut().map(|b| Arc::new(b.finish()) as ArrayRef).collect();
     columns.push(Arc::new(queries.finish()));
     Ok(RecordBatch::try_new(Table::Candidates.schema(), columns)?)

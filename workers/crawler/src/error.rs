@@ -60,7 +60,15 @@ pub enum CrawlError {
         /// What became of the requests, by status.
         why: String,
     },
-    /// The query list cannot be turned into an automaton.
+    /// A search API that answered no query.
+    #[error("the search API {adapter} answered none of the task's queries ({why}); check its address and key, and that it is up")]
+    Search {
+        /// The adapter's name.
+        adapter: String,
+        /// What became of the queries, by status.
+        why: String,
+    },
+    /// The query list is too large for the matcher.
     #[error("the query list cannot be compiled: {0}")]
     Compile(String),
     /// The HTTP client cannot be set up.
@@ -86,7 +94,7 @@ impl CrawlError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Read { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
-            Self::Seeds { .. } | Self::Write { .. } => true,
+            Self::Seeds { .. } | Self::Search { .. } | Self::Write { .. } => true,
             _ => false,
         }
     }

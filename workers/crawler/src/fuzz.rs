@@ -69,7 +69,7 @@ fn text(data: &[u8]) {
     let list = QueryList::from_texts(queries.split('\n'));
     let Ok(matcher) = Matcher::new(&list) else { return };
     let mut found = Vec::new();
-    matcher.find(text, &mut String::new(), &mut found);
+    matcher.find(text, &mut crate::Scratch::default(), &mut found);
     assert!(found.is_sorted() && found.iter().all(|q| (*q as usize) < list.len()));
 }
 

@@ -35,11 +35,12 @@ pub use discover::{DISCOVER_VERSION, Discover};
 pub use download::{DownloadConfig, DownloadProgress, DownloadSummary, HashKind, IncrementalMode, OutputFormat, download};
 pub use error::CrawlError;
 pub use fetch::{FETCH_VERSION, Fetch};
-pub use matcher::Matcher;
-pub use params::{AnnotateParams, DiscoverParams, FetchParams, RetryParams};
+pub use matcher::{Matcher, Scratch};
+pub use params::{AnnotateParams, DiscoverParams, FetchParams, Part, RetryParams};
 pub use queries::{
     InputFile, OnProgress, Pages, QUERY_TABLE_VERSION, Query, QueryBuild, QueryInputs, QueryList, QueryRow, QuerySource,
     QueryTable, SourceCounts, TableHead,
 };
+pub use sources::{Adapter, ApiKey, SearchConfig};
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
 pub use web::{Probe, Web};

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::config::{DiscoverConfig, FetchConfig, ImageConfig, SourceConfig, WebConfig};
-use crate::{CrawlError, opt_out};
+use crate::{CrawlError, QueryList, opt_out};
 
 /// The parameters of a discover task.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -26,10 +26,23 @@ pub struct DiscoverParams {
     /// SHA-256 of the opt-out lists, in their order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub opt_outs: Vec<Digest>,
+    /// The queries that are asked for, if the source is a search API.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
     /// The digest of the query list ([`QueryList::digest`](crate::QueryList::digest)).
     pub queries: Digest,
     /// The state of the web that is meant: the same name is the same work.
     pub snapshot: String,
+}
+
+/// Some queries of a list that follow one another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// The first one.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
 }
 
 /// The parameters of a fetch task.
@@ -73,21 +86,37 @@ pub struct AnnotateParams {
 }
 
 impl DiscoverConfig {
-    /// The parameters of the tasks, one for each source. Lists are read to be named by content.
+    /// The parameters of the tasks: one for each source, and for each part of the queries that a search API is asked for. Lists are read to
+    /// be named by content.
     ///
     /// # Errors
     /// [`CrawlError::Read`].
-    pub fn params(&self, queries: Digest, snapshot: &str) -> Result<Vec<DiscoverParams>, CrawlError> {
+    pub fn params(&self, queries: &QueryList, snapshot: &str) -> Result<Vec<DiscoverParams>, CrawlError> {
         let opt_outs = opt_out::digests(&self.web.opt_out_lists)?;
-        let task = |source: &SourceConfig| {
-            let list = match source {
-                SourceConfig::List(list) => Some(file_digest(&list.path)?),
-                SourceConfig::Pages(_) => None,
-            };
-            let (source, web, snapshot) = (source.clone(), self.web.clone(), snapshot.to_owned());
-            Ok(DiscoverParams { source, list, web, max_text: self.max_text, opt_outs: opt_outs.clone(), queries, snapshot })
+        let mut tasks = Vec::new();
+        let mut task = |source: SourceConfig, list: Option<Digest>, part: Option<Part>| {
+            tasks.push(DiscoverParams {
+                source,
+                list,
+                part,
+                web: self.web.clone(),
+                max_text: self.max_text,
+                opt_outs: opt_outs.clone(),
+                queries: queries.digest(),
+                snapshot: snapshot.to_owned(),
+            });
         };
-        self.sources.iter().map(task).collect()
+        for source in &self.sources {
+            match source {
+                SourceConfig::List(list) => task(source.clone(), Some(file_digest(&list.path)?), None),
+                SourceConfig::Pages(_) => task(source.clone(), None, None),
+                SourceConfig::Search(search) => {
+                    let (search, parts) = search.tasks(queries.len());
+                    parts.for_each(|part| task(SourceConfig::Search(Box::new(search.clone())), None, Some(part)));
+                }
+            }
+        }
+        Ok(tasks)
     }
 }
 

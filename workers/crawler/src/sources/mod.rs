@@ -4,6 +4,7 @@ mod address;
 mod frontier;
 mod lists;
 mod pages;
+mod search;
 pub(crate) mod sitemap;
 
 use capfilt_runtime::StageError;
@@ -14,6 +15,8 @@ use tokio::sync::mpsc;
 
 pub(crate) use lists::{ListFile, Wanted, read_list};
 pub(crate) use pages::crawl;
+pub(crate) use search::search;
+pub use search::{Adapter, ApiKey, SearchConfig};
 
 /// A text that belongs to an image, before it is known whether any query is for it.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use capfilt_schemas::FetchStatus;
 use ipnet::IpNet;
-use reqwest::header::{ACCEPT, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, LOCATION, RETRY_AFTER, USER_AGENT};
+use reqwest::header::{
+    ACCEPT, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER, USER_AGENT,
+};
 use reqwest::{Client, Proxy, Response, redirect};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -42,6 +44,8 @@ pub(crate) enum Want {
     Page,
     /// The beginning of the body.
     Text,
+    /// All of the body, or a failure.
+    Json,
 }
 
 impl Want {
@@ -50,9 +54,13 @@ impl Want {
             Self::Image => "image/webp,image/png,image/jpeg,image/gif,image/bmp,image/*;q=0.8,*/*;q=0.5",
             Self::Page => "text/html,application/xhtml+xml,*/*;q=0.5",
             Self::Text => "text/plain,text/xml,application/xml,*/*;q=0.5",
+            Self::Json => "application/json",
         }
     }
 }
+
+/// A header that is sent along.
+pub(crate) type Header = (HeaderName, HeaderValue);
 
 /// One answer, and where it came from.
 pub(crate) struct Answer {
@@ -201,14 +209,19 @@ pub(super) async fn exchange(
     url: &Url,
     web: &WebConfig,
     want: Want,
+    key: Option<&Header>,
     max_body: usize,
     within: Duration,
 ) -> Result<Reply, Failure> {
     let deadline = tokio::time::Instant::now() + within;
-    let request = client.get(url.clone()).header(USER_AGENT, &web.agent).header(ACCEPT, want.accept());
+    let mut request = client.get(url.clone()).header(USER_AGENT, &web.agent).header(ACCEPT, want.accept());
+    if let Some((name, value)) = key {
+        request = request.header(name, value);
+    }
     let response = match tokio::time::timeout_at(deadline, request.send()).await {
         Ok(Ok(response)) => response,
-        Ok(Err(e)) => return Err(classify(&e, FetchStatus::Connect)),
+        // Without the address: a key may stand in it, and errors are logged.
+        Ok(Err(e)) => return Err(classify(&e.without_url(), FetchStatus::Connect)),
         Err(_) => return Err(Failure { silent: true, ..Failure::new(FetchStatus::Timeout, LATE) }),
     };
     match tokio::time::timeout_at(deadline, receive(response, url, web, want, max_body)).await {
@@ -253,7 +266,7 @@ async fn receive(mut response: Response, url: &Url, web: &WebConfig, want: Want,
     if want == Want::Page && !may_be_html(&headers) {
         return answer(Vec::new());
     }
-    let cut = want != Want::Image;
+    let cut = !matches!(want, Want::Image | Want::Json);
     let told = response.content_length().unwrap_or(0);
     if !cut && told > max_body as u64 {
         return Err(fail(FetchStatus::TooLarge, format!("the body has {told} bytes, more than {max_body}")));
@@ -265,7 +278,7 @@ async fn receive(mut response: Response, url: &Url, web: &WebConfig, want: Want,
             Ok(Ok(Some(chunk))) => chunk,
             Ok(Ok(None)) => return answer(body),
             Ok(Err(e)) => {
-                let failure = classify(&e, FetchStatus::Truncated);
+                let failure = classify(&e.without_url(), FetchStatus::Truncated);
                 return Err(Failure { silent: false, http_status: Some(code), ..failure });
             }
             Err(_) if rate.keeps_up(body.len()) => continue,

@@ -24,7 +24,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
-pub(crate) use exchange::{Answer, Want};
+pub(crate) use exchange::{Answer, Header, Want};
 pub use probe::Probe;
 
 use crate::CrawlError;
@@ -68,8 +68,19 @@ struct Ask<'a> {
     want: Want,
     max_body: usize,
     robots: bool,
+    /// Time between two requests to the host, where robots.txt is not asked.
+    delay: Duration,
+    /// Sent to the host of the address, not to those that it redirects to.
+    key: Option<&'a Header>,
     /// Where the result will wait for earlier ones.
     place: Option<&'a Place>,
+}
+
+impl<'a> Ask<'a> {
+    /// As the settings say, from nobody in particular.
+    fn new(config: &'a WebConfig, want: Want, max_body: usize) -> Self {
+        Self { config, want, max_body, robots: config.robots, delay: Duration::ZERO, key: None, place: None }
+    }
 }
 
 /// Why there is no answer.
@@ -161,7 +172,20 @@ impl Web {
 
     /// The body at `url`, after redirects, as [`Want`] says; `max_body` bytes of it at most. It ends within `deadline`.
     pub(crate) async fn get(&self, url: &Url, config: &WebConfig, want: Want, max_body: usize) -> Result<Answer, Failure> {
-        self.within_deadline(url, Ask { config, want, max_body, robots: config.robots, place: None }).await
+        self.within_deadline(url, Ask::new(config, want, max_body)).await
+    }
+
+    /// The body at an address that is made for programs: robots.txt, which is for those that follow links, does not count. Two requests
+    /// are `delay` apart, or further; `key` is sent to the host of `url` only.
+    pub(crate) async fn get_api(
+        &self,
+        url: &Url,
+        config: &WebConfig,
+        max_body: usize,
+        delay: Duration,
+        key: Option<&Header>,
+    ) -> Result<Answer, Failure> {
+        self.within_deadline(url, Ask { robots: false, delay, key, ..Ask::new(config, Want::Json, max_body) }).await
     }
 
     /// As [`Web::get`]; room for the result is taken when all other waiting is over, and comes with the answer.
@@ -173,7 +197,7 @@ impl Web {
         want: Want,
         max_body: usize,
     ) -> Result<Answer, Failure> {
-        self.within_deadline(url, Ask { config, want, max_body, robots: config.robots, place: Some(place) }).await
+        self.within_deadline(url, Ask { place: Some(place), ..Ask::new(config, want, max_body) }).await
     }
 
     async fn within_deadline(&self, url: &Url, ask: Ask<'_>) -> Result<Answer, Failure> {
@@ -212,7 +236,7 @@ impl Web {
 
     /// One attempt, number `number` from 0: the request and the redirects that it leads to, each allowed by its own site.
     async fn attempt(&self, url: &Url, ask: Ask<'_>, number: u32) -> Result<Answer, Failure> {
-        let Ask { config, want, max_body, robots, place } = ask;
+        let Ask { config, want, max_body, robots, delay, key, place } = ask;
         let clients = self.clients(config)?;
         let client = if number == 0 { &clients.keeping } else { &clients.fresh };
         let mut budget = Budget::new(config.timeout);
@@ -225,9 +249,10 @@ impl Web {
             if !self.inner.route.admits(&url) {
                 return Err(Failure::new(FetchStatus::ForbiddenAddress, "the host is not on the public internet"));
             }
-            let delay = if robots { self.permission(&url, config).await? } else { Duration::ZERO };
+            let delay = if robots { self.permission(&url, config).await? } else { delay };
+            let key = key.filter(|_| url.origin() == seen[0].origin());
             let (slot, room, connection) = self.turn(&url, delay, place).await?;
-            let reply = budget.spend(async |left| exchange(client, &url, config, want, max_body, left).await).await;
+            let reply = budget.spend(async |left| exchange(client, &url, config, want, key, max_body, left).await).await;
             match &reply {
                 Err(failure) if failure.silent => slot.silent(failure, config.give_up_host_after),
                 Err(failure) if failure.ours || matches!(failure.status, FetchStatus::Dns | FetchStatus::ForbiddenAddress) => {}

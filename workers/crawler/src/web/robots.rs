@@ -77,7 +77,7 @@ impl Entry {
 /// 429 and an endless redirect. After a network failure the status tells what failed, so that a dead host is not taken for a closed one.
 async fn fetch(web: Web, url: &Url, config: &WebConfig) -> Site {
     let Ok(robots_url) = url.join("/robots.txt") else { return Site::Rules(Arc::default()) };
-    let ask = Ask { config, want: Want::Text, max_body: MAX_BYTES, robots: false, place: None };
+    let ask = Ask { robots: false, ..Ask::new(config, Want::Text, MAX_BYTES) };
     match web.ask(&robots_url, ask).await {
         Ok(answer) => Site::Rules(Arc::new(Rules::parse(&answer.body, config.token()))),
         Err(failure) if failure.status == FetchStatus::HttpClient => Site::Rules(Arc::default()),

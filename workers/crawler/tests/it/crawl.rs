@@ -92,7 +92,7 @@ async fn discover(server: &Server, config: &DiscoverConfig, connections: usize) 
     route.connections = connections;
     let stage = Discover::new(Web::new(&route).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
     config.check().unwrap();
-    run(&stage, &config.params(queries.digest(), "now").unwrap()[0], vec![]).await.unwrap()
+    run(&stage, &config.params(&queries, "now").unwrap()[0], vec![]).await.unwrap()
 }
 
 /// `url | text | where it stood | page | queries`.
@@ -210,7 +210,7 @@ async fn a_crawl_that_finds_no_way_in_fails_and_says_why() {
     let server = Server::start(|_| status(404)).await;
     let queries = QueryList::from_texts(["cat"]);
     let stage = Discover::new(Web::new(&worker(server.address)).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
-    let error = run(&stage, &config(&server).params(queries.digest(), "now").unwrap()[0], vec![]).await.unwrap_err();
+    let error = run(&stage, &config(&server).params(&queries, "now").unwrap()[0], vec![]).await.unwrap_err();
     let said = error.to_string();
     assert!(error.is_retryable() && said.contains("starting from http://a.test/ (http_4xx 1)"), "{said}");
 }
@@ -222,8 +222,8 @@ async fn another_query_list_is_refused() {
         Web::new(&worker(server.address)).unwrap(),
         Arc::new(Matcher::new(&QueryList::from_texts(["cat"])).unwrap()),
     );
-    let other = QueryList::from_texts(["dog"]).digest();
-    let error = run(&stage, &config(&server).params(other, "now").unwrap()[0], vec![]).await.unwrap_err();
+    let other = QueryList::from_texts(["dog"]);
+    let error = run(&stage, &config(&server).params(&other, "now").unwrap()[0], vec![]).await.unwrap_err();
     assert!(!error.is_retryable() && error.to_string().contains("needs the query list with digest"), "{error}");
 }
 

@@ -11,6 +11,7 @@ mod hostile;
 mod limits;
 mod names;
 mod retry;
+mod search;
 mod server;
 mod support;
 mod tls;

@@ -1,0 +1,427 @@
+//! Where the words of the queries are looked up: a table of words, and a trie of the queries that have several, its edges in a table.
+//!
+//! Both are larger than the near caches, so what counts is how much of them a text touches. Entries stand in the order of use, so the
+//! few words that make up most of any text lie side by side; a hash only leads to an entry's number, through four bytes of an open
+//! table. Entries are compared whole, so no word is ever taken for another.
+
+use std::collections::HashMap;
+use std::collections::hash_map;
+
+/// A word or the beginning of a query of several words: its number among the words or the edges, and these flags.
+type Node = u32;
+/// A beginning of several words: the number is that of its last edge.
+const SEVERAL: Node = 1 << 31;
+/// Some query goes on after it.
+const GOES_ON: Node = 1 << 30;
+/// A word of more than [`SHORT`] bytes.
+const LONG: Node = 1 << 29;
+/// No word of any query.
+const UNKNOWN: Node = 0;
+/// No query ends here.
+const NO_QUERY: u32 = u32::MAX;
+/// Most bytes of a word that is its own key.
+pub(super) const SHORT: usize = 16;
+
+/// All words and queries of a list.
+pub(super) struct Index {
+    word_places: Places,
+    /// By their numbers; number 0 is no word.
+    words: Box<[Word]>,
+    /// The long words, one after the other, and where they end, by their numbers; each begins where the one before it ends.
+    long: Box<[u8]>,
+    long_ends: Box<[u32]>,
+    edge_places: Places,
+    /// By their numbers; number 0 is no edge.
+    edges: Box<[Edge]>,
+    /// Two bits for each edge, both in one of these: it tells of most pairs of words that no query has them.
+    filter: Box<[u64]>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Word {
+    key: Key,
+    node: Node,
+    query: u32,
+}
+
+/// The bytes of a word, if they are [`SHORT`] or fewer, else a hash and the length.
+type Key = [u64; 2];
+
+/// `next` follows on `from`, which leads to `to`; `query` ends there.
+#[derive(Clone, Copy, Debug)]
+struct Edge {
+    from: Node,
+    next: Node,
+    to: Node,
+    query: u32,
+}
+
+const NO_WORD: Word = Word { key: [0; 2], node: UNKNOWN, query: NO_QUERY };
+const NO_EDGE: Edge = Edge { from: UNKNOWN, next: UNKNOWN, to: UNKNOWN, query: NO_QUERY };
+
+/// What [`Index::find`] keeps between its steps; it is there to be used again.
+#[derive(Default, Debug)]
+pub(super) struct Steps {
+    /// Of each word.
+    keys: Vec<(Key, u64)>,
+    numbers: Vec<u32>,
+    words: Vec<Word>,
+    /// Of each pair of words that a query may have: the place of the first in the texts, the hash, the edge if it stands where it should.
+    pairs: Vec<(usize, u64)>,
+    edges: Vec<Edge>,
+    found: Vec<u32>,
+}
+
+impl Index {
+    /// Bytes of memory.
+    pub(super) const fn bytes(&self) -> usize {
+        self.word_places.bytes()
+            + size_of_val(&*self.words)
+            + self.long.len()
+            + size_of_val(&*self.long_ends)
+            + self.edge_places.bytes()
+            + size_of_val(&*self.edges)
+            + size_of_val(&*self.filter)
+    }
+
+    /// Calls `each` with the queries of each of some texts, ascending. `spans` are the words of all texts in `folded`, and `ends` tells
+    /// after how many of them each text ends. [`SHORT`] bytes follow on every beginning.
+    ///
+    /// Each step touches what it needs for all words, without a branch that depends on what stands there: so the processor waits for
+    /// many places of the tables at once, and the next step finds them near. The steps are functions so that each keeps its few values
+    /// in registers.
+    pub(super) fn find(
+        &self,
+        folded: &[u8],
+        spans: &[(usize, usize)],
+        ends: &[usize],
+        steps: &mut Steps,
+        mut each: impl FnMut(&[u32]),
+    ) {
+        steps.keys.clear();
+        steps.keys.extend(spans.iter().map(|(start, end)| {
+            let key = key_of(folded, *start, *end);
+            (key, hash_key(key))
+        }));
+        self.look_up_words(steps);
+        self.look_further(folded, spans, steps);
+        self.look_up_edges(ends, steps);
+        let Steps { words, pairs, edges, found, .. } = steps;
+        let (mut start, mut edges) = (0, pairs.iter().zip(edges.iter()).peekable());
+        for end in ends {
+            let words = &words[start..*end];
+            found.resize(words.len().max(found.len()), 0);
+            let mut n = 0;
+            for word in words {
+                found[n] = word.query;
+                n += usize::from(word.query != NO_QUERY);
+            }
+            found.truncate(n);
+            while let Some(((i, hash), edge)) = edges.next_if(|((i, _), _)| i < end) {
+                self.follow(&words[i - start..], *hash, *edge, found);
+            }
+            found.sort_unstable();
+            found.dedup();
+            each(found);
+            start = *end;
+        }
+    }
+
+    /// The entry of each word, if it stands where it should.
+    #[inline(never)]
+    fn look_up_words(&self, steps: &mut Steps) {
+        let Steps { keys, numbers, words, .. } = steps;
+        numbers.clear();
+        numbers.extend(keys.iter().map(|(_, hash)| self.word_places.first(*hash)));
+        words.clear();
+        words.extend(numbers.iter().map(|number| self.words[*number as usize]));
+    }
+
+    /// The entries of the other words.
+    #[inline(never)]
+    fn look_further(&self, folded: &[u8], spans: &[(usize, usize)], steps: &mut Steps) {
+        for ((word, (start, end)), (key, hash)) in steps.words.iter_mut().zip(spans).zip(&steps.keys) {
+            let text = &folded[*start..*end];
+            if !self.is_word(word, *key, text) {
+                *word = self.word(*key, *hash, text);
+            }
+        }
+    }
+
+    /// The edge of each two words that may have one, if it stands where it should.
+    #[inline(never)]
+    fn look_up_edges(&self, ends: &[usize], steps: &mut Steps) {
+        let Steps { words, numbers, pairs, edges, .. } = steps;
+        pairs.resize(words.len().max(pairs.len()), (0, 0));
+        let (mut n, mut start) = (0, 0);
+        for end in ends {
+            for (i, pair) in words[start..*end].windows(2).enumerate() {
+                let hash = hash_edge(pair[0].node, pair[1].node);
+                pairs[n] = (start + i, hash);
+                n += usize::from(self.may_be_edge(pair[0].node, pair[1].node, hash));
+            }
+            start = *end;
+        }
+        pairs.truncate(n);
+        numbers.clear();
+        numbers.extend(pairs.iter().map(|(_, hash)| self.edge_places.first(*hash)));
+        edges.clear();
+        edges.extend(numbers.iter().map(|number| self.edges[*number as usize]));
+    }
+
+    /// The queries that begin with the first two of some words, whose edge may be `edge`.
+    fn follow(&self, words: &[Word], hash: u64, edge: Edge, found: &mut Vec<u32>) {
+        let is_it = edge.from == words[0].node && edge.next == words[1].node;
+        let mut edge = if is_it { edge } else { self.edge(words[0].node, words[1].node, hash) };
+        let mut rest = words[2..].iter();
+        loop {
+            if edge.query != NO_QUERY {
+                found.push(edge.query);
+            }
+            if edge.to & GOES_ON == 0 {
+                return;
+            }
+            let Some(next) = rest.next() else { return };
+            edge = self.edge(edge.to, next.node, hash_edge(edge.to, next.node));
+        }
+    }
+
+    /// Whether an entry is that of a word.
+    #[inline]
+    fn is_word(&self, entry: &Word, key: Key, text: &[u8]) -> bool {
+        if entry.key != key || (text.len() > SHORT) != (entry.node & LONG != 0) {
+            return false;
+        }
+        let number = (entry.node & NUMBER) as usize;
+        text.len() <= SHORT || &self.long[self.long_ends[number - 1] as usize..self.long_ends[number] as usize] == text
+    }
+
+    fn word(&self, key: Key, hash: u64, text: &[u8]) -> Word {
+        let is_it = |number| self.is_word(&self.words[number as usize], key, text);
+        self.words[self.word_places.find(hash, is_it) as usize]
+    }
+
+    /// Whether some query may go on from `from` with `next`; if not, none does.
+    #[inline]
+    fn may_be_edge(&self, from: Node, next: Node, hash: u64) -> bool {
+        let bits = filter_bits(hash);
+        (self.filter[scale(hash, self.filter.len())] & bits == bits) & (from & GOES_ON != 0) & (next != UNKNOWN)
+    }
+
+    fn edge(&self, from: Node, next: Node, hash: u64) -> Edge {
+        let is_it = |number| matches!(self.edges[number as usize], Edge { from: f, next: n, .. } if f == from && n == next);
+        self.edges[self.edge_places.find(hash, is_it) as usize]
+    }
+}
+
+/// An open table of numbers from 1: an entry stands at the place that its hash names, or in the next free one after it. Each place holds
+/// eight bits of the hash and the number.
+struct Places(Box<[u32]>);
+
+/// Bits of a place that hold the number.
+const NUMBER: u32 = (1 << 24) - 1;
+
+impl Places {
+    /// A table with `n` free places, one of which must stay free.
+    fn new(n: usize) -> Self {
+        Self(vec![0; n].into())
+    }
+
+    const fn bytes(&self) -> usize {
+        size_of_val(&*self.0)
+    }
+
+    fn put(&mut self, hash: u64, number: u32) {
+        let mut at = scale(hash, self.0.len());
+        while self.0[at] != 0 {
+            at = if at + 1 == self.0.len() { 0 } else { at + 1 };
+        }
+        self.0[at] = mark(hash) | number;
+    }
+
+    /// The number of a hash at the first two places where it may stand, or 0; perhaps that of another hash.
+    #[inline]
+    fn first(&self, hash: u64) -> u32 {
+        let at = scale(hash, self.0.len());
+        let next = if at + 1 == self.0.len() { 0 } else { at + 1 };
+        let (first, second) = (self.0[at] ^ mark(hash), self.0[next] ^ mark(hash));
+        let place = if first <= NUMBER { first } else { second };
+        if place <= NUMBER { place } else { 0 }
+    }
+
+    /// The number of a hash that `is_it`, or 0.
+    fn find(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> u32 {
+        let mut at = scale(hash, self.0.len());
+        loop {
+            let place = self.0[at];
+            if place == 0 || (place & !NUMBER == mark(hash) && is_it(place & NUMBER)) {
+                return place & NUMBER;
+            }
+            at = if at + 1 == self.0.len() { 0 } else { at + 1 };
+        }
+    }
+}
+
+/// The queries before they are put into tables. Nodes have no flags but [`SEVERAL`] here.
+#[derive(Default)]
+pub(super) struct Builder {
+    words: HashMap<Box<str>, Added>,
+    edges: HashMap<(Node, Node), Added>,
+    /// Bytes of all words.
+    bytes: usize,
+}
+
+/// A word or an edge.
+struct Added {
+    node: Node,
+    query: u32,
+    /// How many queries it occurs in: the best guess at how common it is in texts.
+    uses: u32,
+    goes_on: bool,
+}
+
+impl Builder {
+    /// Adds a query by its words; `None` if there is no room for more of them.
+    pub(super) fn add<'a>(&mut self, words: impl Iterator<Item = &'a str>, query: u32) -> Option<()> {
+        let mut words = words.peekable();
+        let mut from = None;
+        while let Some(text) = words.next() {
+            let ends = words.peek().is_none();
+            let word = match self.words.get_mut(text) {
+                Some(known) => known,
+                None => {
+                    self.bytes += text.len();
+                    u32::try_from(self.bytes).ok()?;
+                    let node = u32::try_from(self.words.len() + 1).ok().filter(|n| *n <= NUMBER)?;
+                    self.words.entry(text.into()).or_insert(Added { node, query: NO_QUERY, uses: 0, goes_on: false })
+                }
+            };
+            word.uses += 1;
+            let node = word.node;
+            let at = match from {
+                None => word,
+                Some(from) => {
+                    let number = u32::try_from(self.edges.len() + 1).ok().filter(|n| *n <= NUMBER)?;
+                    let edge = match self.edges.entry((from, node)) {
+                        hash_map::Entry::Occupied(known) => known.into_mut(),
+                        hash_map::Entry::Vacant(free) => {
+                            free.insert(Added { node: number | SEVERAL, query: NO_QUERY, uses: 0, goes_on: false })
+                        }
+                    };
+                    edge.uses += 1;
+                    edge
+                }
+            };
+            at.goes_on |= !ends;
+            if ends {
+                at.query = query;
+            }
+            from = Some(at.node);
+        }
+        Some(())
+    }
+
+    pub(super) fn finish(self) -> Index {
+        let mut added: Vec<(Box<str>, Added)> = self.words.into_iter().collect();
+        added.sort_unstable_by_key(|(_, word)| (std::cmp::Reverse(word.uses), word.node));
+        // The most used ones come first: they get the lowest numbers, and the places that their hashes name. Half of all stays free.
+        let mut word_places = Places::new(added.len() * 2 + 1);
+        let (mut words, mut long, mut long_ends) = (vec![NO_WORD], Vec::new(), vec![0]);
+        let mut word_nodes = vec![UNKNOWN; added.len() + 1];
+        for (number, (text, word)) in (1..).zip(added) {
+            let text = text.as_bytes();
+            let mut padded = text.to_vec();
+            padded.resize(text.len() + SHORT, b' ');
+            let key = key_of(&padded, 0, text.len());
+            let mut node = number | if word.goes_on { GOES_ON } else { 0 };
+            if text.len() > SHORT {
+                node |= LONG;
+                long.extend_from_slice(text);
+            }
+            long_ends.push(long.len() as u32);
+            word_nodes[word.node as usize] = node;
+            words.push(Word { key, node, query: word.query });
+            word_places.put(hash_key(key), number);
+        }
+        let mut added: Vec<((Node, Node), Added)> = self.edges.into_iter().collect();
+        added.sort_unstable_by_key(|(_, edge)| (std::cmp::Reverse(edge.uses), edge.node));
+        let mut edge_nodes = vec![UNKNOWN; added.len() + 1];
+        for (number, (_, edge)) in (1..).zip(&added) {
+            edge_nodes[(edge.node & !SEVERAL) as usize] = number | SEVERAL | if edge.goes_on { GOES_ON } else { 0 };
+        }
+        // Half stays free, and the filter has twelve bits for each.
+        let mut edge_places = Places::new(added.len() * 2 + 1);
+        let mut filter = vec![0_u64; added.len() * 12 / 64 + 1].into_boxed_slice();
+        let mut edges = vec![NO_EDGE];
+        for (number, ((from, next), edge)) in (1..).zip(added) {
+            let from = if from & SEVERAL == 0 { word_nodes[from as usize] } else { edge_nodes[(from & !SEVERAL) as usize] };
+            let (next, to) = (word_nodes[next as usize], edge_nodes[(edge.node & !SEVERAL) as usize]);
+            let hash = hash_edge(from, next);
+            filter[scale(hash, filter.len())] |= filter_bits(hash);
+            edge_places.put(hash, number);
+            edges.push(Edge { from, next, to, query: edge.query });
+        }
+        Index {
+            word_places,
+            words: words.into(),
+            long: long.into(),
+            long_ends: long_ends.into(),
+            edge_places,
+            edges: edges.into(),
+            filter,
+        }
+    }
+}
+
+/// The key of the word `text[start..end]`, on whose beginning follow [`SHORT`] bytes.
+#[inline]
+fn key_of(text: &[u8], start: usize, end: usize) -> Key {
+    let bytes = end - start;
+    match text[start..].first_chunk() {
+        Some(first) if bytes <= SHORT => {
+            let key = u128::from_le_bytes(*first) & (u128::MAX >> (8 * (SHORT - bytes)));
+            [key as u64, (key >> 64) as u64]
+        }
+        _ => hash_long(&text[start..end]),
+    }
+}
+
+/// The key of a long word.
+fn hash_long(word: &[u8]) -> Key {
+    let (whole, rest) = word.as_chunks::<8>();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let hash = whole.iter().fold(0, |hash, eight| mix(hash ^ u64::from_le_bytes(*eight), ODD));
+    [mix(hash ^ u64::from_le_bytes(last), ODD), word.len() as u64]
+}
+
+const fn hash_key(key: Key) -> u64 {
+    mix(key[0], key[1] ^ ODD)
+}
+
+const fn hash_edge(from: Node, next: Node) -> u64 {
+    mix((from as u64) << 32 | next as u64, ODD)
+}
+
+const ODD: u64 = 0xd6e8_feb8_6659_fd93;
+
+/// Spreads two numbers over all bits: both halves of a product of twice the width.
+const fn mix(a: u64, b: u64) -> u64 {
+    let product = (a ^ 0x9e37_79b9_7f4a_7c15) as u128 * b as u128;
+    product as u64 ^ (product >> 64) as u64
+}
+
+/// A number below `n` by the upper half of a hash.
+const fn scale(hash: u64, n: usize) -> usize {
+    (((hash >> 32) * n as u64) >> 32) as usize
+}
+
+/// Two bits by the lowest twelve of a hash.
+const fn filter_bits(hash: u64) -> u64 {
+    1 << (hash & 63) | 1 << (hash >> 6 & 63)
+}
+
+/// Eight bits of a hash, where a place has them.
+const fn mark(hash: u64) -> u32 {
+    (hash >> 12) as u32 & !NUMBER
+}

@@ -1,0 +1,280 @@
+//! The one rule that makes words of texts and of queries.
+//!
+//! A text is put in Unicode form NFKC and its case is folded (upper case, then lower case of each character, so that `ß` is `ss` and `ς`
+//! is `σ`); a word is a run of letters, digits and the marks upon them, and whatever lies between words, apostrophes and hyphens too,
+//! parts them. Scripts that write without spaces (Han, kana, Thai, Lao, Khmer, Burmese) give a word for each character, so that a query
+//! is found inside an unbroken line.
+
+use std::sync::LazyLock;
+
+use unicode_normalization::char::is_combining_mark;
+use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfkc_quick};
+
+use super::index::SHORT;
+
+/// Bytes that [`words`] looks at in one step.
+const STEP: usize = 64;
+const BLANKS: &str = match std::str::from_utf8(&[b' '; STEP + SHORT]) {
+    Ok(blanks) => blanks,
+    Err(_) => "",
+};
+
+/// The words of `text`, folded, with one space before, between and after them, into `out` (emptied first). No words: one space.
+pub(crate) fn words_of(text: &str, out: &mut String) {
+    let mut folded = String::with_capacity(text.len() + 8);
+    fold(text, &mut folded);
+    out.clear();
+    out.push(' ');
+    for word in folded.split(|c: char| c.is_ascii() && !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()) {
+        out.push_str(word);
+        out.push(' ');
+    }
+}
+
+/// Appends `text`, folded, as [`words`] wants it: between words stands ASCII that is neither letter nor digit; blanks follow, at least
+/// [`SHORT`], up to a multiple of [`STEP`].
+pub(super) fn fold_padded(text: &str, out: &mut String) {
+    fold(text, out);
+    out.push_str(&BLANKS[..SHORT + (STEP - (out.len() + SHORT) % STEP) % STEP]);
+}
+
+/// Appends the beginnings and ends of the words of what [`fold_padded`] has appended from `from` on.
+pub(super) fn words(folded: &[u8], from: usize, out: &mut Vec<(usize, usize)>) {
+    let (mut start, mut inside) = (0, 0_u64);
+    for (step, bytes) in folded[from..].chunks_exact(STEP).enumerate() {
+        let mut in_word = 0_u64;
+        for (i, eight) in bytes.as_chunks::<8>().0.iter().enumerate() {
+            in_word |= word_bytes(u64::from_le_bytes(*eight)) << (i * 8);
+        }
+        // A bit for each byte that is in a word where the one before it is not, or the other way round.
+        let mut turns = in_word ^ (in_word << 1 | inside);
+        let mut begins = inside == 0;
+        inside = in_word >> 63;
+        while turns != 0 {
+            let at = from + step * STEP + turns.trailing_zeros() as usize;
+            turns &= turns - 1;
+            if begins {
+                start = at;
+            } else {
+                out.push((start, at));
+            }
+            begins = !begins;
+        }
+    }
+}
+
+/// A bit for each of eight bytes, the first one the lowest: whether it belongs to a word. No capital letters stand in a folded text,
+/// and nothing outside of ASCII parts words.
+const fn word_bytes(eight: u64) -> u64 {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = 0x80 * ONES;
+    let low = eight & !HIGH;
+    // The high bit of each byte of `low + (0x80 - c)` says whether the byte is `c` or more.
+    let letter = (low + (0x80 - b'a' as u64) * ONES) & !(low + (0x7f - b'z' as u64) * ONES);
+    let digit = (low + (0x80 - b'0' as u64) * ONES) & !(low + (0x7f - b'9' as u64) * ONES);
+    let word = (eight | letter | digit) & HIGH;
+    // The eight high bits, side by side.
+    (word >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
+}
+
+/// Appends `text`, folded.
+fn fold(text: &str, out: &mut String) {
+    let mut rest = text;
+    while !rest.is_ascii() {
+        let ascii = rest.bytes().position(|b| !b.is_ascii()).unwrap_or(rest.len());
+        // NFKC joins nothing across the front of an ASCII character. The last one before others goes with them: a mark may stand on it.
+        let (plain, more) = rest.split_at(ascii.saturating_sub(1));
+        fold_ascii(plain, out);
+        let first = usize::from(ascii > 0);
+        let end = more.bytes().skip(first).position(|b| b.is_ascii()).map_or(more.len(), |n| n + first);
+        let (other, more) = more.split_at(end);
+        if is_nfkc_quick(other.chars()) == IsNormalized::Yes {
+            other.chars().for_each(|c| fold_char(c, out));
+        } else {
+            other.nfkc().for_each(|c| fold_char(c, out));
+        }
+        rest = more;
+    }
+    fold_ascii(rest, out);
+}
+
+fn fold_ascii(text: &str, out: &mut String) {
+    if text.starts_with(|c: char| c.is_ascii_alphanumeric()) && out.ends_with(is_unspaced) {
+        out.push(' ');
+    }
+    let start = out.len();
+    out.push_str(text);
+    out[start..].make_ascii_lowercase();
+}
+
+fn fold_char(c: char, out: &mut String) {
+    static KNOWN: LazyLock<Vec<Kind>> =
+        LazyLock::new(|| (0..0x3000).map(|c| char::from_u32(c).map_or(Kind::Other, kind)).collect());
+    match KNOWN.get(c as usize).copied().unwrap_or_else(|| kind(c)) {
+        // A mark belongs to the word it stands on; alone it is nothing.
+        Kind::Mark if in_word(out) => out.push(c),
+        Kind::Mark => {}
+        Kind::Unspaced => {
+            end_word(out);
+            out.push(c);
+        }
+        Kind::Letter(folded) => {
+            if out.ends_with(is_unspaced) {
+                out.push(' ');
+            }
+            match folded {
+                Some(folded) => out.push(folded),
+                None => out.extend(folds(c)),
+            }
+        }
+        Kind::Other => end_word(out),
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Mark,
+    Unspaced,
+    /// A letter or digit, and what it folds to, if that is one character.
+    Letter(Option<char>),
+    Other,
+}
+
+fn kind(c: char) -> Kind {
+    if is_combining_mark(c) {
+        Kind::Mark
+    } else if is_unspaced(c) {
+        Kind::Unspaced
+    } else if c.is_alphanumeric() {
+        let mut folded = folds(c);
+        let first = folded.next();
+        Kind::Letter(if folded.next().is_none() { first } else { None })
+    } else {
+        Kind::Other
+    }
+}
+
+/// Down, up and down again: `ẞ` and `ß` both become `ss`.
+fn folds(c: char) -> impl Iterator<Item = char> {
+    c.to_lowercase().flat_map(char::to_uppercase).flat_map(char::to_lowercase)
+}
+
+/// Whether the last character belongs to a word.
+fn in_word(out: &str) -> bool {
+    out.as_bytes().last().is_some_and(|b| !b.is_ascii() || b.is_ascii_alphanumeric())
+}
+
+fn end_word(out: &mut String) {
+    if in_word(out) {
+        out.push(' ');
+    }
+}
+
+/// Letters of scripts that put no spaces between words.
+const fn is_unspaced(c: char) -> bool {
+    matches!(c,
+        '\u{0e01}'..='\u{0e30}' | '\u{0e32}'..='\u{0e33}' | '\u{0e40}'..='\u{0e46}' // Thai, without marks and digits
+        | '\u{0e81}'..='\u{0eb0}' | '\u{0eb2}'..='\u{0eb3}' | '\u{0ebd}'..='\u{0ec6}' // Lao
+        | '\u{1000}'..='\u{102a}' // Burmese
+        | '\u{1780}'..='\u{17b3}' // Khmer
+        | '\u{3041}'..='\u{3096}' | '\u{309d}'..='\u{309f}' | '\u{30a1}'..='\u{30fa}' | '\u{30fc}'..='\u{30ff}' | '\u{31f0}'..='\u{31ff}' // kana
+        | '\u{3005}'..='\u{3007}' | '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}' | '\u{f900}'..='\u{faff}'
+        | '\u{20000}'..='\u{3ffff}') // Han
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    fn joined(text: &str) -> String {
+        let mut out = String::new();
+        words_of(text, &mut out);
+        out
+    }
+
+    /// The rule, done character by character over the whole text.
+    fn slowly(text: &str) -> String {
+        let mut out = String::from(" ");
+        let end = |out: &mut String| {
+            if !out.ends_with(' ') {
+                out.push(' ');
+            }
+        };
+        for c in text.nfkc() {
+            if is_combining_mark(c) {
+                if !out.ends_with(' ') {
+                    out.push(c);
+                }
+            } else if is_unspaced(c) {
+                end(&mut out);
+                out.push(c);
+            } else if c.is_alphanumeric() {
+                if out.chars().next_back().is_some_and(is_unspaced) {
+                    end(&mut out);
+                }
+                out.extend(c.to_lowercase().flat_map(char::to_uppercase).flat_map(char::to_lowercase));
+            } else {
+                end(&mut out);
+            }
+        }
+        end(&mut out);
+        out
+    }
+
+    #[test]
+    fn one_rule_makes_words() {
+        assert_eq!(joined("A red-hot  car!"), " a red hot car ");
+        assert_eq!(joined("don't"), " don t ");
+        assert_eq!(joined(""), " ");
+        assert_eq!(joined("?!"), " ");
+        assert_eq!(joined("Straße STRASSE STRAẞE"), " strasse strasse strasse ");
+        assert_eq!(joined("ΟΔΟΣ οδος οδός"), " οδοσ οδοσ οδόσ ");
+        assert_eq!(joined("ﬁsh ２０２４ Ⅳ"), " fish 2024 iv ");
+        assert_eq!(joined("cafe\u{301} café"), " café café ");
+        assert_eq!(joined("白い猫 cat猫cat"), " 白 い 猫 cat 猫 cat ");
+        assert_eq!(joined("हिन्दी पाठ"), " हिन्दी पाठ ");
+        assert_eq!(joined("แมว"), " แ ม ว ");
+        assert_eq!(joined("-\u{301}x .\u{301}"), " x ");
+    }
+
+    #[test]
+    fn every_byte_is_in_a_word_or_not() {
+        for b in 0..=u8::MAX {
+            let in_word = !b.is_ascii() || b.is_ascii_lowercase() || b.is_ascii_digit();
+            for place in 0..8 {
+                let blanks = u64::from_le_bytes([b' '; 8]) & !(0xff << (place * 8));
+                assert_eq!(word_bytes(blanks | u64::from(b) << (place * 8)), u64::from(in_word) << place, "{b:#x}");
+                let letters = u64::from_le_bytes([b'z'; 8]) & !(0xff << (place * 8));
+                let around = 0xff & !(1 << place);
+                assert_eq!(word_bytes(letters | u64::from(b) << (place * 8)), around | u64::from(in_word) << place, "{b:#x}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_quick_way_is_the_slow_way(text in "([ -~]{0,9}|\\PC{0,3}|[a-z猫แิ\u{301}\u{323}ﬁ½…’éß가각ᄀᆨ]{0,4}){0,12}") {
+            prop_assert_eq!(joined(&text), slowly(&text));
+        }
+
+        #[test]
+        fn words_are_stable_and_well_spaced(text in "\\PC{0,40}") {
+            let once = joined(&text);
+            prop_assert!(once.starts_with(' ') && once.ends_with(' ') && !once.contains("  "));
+            prop_assert_eq!(joined(&once), once);
+        }
+
+        #[test]
+        fn steps_find_the_same_words(text in "([ -~]{0,80}|[a-z]{0,80}|\\PC{0,3}){0,6}") {
+            let (mut folded, mut spans) = ("=".repeat(STEP), Vec::new());
+            fold_padded(&text, &mut folded);
+            prop_assert!(folded.len() % STEP == 0 && folded.ends_with(&BLANKS[..SHORT]));
+            words(folded.as_bytes(), STEP, &mut spans);
+            let found: Vec<&str> = spans.into_iter().map(|(start, end)| &folded[start..end]).collect();
+            let wanted = slowly(&text);
+            prop_assert_eq!(found, wanted.split_whitespace().collect::<Vec<_>>());
+        }
+    }
+}
