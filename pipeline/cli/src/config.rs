@@ -207,8 +207,10 @@ impl RunConfig {
         join(&mut self.report.path);
         join(&mut self.worker.runtime.work_dir);
         for source in &mut self.discover.sources {
-            if let SourceConfig::List(list) = source {
-                join(&mut list.path);
+            match source {
+                SourceConfig::List(list) => join(&mut list.path),
+                SourceConfig::Archive(archive) => archive.make_absolute(folder),
+                SourceConfig::Pages(_) | SourceConfig::Sitemaps(_) => {}
             }
         }
         for source in self.annotated.sources.iter_mut().chain(&mut self.heldout.sources) {

@@ -11,7 +11,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use crate::config::SourceConfig;
 use crate::params::DiscoverParams;
 use crate::rows::list_of;
-use crate::sources::{Found, FoundStream, crawl, read_list};
+use crate::sources::{Found, FoundStream, crawl, read_archive, read_list, read_sitemaps};
 use crate::{CrawlError, Matcher, Web};
 
 /// Raised whenever the same task would give other rows than before.
@@ -41,9 +41,18 @@ impl Discover {
             SourceConfig::Pages(pages) => {
                 ("pages".to_owned(), crawl(self.web.clone(), pages, params.web, params.max_text, work.clone()))
             }
+            SourceConfig::Sitemaps(maps) => {
+                let found = read_sitemaps(self.web.clone(), maps, params.web, params.max_text, work.clone());
+                ("sitemaps".to_owned(), found)
+            }
             SourceConfig::List(list) => {
                 let name = list.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 (name, read_list(list, params.list, params.max_text, work.clone()))
+            }
+            SourceConfig::Archive(archive) => {
+                let path = archive.paths.first().cloned().unwrap_or_default();
+                let name = path.rsplit('/').next().unwrap_or_default().to_owned();
+                (name, read_archive(self.web.clone(), archive, params.list, params.web, params.max_text, work.clone()))
             }
         };
         let (matcher, facts) = (Arc::clone(&self.matcher), work.facts.clone());

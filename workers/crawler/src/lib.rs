@@ -25,8 +25,8 @@ mod web;
 
 pub use annotate::{ANNOTATE_VERSION, Annotate};
 pub use config::{
-    AnnotateConfig, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, ImageConfig, ListConfig, ListFormat,
-    PagesConfig, Side, SourceConfig, StoredFormat, WebConfig,
+    AnnotateConfig, AnnotatedSource, ArchiveConfig, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, ImageConfig, ListConfig, ListFormat,
+    PagesConfig, Side, SitemapsConfig, SourceConfig, StoredFormat, WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
 pub use error::CrawlError;
@@ -34,5 +34,7 @@ pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::Matcher;
 pub use params::{AnnotateParams, DiscoverParams, FetchParams};
 pub use queries::{Query, QueryList};
+#[doc(hidden)]
+pub use sources::archive_pairs;
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
 pub use web::Web;

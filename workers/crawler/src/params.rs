@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::CrawlError;
-use crate::config::{DiscoverConfig, FetchConfig, ImageConfig, SourceConfig, WebConfig};
+use crate::config::{ArchiveConfig, DiscoverConfig, FetchConfig, ImageConfig, SourceConfig, WebConfig};
+use crate::sources::{expand, fingerprint};
 
 /// The parameters of a discover task.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -20,7 +21,7 @@ pub struct DiscoverParams {
     pub web: WebConfig,
     /// Longest text kept, in characters.
     pub max_text: usize,
-    /// SHA-256 of the file, if the source is a list.
+    /// SHA-256 of the file, if the source is a list; the fingerprint of it, if it is a local archive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub list: Option<Digest>,
     /// The digest of the query list ([`QueryList::digest`](crate::QueryList::digest)).
@@ -54,20 +55,32 @@ pub struct AnnotateParams {
 }
 
 impl DiscoverConfig {
-    /// The parameters of the tasks, one for each source. Lists are read to be named by content.
+    /// The parameters of the tasks, one for each source and, of archives, for each file. Lists are read to be named by content.
     ///
     /// # Errors
-    /// [`CrawlError::Read`].
+    /// [`CrawlError::Read`], [`CrawlError::Format`].
     pub fn params(&self, queries: Digest, snapshot: &str) -> Result<Vec<DiscoverParams>, CrawlError> {
-        let task = |source: &SourceConfig| {
-            let list = match source {
-                SourceConfig::List(list) => Some(file_digest(&list.path)?),
-                SourceConfig::Pages(_) => None,
-            };
-            let (source, web, snapshot) = (source.clone(), self.web.clone(), snapshot.to_owned());
-            Ok(DiscoverParams { source, list, web, max_text: self.max_text, queries, snapshot })
+        let mut tasks = Vec::new();
+        let mut task = |source: SourceConfig, list: Option<Digest>| {
+            let (web, snapshot) = (self.web.clone(), snapshot.to_owned());
+            tasks.push(DiscoverParams { source, list, web, max_text: self.max_text, queries, snapshot });
         };
-        self.sources.iter().map(task).collect()
+        for source in &self.sources {
+            match source {
+                SourceConfig::Pages(_) | SourceConfig::Sitemaps(_) => task(source.clone(), None),
+                SourceConfig::List(list) => task(source.clone(), Some(file_digest(&list.path)?)),
+                SourceConfig::Archive(archive) => {
+                    for path in expand(archive)? {
+                        let local = (!path.contains("://")).then(|| fingerprint(Path::new(&path))).transpose()?;
+                        // Which other files there are does not matter to this one.
+                        let max_page_bytes = archive.max_page_bytes;
+                        let one = ArchiveConfig { paths: vec![path], base: String::new(), count: None, seed: 0, max_page_bytes };
+                        task(SourceConfig::Archive(one), local);
+                    }
+                }
+            }
+        }
+        Ok(tasks)
     }
 }
 

@@ -65,9 +65,7 @@ impl Answer {
 }
 
 fn may_be_html(headers: &HeaderMap) -> bool {
-    let Some(kind) = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()) else { return true };
-    let kind = kind.split(';').next().unwrap_or("").trim();
-    kind.eq_ignore_ascii_case("text/html") || kind.eq_ignore_ascii_case("application/xhtml+xml")
+    html::is_html(headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()))
 }
 
 /// Either the answer, or where it sends us.
@@ -192,7 +190,7 @@ async fn exchange_unbounded(client: &Client, url: &Url, web: &WebConfig, want: W
     }
 }
 
-fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
+pub(super) fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
     let location = headers.get(LOCATION).ok_or("a redirect without a location")?;
     let location = String::from_utf8_lossy(location.as_bytes());
     let mut target = from.join(location.trim()).map_err(|e| format!("a redirect to an address that cannot be read ({e})"))?;
@@ -202,7 +200,7 @@ fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
 }
 
 /// How long the server asks to wait: seconds, or a date.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if let Ok(seconds) = value.parse() {
         return Some(Duration::from_secs(seconds));
@@ -215,7 +213,7 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 ///
 /// The reason is one of a few sentences: how the system words a broken connection differs from one time to the next, and rows must not.
 /// Its own words go to the log.
-fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failure {
+pub(super) fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failure {
     let mut status = if error.is_timeout() {
         FetchStatus::Timeout
     } else if error.is_dns() {

@@ -1,5 +1,6 @@
 //! Asking the web politely: one client for the whole process, robots.txt, pace by host, redirects, deadlines, further attempts.
 
+mod download;
 mod exchange;
 mod hosts;
 mod robots;
@@ -159,6 +160,10 @@ impl Web {
             Site::Rules(rules) => rules.sitemaps.iter().filter_map(|s| url.join(s).ok()).collect(),
             Site::Closed(_) => Vec::new(),
         }
+    }
+
+    fn client(&self) -> &Client {
+        &self.0.client
     }
 
     /// A turn at the host first, a connection then: who waits for a slow host holds up nobody else.
