@@ -34,9 +34,17 @@ fn main() {
     println!("wat: {records} records, {} MB packed, {} MB unpacked", packed.len() / 1_000_000, unpacked / 1_000_000);
     let peer = std::env::var("CC2DATASET_PYTHON").ok().map(|python| {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/cc2dataset_peer.py");
-        Command::new(python).arg(script).arg(&path).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap()
+        Command::new(python)
+            .arg(script)
+            .arg(&path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
     });
-    let mut theirs = peer.map(|mut child| (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()).lines(), child));
+    let mut theirs =
+        peer.map(|mut child| (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()).lines(), child));
     let (mut best, mut best_peer): (Option<Round>, Option<Round>) = (None, None);
     for _ in 0..ROUNDS {
         // In turn: the other waits.
@@ -59,7 +67,11 @@ fn main() {
         let rate = |n: usize| n as f64 / round.seconds;
         println!(
             "wat: {who}: {:.2} s, {} pairs, {:.0} records/s, {:.1} MB/s packed, {:.0} MB/s unpacked",
-            round.seconds, round.pairs, rate(records), rate(packed.len()) / 1e6, rate(unpacked) / 1e6
+            round.seconds,
+            round.pairs,
+            rate(records),
+            rate(packed.len()) / 1e6,
+            rate(unpacked) / 1e6
         );
         let figures = [("records_per_second", rate(records)), ("unpacked_bytes_per_second", rate(unpacked))];
         for (name, value) in figures {

@@ -15,7 +15,7 @@ use crate::sources::{Found, FoundStream, crawl, read_archive, read_list, read_si
 use crate::{CrawlError, Matcher, Web};
 
 /// Raised whenever the same task would give other rows than before.
-pub const DISCOVER_VERSION: u32 = 1;
+pub const DISCOVER_VERSION: u32 = 2;
 
 /// Reads one source and keeps the texts that some query is for.
 pub struct Discover {
@@ -52,7 +52,7 @@ impl Discover {
             SourceConfig::Archive(archive) => {
                 let path = archive.paths.first().cloned().unwrap_or_default();
                 let name = path.rsplit('/').next().unwrap_or_default().to_owned();
-                (name, read_archive(self.web.clone(), archive, params.list, params.web, params.max_text, work.clone()))
+                (name, read_archive(self.web.clone(), &archive, params.list, &params.web, params.max_text, work.clone()))
             }
         };
         let (matcher, facts) = (Arc::clone(&self.matcher), work.facts.clone());

@@ -25,8 +25,8 @@ mod web;
 
 pub use annotate::{ANNOTATE_VERSION, Annotate};
 pub use config::{
-    AnnotateConfig, AnnotatedSource, ArchiveConfig, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, ImageConfig, ListConfig, ListFormat,
-    PagesConfig, Side, SitemapsConfig, SourceConfig, StoredFormat, WebConfig,
+    AnnotateConfig, AnnotatedSource, ArchiveConfig, CrawlerWorkerConfig, DiscoverConfig, FetchConfig, ImageConfig, ListConfig,
+    ListFormat, PagesConfig, Side, SitemapsConfig, SourceConfig, StoredFormat, WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
 pub use error::CrawlError;

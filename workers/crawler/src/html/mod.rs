@@ -53,8 +53,8 @@ impl Default for Page {
 
 impl Page {
     /// Takes an image up, if there is room for it.
-    pub(crate) fn add_image(&mut self, url: Url, texts: Vec<(TextSource, String)>) -> bool {
-        let bytes = url.as_str().len() + texts.iter().map(|(_, text)| text.len()).sum::<usize>();
+    pub(crate) fn add_image(&mut self, url: String, texts: Vec<(TextSource, String)>) -> bool {
+        let bytes = url.len() + texts.iter().map(|(_, text)| text.len()).sum::<usize>();
         let kept = self.images.len() < MAX_IMAGES && self.afford(bytes);
         if kept {
             self.images.push(FoundImage { url, texts });
@@ -76,7 +76,7 @@ impl Page {
 #[derive(PartialEq, Debug)]
 pub(crate) struct FoundImage {
     /// Absolute, without fragment: the largest version that the page names.
-    pub(crate) url: Url,
+    pub(crate) url: String,
     /// Clean and not empty, at most one of a source, the preferred source first.
     pub(crate) texts: Vec<(TextSource, String)>,
 }
@@ -277,7 +277,7 @@ impl State {
         let texts = texts_of(&attribute(el, "alt"), title, self.max_text);
         self.page.images_seen += 1;
         let place = self.page.images.len();
-        if self.page.add_image(url, texts)
+        if self.page.add_image(url.into(), texts)
             && let Some(figure) = self.figures.last_mut()
         {
             figure.images.push(place);
@@ -344,6 +344,43 @@ pub(crate) fn resolve(base: &Url, reference: &str) -> Option<Url> {
     url.set_fragment(None);
     let usable = matches!(url.scheme(), "http" | "https") && url.has_host() && url.as_str().len() <= MAX_URL;
     usable.then_some(url)
+}
+
+/// As [`resolve`], for the address of an image. `folder` is `base` up to the last `/` of its path ([`folder_of`]).
+///
+/// Most addresses are written as they are spelled in the end; these need no parser.
+pub(crate) fn resolve_image(base: &Url, folder: &str, reference: &str) -> Option<String> {
+    let plain = |path: &[u8]| {
+        // A dot may be a segment of its own, written `%2e` too.
+        let is_plain = |two: &[u8]| match two {
+            [b'/', b'.' | b'%'] => false,
+            [b, ..] => b.is_ascii_alphanumeric() || b"/-_.~=&+,;()!*$@:?%".contains(b),
+            [] => true,
+        };
+        path.windows(2).all(is_plain) && is_plain(&path[path.len().saturating_sub(1)..])
+    };
+    let rest = reference.strip_prefix("https://").or_else(|| reference.strip_prefix("http://"));
+    if let Some((host, path)) = rest.and_then(|rest| rest.split_at_checked(rest.find('/')?)) {
+        let is_name = host.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'.' || b == b'-');
+        // A last label that begins with a letter is no part of an IPv4 address.
+        let top = host.rsplit('.').next().is_some_and(|label| label.starts_with(|c: char| c.is_ascii_lowercase()));
+        if is_name && top && !host.contains("xn--") && plain(path.as_bytes()) && reference.len() <= MAX_URL {
+            return Some(reference.to_owned());
+        }
+    } else if reference.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && !reference.contains(':')
+        && plain(reference.as_bytes())
+        && folder.len() + reference.len() <= MAX_URL
+    {
+        return Some([folder, reference].concat());
+    }
+    resolve(base, reference).map(Into::into)
+}
+
+/// What the addresses of files beside a page begin with.
+pub(crate) fn folder_of(base: &Url) -> &str {
+    let before_query = &base[..url::Position::AfterPath];
+    &before_query[..before_query.rfind('/').map_or(0, |at| at + 1)]
 }
 
 /// The texts of an image's own attributes, clean, those that are empty left out.

@@ -61,7 +61,7 @@ fn take(page: Page, headers: Directives, url: &Url, opt_out: bool) -> Taken {
         let first = found.len();
         for (text_source, text) in image.texts {
             if found[first..].iter().all(|f| f.text != text) {
-                let (url, page_url) = (image.url.as_str().to_owned(), Some(url.as_str().to_owned()));
+                let (url, page_url) = (image.url.clone(), Some(url.as_str().to_owned()));
                 found.push(Found { url, text, text_source, page_url });
             }
         }

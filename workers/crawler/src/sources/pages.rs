@@ -12,11 +12,11 @@ use super::address::page_address;
 use super::frontier::Frontier;
 use super::sitemap::{self, SitePage, Sitemap};
 use super::{Found, FoundStream, Sender, take};
+use crate::CrawlError;
 use crate::config::{PagesConfig, SitemapsConfig, WebConfig};
 use crate::html::{self, FoundImage, Page};
 use crate::opt_out::Directives;
 use crate::web::{Failure, Want, Web};
-use crate::CrawlError;
 
 /// Pages of which the answer may be at hand before an earlier one's: for each connection so many.
 const AHEAD: usize = 8;

@@ -136,7 +136,7 @@ impl State {
         let texts: Vec<_> =
             texts.into_iter().map(|(s, text)| (s, clean(text, max_text))).filter(|(_, text)| !text.is_empty()).collect();
         if !texts.is_empty() && self.images.len() < MAX_IMAGES {
-            self.images.push(FoundImage { url, texts });
+            self.images.push(FoundImage { url: url.into(), texts });
         }
     }
 }

@@ -74,7 +74,10 @@ impl Download {
             };
             self.open = None;
             let wait = failure.retry_after.unwrap_or_else(|| backoff(&self.url, self.failures, self.config.backoff));
-            if !failure.may_pass || self.failures >= self.config.retries || wait > self.config.max_retry_after.max(super::MAX_BACKOFF) {
+            if !failure.may_pass
+                || self.failures >= self.config.retries
+                || wait > self.config.max_retry_after.max(super::MAX_BACKOFF)
+            {
                 let may_pass = Failure::new(failure.status, "").may_pass;
                 return Err(CrawlError::Download { url: self.url.to_string(), reason: failure.reason, may_pass });
             }
@@ -154,7 +157,10 @@ impl Download {
                     turn.0.too_fast(pause.unwrap_or(self.config.backoff), self.config.max_retry_after.max(self.config.backoff));
                     return fail(FetchStatus::RateLimited).map_err(|f| Failure { retry_after: pause, ..f });
                 }
-                500.. => return fail(FetchStatus::HttpServer).map_err(|f| Failure { retry_after: retry_after(response.headers()), ..f }),
+                500.. => {
+                    return fail(FetchStatus::HttpServer)
+                        .map_err(|f| Failure { retry_after: retry_after(response.headers()), ..f });
+                }
                 _ => return fail(FetchStatus::HttpClient),
             }
         }
@@ -164,13 +170,15 @@ impl Download {
     /// Looks whether an answer is of the file as it was, and where in the file it begins.
     fn begin(&mut self, response: Response, turn: (Slot, OwnedSemaphorePermit)) -> Result<Open, Failure> {
         turn.0.fine();
-        let changed = || Failure { may_pass: false, ..Failure::new(FetchStatus::Truncated, "the file changed while it was read") };
+        let changed =
+            || Failure { may_pass: false, ..Failure::new(FetchStatus::Truncated, "the file changed while it was read") };
         let state = state_of(response.headers());
         if self.state.is_some() && state.is_some() && self.state != state {
             return Err(changed());
         }
         let (from, size) = match response.status().as_u16() {
-            206 => content_range(response.headers()).ok_or_else(|| Failure::new(FetchStatus::HttpServer, "a range without its place"))?,
+            206 => content_range(response.headers())
+                .ok_or_else(|| Failure::new(FetchStatus::HttpServer, "a range without its place"))?,
             _ => (0, response.content_length()),
         };
         if from > self.at {

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
-use capfilt_crawler::{ArchiveConfig, Discover, DiscoverConfig, DiscoverParams, Matcher, QueryList, SourceConfig, Web, WebConfig};
+use capfilt_crawler::{
+    ArchiveConfig, Discover, DiscoverConfig, DiscoverParams, Matcher, QueryList, SourceConfig, Web, WebConfig,
+};
 use capfilt_runtime::StageError;
 use serde_json::Value;
 
@@ -22,10 +24,17 @@ fn pages() -> Vec<Page<'static>> {
              <img src=no-query.jpg alt='nothing of note'><img src='data:image/gif;base64,AA' alt='a cat as data'>\
              <a href=/full.jpg title='the whole dog'><img src=thumb.jpg alt='a dog in small'></a><a href=p.html><img src=in.png alt='dog'></a>",
         ),
-        page("http://b.test/", "<base href='//cdn.test/i/'><img src=y.png alt='猫 and cat'><img src=logo.png alt='the cat logo'>"),
+        page(
+            "http://b.test/",
+            "<base href='//cdn.test/i/'><img src=y.png alt='猫 and cat'><img src=logo.png alt='the cat logo'>",
+        ),
         page("http://b.test/2", "<base href='//cdn.test/i/'><img src=logo.png alt='the cat logo'>"),
         page("http://c.test/", "<meta name=robots content='noai'><img src=n.jpg alt='an unwilling cat'>"),
-        Page { url: "http://d.test/", headers: "X-Robots-Tag: noarchive\r\nX-Robots-Tag: noimageai\r\n", html: "<img src=n.jpg alt='a cat'>" },
+        Page {
+            url: "http://d.test/",
+            headers: "X-Robots-Tag: noarchive\r\nX-Robots-Tag: noimageai\r\n",
+            html: "<img src=n.jpg alt='a cat'>",
+        },
     ]
 }
 
@@ -104,7 +113,9 @@ async fn warc_and_wat_files_and_a_crawl_give_the_same_candidates() {
         let (rows, facts) = discover(&server, &tasks[0]).await.unwrap();
         assert_eq!(lines(&rows), WANTED, "{name}");
         assert_eq!(texts(&rows, "source"), vec![name; WANTED.len()]);
-        for (fact, n) in [("records_seen", 16), ("records_bad", 0), ("pages_read", 5), ("pages_opted_out", 2), ("images_opted_out", 2)] {
+        for (fact, n) in
+            [("records_seen", 16), ("records_bad", 0), ("pages_read", 5), ("pages_opted_out", 2), ("images_opted_out", 2)]
+        {
             assert_eq!(facts[fact], n, "{fact} in {facts}, {name}");
         }
     }
@@ -125,7 +136,8 @@ async fn each_file_is_a_task_that_its_content_names() {
     let first = write(folder.path(), "a.warc.gz", &packed(&warc(&pages())));
     write(folder.path(), "b.warc.gz", &packed(&warc(&pages()[..1])));
     write(folder.path(), "wat.paths", b"one.wat.gz\ntwo.wat.gz\n");
-    let config = archive(&[folder.path().to_string_lossy().into_owned(), folder.path().join("wat.paths").to_string_lossy().into_owned()]);
+    let config =
+        archive(&[folder.path().to_string_lossy().into_owned(), folder.path().join("wat.paths").to_string_lossy().into_owned()]);
     let of = |config: &DiscoverConfig| tasks(config).iter().map(|t| serde_json::to_string(t).unwrap()).collect::<Vec<_>>();
     let before = of(&config);
     assert_eq!(before.len(), 4);
@@ -187,7 +199,9 @@ async fn a_broken_download_goes_on_where_it_broke() {
     // Servers that know no ranges send it all again.
     let copy = file.clone();
     let server = Server::start(move |r| match r.before {
-        0 => Reply::Reset([format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", copy.len()).as_bytes(), &copy[..third]].concat()),
+        0 => Reply::Reset(
+            [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", copy.len()).as_bytes(), &copy[..third]].concat(),
+        ),
         1 => status(503),
         _ => ok("application/gzip", copy.clone()),
     })
@@ -211,7 +225,8 @@ async fn a_download_without_progress_ends() {
     let params = tasks(&archive(&["http://archive.test/x.warc.gz".to_owned()]));
     let failed = async |answer: Box<dyn Fn(&Request) -> Reply + Send + Sync>| {
         let server = Server::start(answer).await;
-        let error = tokio::time::timeout(std::time::Duration::from_secs(30), discover(&server, &params[0])).await.unwrap().unwrap_err();
+        let error =
+            tokio::time::timeout(std::time::Duration::from_secs(30), discover(&server, &params[0])).await.unwrap().unwrap_err();
         (error.is_retryable(), error.chain(), server.asked().len())
     };
     let (retry, why, asked) = failed(Box::new(|_| status(404))).await;
@@ -243,10 +258,14 @@ fn settings_that_cannot_be_are_refused() {
     };
     let none = serde_json::json!({});
     assert!(refused(&[], none.clone()).unwrap_err().contains("discover.sources[0].paths"));
-    assert!(refused(&["s3://mine/x.warc.gz"], none.clone()).unwrap_err().contains("name a local path or an http"));
+    assert!(refused(&["s3://mine/x.warc.gz"], none).unwrap_err().contains("name a local path or an http"));
     assert!(refused(&["x.warc"], serde_json::json!({"count": 0})).unwrap_err().contains("count"));
-    assert!(refused(&["s3://commoncrawl/x.wat.gz", "x/*.warc", "http://a.test/x"], serde_json::json!({"count": 3, "seed": 5})).is_ok());
-    let mut config: ArchiveConfig = serde_json::from_value(serde_json::json!({"paths": ["a/*.wat", "/b", "http://c.test/d"]})).unwrap();
+    assert!(
+        refused(&["s3://commoncrawl/x.wat.gz", "x/*.warc", "http://a.test/x"], serde_json::json!({"count": 3, "seed": 5}))
+            .is_ok()
+    );
+    let mut config: ArchiveConfig =
+        serde_json::from_value(serde_json::json!({"paths": ["a/*.wat", "/b", "http://c.test/d"]})).unwrap();
     config.make_absolute(Path::new("/run"));
     assert_eq!(config.paths, ["/run/a/*.wat", "/b", "http://c.test/d"]);
     assert_eq!(config.base, "https://data.commoncrawl.org/");

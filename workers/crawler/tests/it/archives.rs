@@ -49,7 +49,12 @@ pub(crate) fn warc(pages: &[Page<'_>]) -> Vec<Vec<u8>> {
         );
         records.push(record("request", page.url, "application/http; msgtype=request", b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n"));
         records.push(record("response", page.url, "application/http; msgtype=response", answer.as_bytes()));
-        records.push(record("metadata", page.url, "application/warc-fields", b"fetchTimeMs: 688\r\ncharset-detected: UTF-8\r\n\r\n"));
+        records.push(record(
+            "metadata",
+            page.url,
+            "application/warc-fields",
+            b"fetchTimeMs: 688\r\ncharset-detected: UTF-8\r\n\r\n",
+        ));
     }
     records
 }
@@ -81,7 +86,8 @@ pub(crate) fn wat(pages: &[Page<'_>]) -> Vec<Vec<u8>> {
              \"Accept-Language\":\"en-US,en;q=0.5\",\"Accept-Encoding\":\"gzip\"},\"Request-Message\":{\"Path\":\"/\",\
              \"Version\":\"HTTP/1.1\",\"Method\":\"GET\"},\"Entity-Digest\":\"sha1:3I42H3S6NNFQ2MSVX7XZKYAYSCX5QBYJ\"},\"Trailing-Slop-Length\":\"4\"",
         );
-        let mut headers = String::from("\"Server\":\"nginx\",\"Vary\":\"Accept-Encoding\",\"Content-Type\":\"text/html; charset=utf-8\"");
+        let mut headers =
+            String::from("\"Server\":\"nginx\",\"Vary\":\"Accept-Encoding\",\"Content-Type\":\"text/html; charset=utf-8\"");
         let mut lines: Vec<(&str, Vec<String>)> = Vec::new();
         for (name, value) in page.headers.lines().filter_map(|line| line.split_once(": ")) {
             match lines.iter_mut().find(|(n, _)| *n == name) {
@@ -229,7 +235,9 @@ impl Metadata {
             "img" => (&mut self.links, link(el, "src", &["alt", "title"])),
             "area" => (&mut self.links, link(el, "href", &["rel"])),
             "form" => (&mut self.links, link(el, "action", &["target", "method"])),
-            "iframe" | "frame" | "embed" | "video" | "audio" | "track" | "source" | "input" => (&mut self.links, link(el, "src", &[])),
+            "iframe" | "frame" | "embed" | "video" | "audio" | "track" | "source" | "input" => {
+                (&mut self.links, link(el, "src", &[]))
+            }
             _ => return,
         };
         list.extend(found.map(|object| format!("{{{object}}}")));

@@ -60,7 +60,8 @@ fn lines(rows: &RecordBatch) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pages_of_sitemaps_are_visited_and_no_others() {
     let server = Server::start(site).await;
-    let (rows, facts) = discover(&server, json!({"kind": "sitemaps", "sitemaps": ["http://a.test/", "http://b.test/"]})).await.unwrap();
+    let (rows, facts) =
+        discover(&server, json!({"kind": "sitemaps", "sitemaps": ["http://a.test/", "http://b.test/"]})).await.unwrap();
     let mut found = lines(&rows);
     found.sort();
     let wanted = [
@@ -74,7 +75,9 @@ async fn pages_of_sitemaps_are_visited_and_no_others() {
     assert_eq!(texts(&rows, "source"), vec!["sitemaps"; 5]);
     assert_eq!(server.hits("a.test/unlisted") + server.hits("a.test/private") + server.hits("elsewhere.test/"), 0);
     assert_eq!(server.hits("a.test/index.xml"), 1, "an index that names itself");
-    for (fact, n) in [("sitemaps_read", 4), ("sitemaps_http_4xx", 1), ("pages_read", 4), ("pages_opted_out", 1), ("pages_robots", 1)] {
+    for (fact, n) in
+        [("sitemaps_read", 4), ("sitemaps_http_4xx", 1), ("pages_read", 4), ("pages_opted_out", 1), ("pages_robots", 1)]
+    {
         assert_eq!(facts[fact], n, "{fact} in {facts}");
     }
 }

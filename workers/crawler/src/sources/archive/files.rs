@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use capfilt_schemas::Digest;
 use flate2::read::MultiGzDecoder;
@@ -71,7 +71,7 @@ pub(crate) fn expand(archive: &ArchiveConfig) -> Result<Vec<String>, CrawlError>
 fn glob(pattern: &str, only_archives: bool, all: &mut Vec<String>) -> Result<(), CrawlError> {
     let bad = |e: glob::PatternError| CrawlError::format(Path::new(pattern), format!("it is no pattern for paths ({e})"));
     for found in glob::glob(pattern).map_err(bad)? {
-        let path = found.map_err(|e| CrawlError::read(&e.path().to_owned(), e.into()))?;
+        let path = found.map_err(|e| CrawlError::read(&PathBuf::from(e.path()), e.into()))?;
         let name = path.to_string_lossy().into_owned();
         if path.is_file() && (!only_archives || ENDINGS.iter().any(|ending| name.ends_with(ending))) {
             all.push(name);
@@ -89,9 +89,11 @@ fn read_list(path: &Path, base: &str, all: &mut Vec<String>) -> Result<(), Crawl
     let mut line = Vec::new();
     loop {
         line.clear();
-        let n = reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line).map_err(|e| {
-            CrawlError::format(path, format!("it breaks off or is damaged ({e})"))
-        })?;
+        let n = reader
+            .by_ref()
+            .take(MAX_LINE)
+            .read_until(b'\n', &mut line)
+            .map_err(|e| CrawlError::format(path, format!("it breaks off or is damaged ({e})")))?;
         if n == 0 {
             return Ok(());
         }

@@ -72,8 +72,7 @@ fn read(from: impl Read, max: usize, cut: bool) -> Option<Vec<u8>> {
 fn unchunk(mut rest: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     let mut any = false;
-    loop {
-        let Ok(Status::Complete((start, length))) = httparse::parse_chunk_size(rest) else { break };
+    while let Ok(Status::Complete((start, length))) = httparse::parse_chunk_size(rest) {
         any = true;
         let Some(chunk) = rest.get(start..) else { break };
         let length = usize::try_from(length).unwrap_or(usize::MAX).min(chunk.len());
@@ -99,7 +98,8 @@ mod tests {
 
     #[test]
     fn heads_are_read_as_they_come() {
-        let answer = Answer::parse(b"HTTP/1.1  200 Fine\r\nX-One : 1\r\nbad header\r\nContent-Type: text/html\r\n\r\nbody").unwrap();
+        let answer =
+            Answer::parse(b"HTTP/1.1  200 Fine\r\nX-One : 1\r\nbad header\r\nContent-Type: text/html\r\n\r\nbody").unwrap();
         assert_eq!((answer.status, answer.header("content-type"), answer.header("x-one")), (200, Some("text/html"), Some("1")));
         assert_eq!(answer.body(3), b"bod");
         assert!(Answer::parse(b"HTTP/1.1 200 OK\r\nnever ends").is_none());
@@ -120,7 +120,8 @@ mod tests {
 
     #[test]
     fn content_is_decoded_if_it_is_encoded() {
-        let with = |name: &str, body: &[u8]| [format!("HTTP/1.1 200 OK\r\nContent-Encoding: {name}\r\n\r\n").as_bytes(), body].concat();
+        let with =
+            |name: &str, body: &[u8]| [format!("HTTP/1.1 200 OK\r\nContent-Encoding: {name}\r\n\r\n").as_bytes(), body].concat();
         let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gz.write_all(b"<html>").unwrap();
         let gz = gz.finish().unwrap();

@@ -241,7 +241,9 @@ impl<R: Read> Members<R> {
                 Ok(_) if bomb => return Ok(self.lose()),
                 Ok(_) if out.len() > before_out => return Ok(Step::Data),
                 // The file ends within the member, or the stream goes on with neither bytes nor room lacking.
-                Ok(_) if (self.rest().is_empty() && self.at_end) || self.inflate.total_in() == before_in => return Ok(self.lose()),
+                Ok(_) if (self.rest().is_empty() && self.at_end) || self.inflate.total_in() == before_in => {
+                    return Ok(self.lose());
+                }
                 Ok(_) => {}
                 Err(_) => return Ok(self.lose()),
             }

@@ -49,9 +49,9 @@ const REMEMBERED: usize = 1 << 20;
 /// The texts of the one archive file that `archive` names, in its order; `wanted` is the fingerprint of the local file that is meant.
 pub(crate) fn read_archive(
     web: Web,
-    archive: ArchiveConfig,
+    archive: &ArchiveConfig,
     wanted: Option<Digest>,
-    config: WebConfig,
+    config: &WebConfig,
     max_text: usize,
     work: Work,
 ) -> FoundStream {
@@ -188,7 +188,8 @@ fn unpack(
     if any {
         return Ok(());
     }
-    let what = format!("no WARC record can be read in it, looking for records of up to {}", units::size_text(records::MAX_RECORD));
+    let what =
+        format!("no WARC record can be read in it, looking for records of up to {}", units::size_text(records::MAX_RECORD));
     Err(CrawlError::format(Path::new(path), what).into())
 }
 

@@ -7,7 +7,10 @@ use super::*;
 
 fn record(n: usize, block: &str) -> Vec<u8> {
     let length = block.len();
-    format!("WARC/1.0\r\nWARC-Type: x{n}\r\nContent-Length: {length}\r\nWARC-Target-URI: <http://a.test/{n}>\r\n\r\n{block}\r\n\r\n").into()
+    format!(
+        "WARC/1.0\r\nWARC-Type: x{n}\r\nContent-Length: {length}\r\nWARC-Target-URI: <http://a.test/{n}>\r\n\r\n{block}\r\n\r\n"
+    )
+    .into()
 }
 
 fn gz(bytes: &[u8]) -> Vec<u8> {
@@ -74,7 +77,11 @@ trait ReplaceCrlf {
 impl ReplaceCrlf for Vec<u8> {
     /// The same with bare line feeds, as some writers have it; lengths are made right again.
     fn replace_crlf(&self) -> Vec<u8> {
-        String::from_utf8(self.clone()).unwrap().replace("\r\n", "\n").replace("Content-Length: 21", "Content-Length: 19").into_bytes()
+        String::from_utf8(self.clone())
+            .unwrap()
+            .replace("\r\n", "\n")
+            .replace("Content-Length: 21", "Content-Length: 19")
+            .into_bytes()
     }
 }
 
@@ -104,20 +111,39 @@ fn a_damaged_member_costs_itself_only() {
 
 #[test]
 fn a_wrong_length_costs_its_record_only() {
-    let lie = |n: usize, length: &str| String::from_utf8(record(n, "short")).unwrap().replace("Length: 5", &format!("Length: {length}")).into_bytes();
+    let lie = |n: usize, length: &str| {
+        String::from_utf8(record(n, "short")).unwrap().replace("Length: 5", &format!("Length: {length}")).into_bytes()
+    };
     let long = (MAX + 1).to_string();
-    for (length, bad, too_long) in
-        [("3", 1, 0), ("4000", 1, 0), ("0", 1, 0), ("-1", 1, 0), ("", 1, 0), (&long, 0, 1), ("18446744073709551615", 0, 1), ("1e9", 1, 0)]
-    {
+    for (length, bad, too_long) in [
+        ("3", 1, 0),
+        ("4000", 1, 0),
+        ("0", 1, 0),
+        ("-1", 1, 0),
+        ("", 1, 0),
+        (&long, 0, 1),
+        ("18446744073709551615", 0, 1),
+        ("1e9", 1, 0),
+    ] {
         let file = [record(0, "a"), lie(1, length), record(2, "c"), record(3, "d")];
         assert_eq!(kinds(&file.concat()), (names([0, 2, 3]), bad, too_long), "{length}, plain");
         let packed: Vec<u8> = file.iter().flat_map(|r| gz(r)).collect();
         assert_eq!(kinds(&packed), (names([0, 2, 3]), bad, too_long), "{length}, packed");
     }
-    let no_end = [record(0, "a"), b"WARC/1.0\r\nContent-Length: 3\r\n".to_vec(), vec![b'x'; 100_000], b"\r\n".to_vec(), record(2, "\nWARC/ c")];
+    let no_end = [
+        record(0, "a"),
+        b"WARC/1.0\r\nContent-Length: 3\r\n".to_vec(),
+        vec![b'x'; 100_000],
+        b"\r\n".to_vec(),
+        record(2, "\nWARC/ c"),
+    ];
     assert_eq!(kinds(&no_end.concat()), (names([0, 2]), 1, 0));
     let nested = record(1, std::str::from_utf8(&record(9, "inner")).unwrap());
-    assert_eq!(kinds(&[record(0, "a"), nested, record(2, "c")].concat()), (names([0, 1, 2]), 0, 0), "a page about archives is a page");
+    assert_eq!(
+        kinds(&[record(0, "a"), nested, record(2, "c")].concat()),
+        (names([0, 1, 2]), 0, 0),
+        "a page about archives is a page"
+    );
 }
 
 const MAX: usize = records::MAX_RECORD;
@@ -160,7 +186,7 @@ fn a_bomb_is_left_when_it_is_known_for_one() {
 fn endless_searches_end() {
     // Each three bytes might be a member, each empty block costs work without bytes.
     let hostile: Vec<u8> = b"\x1f\x8b\x08\0\0\0\0\0\0\0".repeat(50_000);
-    assert_eq!(kinds(&[gz(&record(0, "a")), hostile.clone(), gz(&record(1, "b"))].concat()), (names([0, 1]), 1, 0));
+    assert_eq!(kinds(&[gz(&record(0, "a")), hostile, gz(&record(1, "b"))].concat()), (names([0, 1]), 1, 0));
     let blocks: Vec<u8> = [b"\x1f\x8b\x08\0\0\0\0\0\0\0".as_slice(), &b"\0\0\0\xff\xff".repeat(20_000)].concat();
     assert_eq!(kinds(&[gz(&record(0, "a")), blocks.repeat(20), gz(&record(1, "b"))].concat()).0, names([0, 1]));
 }
@@ -185,11 +211,13 @@ fn with_type(kind: &str, content: &str, block: &str) -> Vec<u8> {
 #[test]
 fn answers_are_read_as_the_crawler_would() {
     let page = "<base href='/b/'><img src=x.jpg alt='A  cat'><img srcset='s.jpg 1w, l.jpg 2w' title=t>";
-    let answer = |head: &str| with_type("response", "application/http; msgtype=response", &format!("HTTP/1.1 {head}\r\n\r\n{page}"));
+    let answer =
+        |head: &str| with_type("response", "application/http; msgtype=response", &format!("HTTP/1.1 {head}\r\n\r\n{page}"));
     let both = ["http://a.test/b/x.jpg alt=A cat", "http://a.test/b/l.jpg title=t"];
     assert_eq!(pairs(&answer("200 OK\r\nContent-Type: text/html")).0, both);
     assert_eq!(pairs(&with_type("resource", "text/html; charset=utf-8", page)).0, both);
-    for not in ["404 Not Found", "301 Moved\r\nLocation: /", "200 OK\r\nContent-Type: text/plain", "200 OK\r\nX-Robots-Tag: noai"] {
+    for not in ["404 Not Found", "301 Moved\r\nLocation: /", "200 OK\r\nContent-Type: text/plain", "200 OK\r\nX-Robots-Tag: noai"]
+    {
         assert_eq!(pairs(&answer(not)).0, [] as [&str; 0], "{not}");
     }
     assert_eq!(pairs(&with_type("response", "text/dns", page)).0, [] as [&str; 0]);
@@ -197,7 +225,11 @@ fn answers_are_read_as_the_crawler_would() {
     let counts = pairs(&answer("200 OK\r\nTDM-Reservation: 1")).1;
     assert_eq!((counts.pages, counts.images, counts.pages_opted_out, counts.images_opted_out), (1, 2, 1, 2));
     assert_eq!(pairs(&with_type("response", "application/http", "no http")).1.bad, 1);
-    let latin = with_type("response", "application/http", "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=latin1\r\n\r\n<img src=x alt='caf?'>");
+    let latin = with_type(
+        "response",
+        "application/http",
+        "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=latin1\r\n\r\n<img src=x alt='caf?'>",
+    );
     let latin: Vec<u8> = latin.iter().map(|b| if *b == b'?' { 0xe9 } else { *b }).collect();
     assert_eq!(pairs(&latin).0, ["http://a.test/dir/x alt=café"]);
 }
@@ -239,7 +271,13 @@ fn wishes_in_wat_records_count() {
     let links = |head: &str| format!(r#"{{"Head":{{{head}}},"Links":[{{"path":"IMG@/src","url":"x.jpg","alt":"cat"}}]}}"#);
     let given = |headers: &str, head: &str| wat_pairs(headers, &links(head)).0.len();
     assert_eq!(given("", ""), 1);
-    assert_eq!(given(r#""X-Robots-Tag":"noarchive""#, r#""Metas":[{"name":"robots","content":"all"},{"property":"og:title","content":"noai"}]"#), 1);
+    assert_eq!(
+        given(
+            r#""X-Robots-Tag":"noarchive""#,
+            r#""Metas":[{"name":"robots","content":"all"},{"property":"og:title","content":"noai"}]"#
+        ),
+        1
+    );
     assert_eq!(given(r#""x-robots-tag":"noai""#, ""), 0);
     assert_eq!(given(r#""X-Robots-Tag":["noarchive","noimageai"]"#, ""), 0);
     assert_eq!(given(r#""TDM-Reservation":"1""#, ""), 0);
@@ -269,7 +307,11 @@ fn files_are_found_by_path_folder_glob_and_list() {
     for name in ["b.warc.gz", "a.warc.wat.gz", "sub/c.wat", "notes.md", "d.warc"] {
         std::fs::write(at(name), name).unwrap();
     }
-    std::fs::write(at("wat.paths.gz"), gz(b"crawl/1.wat.gz\n\n# old\nhttps://b.test/2.warc.gz\ncrawl/1.wat.gz\ns3://commoncrawl/3.wat.gz\n")).unwrap();
+    std::fs::write(
+        at("wat.paths.gz"),
+        gz(b"crawl/1.wat.gz\n\n# old\nhttps://b.test/2.warc.gz\ncrawl/1.wat.gz\ns3://commoncrawl/3.wat.gz\n"),
+    )
+    .unwrap();
     let of = |paths: &[String], count: Option<usize>| {
         let (paths, base, seed) = (paths.to_vec(), "http://cc.test/data/".to_owned(), 7);
         expand(&ArchiveConfig { paths, base, count, seed, max_page_bytes: 1 }).map_err(|e| e.to_string())
@@ -283,7 +325,11 @@ fn files_are_found_by_path_folder_glob_and_list() {
     let two = of(&[at("wat.paths.gz")], Some(2)).unwrap();
     assert!(two.len() == 2 && two.iter().all(|path| listed.contains(path)));
     assert!(of(&[at("wat.paths.gz"), at("")], Some(5)).unwrap().len() == 5);
-    for (path, why) in [(at("gone.warc"), "cannot read"), (at("*.zip"), "names no archive"), ("http://a.test/wat.paths.gz".to_owned(), "download it")] {
+    for (path, why) in [
+        (at("gone.warc"), "cannot read"),
+        (at("*.zip"), "names no archive"),
+        ("http://a.test/wat.paths.gz".to_owned(), "download it"),
+    ] {
         assert!(of(&[path], None).unwrap_err().contains(why), "{why}");
     }
 }
@@ -338,7 +384,7 @@ proptest! {
     #[test]
     fn sound_records_survive_any_one_damage(damaged in 0_usize..5, at in any::<proptest::sample::Index>(), bits in 1_u8..=255) {
         let members: Vec<Vec<u8>> = (0..5).map(|n| gz(&record(n, &format!("block {n} {}", "abc ".repeat(n * 20))))).collect();
-        let mut file = members.clone();
+        let mut file = members;
         let place = at.index(file[damaged].len());
         file[damaged][place] ^= bits;
         let (found, bad, _) = kinds(&file.concat());

@@ -8,8 +8,8 @@ use std::borrow::Cow;
 use std::fmt;
 
 use memchr::memmem;
-use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::Deserialize;
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use url::Url;
 
 use crate::html::{self, Page};
@@ -40,7 +40,7 @@ pub(super) fn read(json: &[u8], token: &str, max_text: usize) -> Wat {
     if let Some((rest, images)) = split(json)
         && let Ok(record) = serde_json::from_slice(&rest)
     {
-        return page(record, Some(images), token, max_text);
+        return page(record, Some(&images), token, max_text);
     }
     serde_json::from_slice(json).map_or(Wat::Bad, |record| page(record, None, token, max_text))
 }
@@ -86,7 +86,7 @@ fn one(json: &[u8]) -> Option<(Link<'_>, usize)> {
     Some((link, stream.byte_offset()))
 }
 
-fn page(record: Record<'_>, images: Option<Images<'_>>, token: &str, max_text: usize) -> Wat {
+fn page(record: Record<'_>, images: Option<&Images<'_>>, token: &str, max_text: usize) -> Wat {
     let Envelope { warc, payload } = record.envelope;
     let Some(Http { headers, message, html: Some(html) }) = payload.and_then(|p| p.http) else { return Wat::Other };
     // An error page is no page of the site. Where no status is told, it is taken for a good one.
@@ -106,14 +106,16 @@ fn page(record: Record<'_>, images: Option<Images<'_>>, token: &str, max_text: u
     }
     let base = html::resolve(&told.url, &html.head.base.0);
     let base = base.as_ref().unwrap_or(&told.url);
-    for image in &images.as_ref().unwrap_or(&html.links).0 {
+    let folder = html::folder_of(base);
+    for image in &images.unwrap_or(&html.links).0 {
         let around = image.around.as_ref().and_then(|(href, title)| Some((html::resolve(base, &href.0)?, title)));
         let around = around.filter(|(target, _)| html::is_image_file(target));
         let title = around.as_ref().map(|(_, title)| *title).filter(|_| image.title.0.trim().is_empty()).unwrap_or(&image.title);
         let texts = html::texts_of(&image.alt.0, &title.0, max_text);
         told.page.images_seen += 1;
         if !texts.is_empty()
-            && let Some(url) = around.map(|(target, _)| target).or_else(|| html::resolve(base, &image.src.0))
+            && let Some(url) =
+                around.map(|(target, _)| target.into()).or_else(|| html::resolve_image(base, folder, image.src.0.trim()))
         {
             told.page.add_image(url, texts);
         }
@@ -428,4 +430,3 @@ impl<'de> Visitor<'de> for LinkSeed {
         })
     }
 }
-
