@@ -209,8 +209,10 @@ impl RunConfig {
         let webs = [&mut self.discover.web, &mut self.fetch.web].map(|web| &mut web.opt_out_lists);
         webs.into_iter().flatten().chain(&mut self.worker.crawler.ca_files).for_each(join);
         for source in &mut self.discover.sources {
-            if let SourceConfig::List(list) = source {
-                join(&mut list.path);
+            match source {
+                SourceConfig::List(list) => join(&mut list.path),
+                SourceConfig::Archive(archive) => archive.make_absolute(folder),
+                SourceConfig::Pages(_) | SourceConfig::Sitemaps(_) => {}
             }
         }
         for source in self.annotated.sources.iter_mut().chain(&mut self.heldout.sources) {

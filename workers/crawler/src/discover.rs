@@ -12,13 +12,14 @@ use crate::config::SourceConfig;
 use crate::matcher::Scratch;
 use crate::params::DiscoverParams;
 use crate::rows::list_of;
-use crate::sources::{Found, FoundStream, crawl, read_list, search};
+use crate::sources::{Found, FoundStream, crawl, read_archive, read_list, read_sitemaps, search};
 use crate::{CrawlError, Matcher, QueryList, Web};
 
 /// Raised whenever the same task would give other rows than before.
 pub const DISCOVER_VERSION: u32 = 2;
 
 /// Reads one source and keeps the texts that some query is for.
+#[derive(Clone)]
 pub struct Discover {
     web: Web,
     matcher: Arc<Matcher>,
@@ -38,7 +39,8 @@ impl Discover {
         Self { queries, ..self }
     }
 
-    async fn start(web: Web, matcher: Arc<Matcher>, work: Work) -> Result<RowStream, StageError> {
+    async fn start(self, work: Work) -> Result<RowStream, StageError> {
+        let Self { web, matcher, queries } = self;
         let params: DiscoverParams = work.params()?;
         let here = matcher.digest();
         if params.queries != here {
@@ -51,17 +53,26 @@ impl Discover {
                 ("pages".to_owned(), crawl(web, pages, params.web, params.max_text, work.clone()))
             }
             SourceConfig::Search(config) => {
-                let list = self.queries.digest();
+                let list = queries.digest();
                 let Some(part) = params.part.filter(|_| list == params.queries) else {
                     let what = "query list";
                     return Err(CrawlError::WrongFile { what, wanted: params.queries, found: list.to_string() }.into());
                 };
-                let (web, queries, name) = (self.web.clone(), Arc::clone(&self.queries), config.adapter.name.clone());
+                let name = config.adapter.name.clone();
                 (name, search(web, *config, part, queries, params.web, params.max_text, work.clone()))
+            }
+            SourceConfig::Sitemaps(maps) => {
+                let found = read_sitemaps(web, maps, params.web, params.max_text, work.clone());
+                ("sitemaps".to_owned(), found)
             }
             SourceConfig::List(list) => {
                 let name = list.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 (name, read_list(list, params.list, params.max_text, work.clone()))
+            }
+            SourceConfig::Archive(archive) => {
+                let path = archive.paths.first().cloned().unwrap_or_default();
+                let name = path.rsplit('/').next().unwrap_or_default().to_owned();
+                (name, read_archive(web, &archive, params.list, &params.web, params.max_text, work.clone()))
             }
         };
         let facts = work.facts.clone();
@@ -90,7 +101,7 @@ impl Stage for Discover {
     }
 
     fn process(&self, work: Work, _input: RowStream) -> RowStream {
-        stream::once(Self::start(self.web.clone(), Arc::clone(&self.matcher), work)).try_flatten().boxed()
+        stream::once(self.clone().start(work)).try_flatten().boxed()
     }
 }
 

@@ -45,7 +45,7 @@ pub enum CrawlError {
     /// The task was planned with another file than the one at hand.
     #[error("the task needs the {what} with digest {wanted}, but this worker has {found}; give it the file of the run's config")]
     WrongFile {
-        /// `query list`, `list`, `opt-out list` or `annotations`.
+        /// `query list`, `list`, `archive`, `opt-out list` or `annotations`.
         what: &'static str,
         /// The digest in the task.
         wanted: Digest,
@@ -67,6 +67,16 @@ pub enum CrawlError {
         adapter: String,
         /// What became of the queries, by status.
         why: String,
+    },
+    /// A file that is named by its address cannot be downloaded.
+    #[error("cannot download {url}: {reason}")]
+    Download {
+        /// The address.
+        url: String,
+        /// What went wrong last.
+        reason: String,
+        /// Whether it may be otherwise later.
+        may_pass: bool,
     },
     /// The query list is too large for the matcher.
     #[error("the query list cannot be compiled: {0}")]
@@ -95,6 +105,7 @@ impl CrawlError {
         match self {
             Self::Read { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
             Self::Seeds { .. } | Self::Search { .. } | Self::Write { .. } => true,
+            Self::Download { may_pass, .. } => *may_pass,
             _ => false,
         }
     }

@@ -7,7 +7,7 @@ use url::Url;
 
 use crate::config::ImageConfig;
 use crate::html::{self, MAX_URL};
-use crate::sources::sitemap;
+use crate::sources::{self, sitemap};
 use crate::web::Rules;
 use crate::{Matcher, QueryList, image, queries};
 
@@ -15,8 +15,16 @@ use crate::{Matcher, QueryList, image, queries};
 pub type Parser = fn(&[u8]);
 
 /// The parsers with the names of their fuzz targets, which are those of their folders of inputs.
-pub const TARGETS: &[(&str, Parser)] =
-    &[("html", page), ("robots", robots), ("sitemap", site_map), ("image", picture), ("text", text), ("dump", dump)];
+pub const TARGETS: &[(&str, Parser)] = &[
+    ("html", page),
+    ("robots", robots),
+    ("sitemap", site_map),
+    ("archive", archive),
+    ("wat", wat),
+    ("dump", dump),
+    ("image", picture),
+    ("text", text),
+];
 
 /// Runs the parser of that name.
 ///
@@ -35,7 +43,7 @@ fn page(data: &[u8]) {
     let Ok(url) = Url::parse("http://a.test/b/c.html") else { return };
     let page = html::extract(&content, &url, "capfilt", 100);
     for image in &page.images {
-        assert!(image.url.as_str().len() <= MAX_URL && matches!(image.url.scheme(), "http" | "https"));
+        assert!(image.url.len() <= MAX_URL && Url::parse(&image.url).is_ok_and(|u| matches!(u.scheme(), "http" | "https")));
         assert!(image.texts.iter().all(|(_, text)| !text.is_empty() && text.chars().count() <= 100));
     }
 }
@@ -51,8 +59,26 @@ fn robots(data: &[u8]) {
 }
 
 fn site_map(data: &[u8]) {
-    let found = sitemap::parse(data, 100);
+    let found = sitemap::parse(data, 100, 1 << 20, 100);
     assert!(found.pages.len() + found.sitemaps.len() <= 100);
+}
+
+fn archive(data: &[u8]) {
+    // As it is, and as the content of a record that is sound.
+    let head = format!(
+        "WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.test/\r\nContent-Type: application/http\r\nContent-Length: {}\r\n\r\n",
+        data.len()
+    );
+    for file in [data, &[head.as_bytes(), data, b"\r\n\r\n"].concat()] {
+        let read = sources::archive_pairs(file, |url, text| assert!(url.len() <= MAX_URL && !text.is_empty()));
+        assert!(read.is_ok());
+    }
+}
+
+fn wat(data: &[u8]) {
+    let head =
+        format!("WARC/1.0\r\nWARC-Type: metadata\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", data.len());
+    archive(&[head.as_bytes(), data, b"\r\n\r\n"].concat());
 }
 
 fn picture(data: &[u8]) {

@@ -28,8 +28,8 @@ mod web;
 
 pub use annotate::{ANNOTATE_VERSION, Annotate};
 pub use config::{
-    AnnotateConfig, AnnotatedSource, CrawlerWorkerConfig, DiscoverConfig, DnsConfig, FetchConfig, ImageConfig, Interpolation,
-    ListConfig, ListFormat, PagesConfig, Reencode, ResizeMode, SourceConfig, StoredFormat, WebConfig,
+    AnnotateConfig, AnnotatedSource, ArchiveConfig, CrawlerWorkerConfig, DiscoverConfig, DnsConfig, FetchConfig, ImageConfig,
+    Interpolation, ListConfig, ListFormat, PagesConfig, Reencode, ResizeMode, SitemapsConfig, SourceConfig, StoredFormat, WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
 pub use download::{DownloadConfig, DownloadProgress, DownloadSummary, HashKind, IncrementalMode, OutputFormat, download};
@@ -41,6 +41,8 @@ pub use queries::{
     InputFile, OnProgress, Pages, QUERY_TABLE_VERSION, Query, QueryBuild, QueryInputs, QueryList, QueryRow, QuerySource,
     QueryTable, SourceCounts, TableHead,
 };
+#[doc(hidden)]
+pub use sources::archive_pairs;
 pub use sources::{Adapter, ApiKey, SearchConfig};
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
 pub use web::{Probe, Web};

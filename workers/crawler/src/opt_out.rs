@@ -25,13 +25,22 @@ impl Directives {
     /// The wishes in an answer's headers that are for all bots or for the one named `token`.
     pub(crate) fn of_headers(headers: &HeaderMap, token: &str) -> Self {
         let mut found = Self::default();
-        for value in headers.get_all("x-robots-tag") {
-            found.add_robots_tag(&String::from_utf8_lossy(value.as_bytes()), token);
-        }
-        for value in headers.get_all("tdm-reservation") {
-            found.tdm_reservation |= value.as_bytes().trim_ascii() == b"1";
-        }
+        headers.iter().for_each(|(name, value)| found.add_header(name.as_str(), value.as_bytes(), token));
         found
+    }
+
+    /// Whether a header of this name has wishes in it.
+    pub(crate) fn is_header(name: &str) -> bool {
+        ["x-robots-tag", "tdm-reservation"].iter().any(|n| name.eq_ignore_ascii_case(n))
+    }
+
+    /// One header, if it is one with wishes in it.
+    pub(crate) fn add_header(&mut self, name: &str, value: &[u8], token: &str) {
+        if name.eq_ignore_ascii_case("x-robots-tag") {
+            self.add_robots_tag(&String::from_utf8_lossy(value), token);
+        } else if name.eq_ignore_ascii_case("tdm-reservation") {
+            self.tdm_reservation |= value.trim_ascii() == b"1";
+        }
     }
 
     /// One `X-Robots-Tag`: rules apart by commas; `bot:` before a rule says for whom it and the rules after it are.

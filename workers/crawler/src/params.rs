@@ -7,7 +7,8 @@ use capfilt_schemas::{Digest, FetchStatus};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::config::{DiscoverConfig, FetchConfig, ImageConfig, SourceConfig, WebConfig};
+use crate::config::{ArchiveConfig, DiscoverConfig, FetchConfig, ImageConfig, SourceConfig, WebConfig};
+use crate::sources::{expand, fingerprint};
 use crate::{CrawlError, QueryList, opt_out};
 
 /// The parameters of a discover task.
@@ -20,7 +21,7 @@ pub struct DiscoverParams {
     pub web: WebConfig,
     /// Longest text kept, in characters.
     pub max_text: usize,
-    /// SHA-256 of the file, if the source is a list.
+    /// SHA-256 of the file, if the source is a list; the fingerprint of it, if it is a local archive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub list: Option<Digest>,
     /// SHA-256 of the opt-out lists, in their order.
@@ -86,11 +87,11 @@ pub struct AnnotateParams {
 }
 
 impl DiscoverConfig {
-    /// The parameters of the tasks: one for each source, and for each part of the queries that a search API is asked for. Lists are read to
-    /// be named by content.
+    /// The parameters of the tasks: one for each source, for each file of an archive, and for each part of the queries that a search API is
+    /// asked for. Lists are read to be named by content.
     ///
     /// # Errors
-    /// [`CrawlError::Read`].
+    /// [`CrawlError::Read`], [`CrawlError::Format`].
     pub fn params(&self, queries: &QueryList, snapshot: &str) -> Result<Vec<DiscoverParams>, CrawlError> {
         let opt_outs = opt_out::digests(&self.web.opt_out_lists)?;
         let mut tasks = Vec::new();
@@ -108,11 +109,20 @@ impl DiscoverConfig {
         };
         for source in &self.sources {
             match source {
+                SourceConfig::Pages(_) | SourceConfig::Sitemaps(_) => task(source.clone(), None, None),
                 SourceConfig::List(list) => task(source.clone(), Some(file_digest(&list.path)?), None),
-                SourceConfig::Pages(_) => task(source.clone(), None, None),
                 SourceConfig::Search(search) => {
                     let (search, parts) = search.tasks(queries.len());
                     parts.for_each(|part| task(SourceConfig::Search(Box::new(search.clone())), None, Some(part)));
+                }
+                SourceConfig::Archive(archive) => {
+                    for path in expand(archive)? {
+                        let local = (!path.contains("://")).then(|| fingerprint(Path::new(&path))).transpose()?;
+                        // Which other files there are does not matter to this one.
+                        let max_page_bytes = archive.max_page_bytes;
+                        let one = ArchiveConfig { paths: vec![path], base: String::new(), count: None, seed: 0, max_page_bytes };
+                        task(SourceConfig::Archive(one), local, None);
+                    }
                 }
             }
         }

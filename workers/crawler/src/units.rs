@@ -27,6 +27,11 @@ fn spell(value: u64, units: &[(&str, u64)], gap: &str) -> String {
     format!("{}{gap}{unit}", value / scale)
 }
 
+/// A size as people write it.
+pub(crate) fn size_text(bytes: usize) -> String {
+    spell(bytes as u64, &SIZES, " ")
+}
+
 /// `#[serde(with = "units::time")]` for a [`Duration`].
 pub(crate) mod time {
     use super::{Duration, TIMES, parse, spell};

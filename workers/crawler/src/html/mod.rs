@@ -31,21 +31,52 @@ const LAZY: [&str; 4] = ["data-src", "data-original", "data-lazy-src", "data-laz
 const LAZY_SRCSET: [&str; 2] = ["data-srcset", "data-lazy-srcset"];
 
 /// What a page holds.
-#[derive(Default, Debug)]
+#[derive(Debug)]
 pub(crate) struct Page {
     /// In the order of the page.
     pub(crate) images: Vec<FoundImage>,
+    /// How many there were, those that are not kept included.
+    pub(crate) images_seen: u64,
     /// Where links without `rel="nofollow"` lead, without fragments.
     pub(crate) links: Vec<Url>,
     /// What `<meta>` asks for.
     pub(crate) directives: Directives,
+    /// Bytes that may still be kept.
+    room: usize,
+}
+
+impl Default for Page {
+    fn default() -> Self {
+        Self { images: Vec::new(), images_seen: 0, links: Vec::new(), directives: Directives::default(), room: MAX_KEPT }
+    }
+}
+
+impl Page {
+    /// Takes an image up, if there is room for it.
+    pub(crate) fn add_image(&mut self, url: String, texts: Vec<(TextSource, String)>) -> bool {
+        let bytes = url.len() + texts.iter().map(|(_, text)| text.len()).sum::<usize>();
+        let kept = self.images.len() < MAX_IMAGES && self.afford(bytes);
+        if kept {
+            self.images.push(FoundImage { url, texts });
+        }
+        kept
+    }
+
+    /// Takes bytes off what may still be kept; `false` if there are too few.
+    const fn afford(&mut self, bytes: usize) -> bool {
+        let enough = bytes <= self.room;
+        if enough {
+            self.room -= bytes;
+        }
+        enough
+    }
 }
 
 /// An image and the texts that belong to it.
-#[derive(Debug)]
+#[derive(PartialEq, Debug)]
 pub(crate) struct FoundImage {
     /// Absolute, without fragment: the largest version that the page names.
-    pub(crate) url: Url,
+    pub(crate) url: String,
     /// Clean and not empty, at most one of a source, the preferred source first.
     pub(crate) texts: Vec<(TextSource, String)>,
 }
@@ -77,8 +108,6 @@ struct State {
     picture: Option<(u32, String)>,
     figures: Vec<Figure>,
     noscript: String,
-    /// Bytes that may still be kept.
-    room: usize,
 }
 
 /// An open `<a>` that leads to an image file.
@@ -197,7 +226,6 @@ impl State {
             picture: None,
             figures: Vec::new(),
             noscript: String::new(),
-            room: MAX_KEPT,
         }
     }
 
@@ -220,7 +248,7 @@ impl State {
         }
         let rel = attribute(el, "rel");
         let follow = !rel.split_ascii_whitespace().any(|r| r.eq_ignore_ascii_case("nofollow"));
-        if follow && self.page.links.len() < MAX_LINKS && self.afford(target.as_str().len()) {
+        if follow && self.page.links.len() < MAX_LINKS && self.page.afford(target.as_str().len()) {
             self.page.links.push(target);
         }
     }
@@ -241,25 +269,18 @@ impl State {
 
     fn image(&mut self, el: &Element<'_, '_>) {
         let Some(url) = self.image_url(el) else { return };
-        let mut texts = Vec::new();
-        let mut add = |source, text: &str| {
-            let text = clean(text, self.max_text);
-            if !text.is_empty() {
-                texts.push((source, text));
-            }
-        };
-        add(TextSource::Alt, &attribute(el, "alt"));
         let own_title = attribute(el, "title");
-        match &self.anchor {
-            Some(anchor) if own_title.trim().is_empty() => add(TextSource::Title, &anchor.title),
-            _ => add(TextSource::Title, &own_title),
-        }
-        let bytes = url.as_str().len() + texts.iter().map(|(_, text)| text.len()).sum::<usize>();
-        if self.page.images.len() < MAX_IMAGES && self.afford(bytes) {
-            if let Some(figure) = self.figures.last_mut() {
-                figure.images.push(self.page.images.len());
-            }
-            self.page.images.push(FoundImage { url, texts });
+        let title = match &self.anchor {
+            Some(anchor) if own_title.trim().is_empty() => &anchor.title,
+            _ => &own_title,
+        };
+        let texts = texts_of(&attribute(el, "alt"), title, self.max_text);
+        self.page.images_seen += 1;
+        let place = self.page.images.len();
+        if self.page.add_image(url.into(), texts)
+            && let Some(figure) = self.figures.last_mut()
+        {
+            figure.images.push(place);
         }
     }
 
@@ -298,7 +319,7 @@ impl State {
             return;
         }
         for i in figure.images {
-            if !self.afford(caption.len()) {
+            if !self.page.afford(caption.len()) {
                 return;
             }
             let texts = &mut self.page.images[i].texts;
@@ -308,26 +329,71 @@ impl State {
         }
     }
 
-    /// Takes bytes off what may still be kept; `false` if there are too few.
-    const fn afford(&mut self, bytes: usize) -> bool {
-        let enough = bytes <= self.room;
-        if enough {
-            self.room -= bytes;
-        }
-        enough
-    }
-
-    /// An absolute http or https address without fragment.
     fn resolve(&self, reference: &str) -> Option<Url> {
-        let reference = reference.trim();
-        if reference.is_empty() || reference.len() > MAX_URL {
-            return None;
-        }
-        let mut url = self.base.join(reference).ok()?;
-        url.set_fragment(None);
-        let usable = matches!(url.scheme(), "http" | "https") && url.has_host() && url.as_str().len() <= MAX_URL;
-        usable.then_some(url)
+        resolve(&self.base, reference)
     }
+}
+
+/// What `reference` means on a page at `base`: an absolute http or https address without fragment.
+pub(crate) fn resolve(base: &Url, reference: &str) -> Option<Url> {
+    let reference = reference.trim();
+    if reference.is_empty() || reference.len() > MAX_URL {
+        return None;
+    }
+    let mut url = base.join(reference).ok()?;
+    url.set_fragment(None);
+    let usable = matches!(url.scheme(), "http" | "https") && url.has_host() && url.as_str().len() <= MAX_URL;
+    usable.then_some(url)
+}
+
+/// As [`resolve`], for the address of an image. `folder` is `base` up to the last `/` of its path ([`folder_of`]).
+///
+/// Most addresses are written as they are spelled in the end; these need no parser.
+pub(crate) fn resolve_image(base: &Url, folder: &str, reference: &str) -> Option<String> {
+    let plain = |path: &[u8]| {
+        // A dot may be a segment of its own, written `%2e` too.
+        let is_plain = |two: &[u8]| match two {
+            [b'/', b'.' | b'%'] => false,
+            [b, ..] => b.is_ascii_alphanumeric() || b"/-_.~=&+,;()!*$@:?%".contains(b),
+            [] => true,
+        };
+        path.windows(2).all(is_plain) && is_plain(&path[path.len().saturating_sub(1)..])
+    };
+    let rest = reference.strip_prefix("https://").or_else(|| reference.strip_prefix("http://"));
+    if let Some((host, path)) = rest.and_then(|rest| rest.split_at_checked(rest.find('/')?)) {
+        let is_name = host.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'.' || b == b'-');
+        // A last label that begins with a letter is no part of an IPv4 address.
+        let top = host.rsplit('.').next().is_some_and(|label| label.starts_with(|c: char| c.is_ascii_lowercase()));
+        if is_name && top && !host.contains("xn--") && plain(path.as_bytes()) && reference.len() <= MAX_URL {
+            return Some(reference.to_owned());
+        }
+    } else if reference.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && !reference.contains(':')
+        && plain(reference.as_bytes())
+        && folder.len() + reference.len() <= MAX_URL
+    {
+        return Some([folder, reference].concat());
+    }
+    resolve(base, reference).map(Into::into)
+}
+
+/// What the addresses of files beside a page begin with.
+pub(crate) fn folder_of(base: &Url) -> &str {
+    let before_query = &base[..url::Position::AfterPath];
+    &before_query[..before_query.rfind('/').map_or(0, |at| at + 1)]
+}
+
+/// The texts of an image's own attributes, clean, those that are empty left out.
+pub(crate) fn texts_of(alt: &str, title: &str, max_text: usize) -> Vec<(TextSource, String)> {
+    let texts = [(TextSource::Alt, alt), (TextSource::Title, title)].map(|(source, text)| (source, clean(text, max_text)));
+    texts.into_iter().filter(|(_, text)| !text.is_empty()).collect()
+}
+
+/// Whether a `Content-Type` says HTML, or nothing.
+pub(crate) fn is_html(content_type: Option<&str>) -> bool {
+    let Some(kind) = content_type else { return true };
+    let kind = kind.split(';').next().unwrap_or("").trim();
+    kind.eq_ignore_ascii_case("text/html") || kind.eq_ignore_ascii_case("application/xhtml+xml")
 }
 
 /// An attribute without entities; empty if it is not there.
@@ -336,7 +402,7 @@ fn attribute(el: &Element<'_, '_>, name: &str) -> String {
 }
 
 /// Whether the address names an image file. `/wiki/File:x.jpg` is a page about one.
-fn is_image_file(url: &Url) -> bool {
+pub(crate) fn is_image_file(url: &Url) -> bool {
     let name = url.path().rsplit('/').next().unwrap_or("");
     let Some((stem, extension)) = name.rsplit_once('.') else { return false };
     let known = ["jpg", "jpeg", "png", "webp", "gif", "bmp"].iter().any(|e| extension.eq_ignore_ascii_case(e));
@@ -345,6 +411,11 @@ fn is_image_file(url: &Url) -> bool {
 
 /// The text with single spaces, without control characters, cut after `max` characters.
 pub(crate) fn clean(text: &str, max: usize) -> String {
+    let is_clean = |b: &[u8]| (b[0] != b' ' || b[1] != b' ') && b.iter().all(|b| matches!(b, b' '..=b'~'));
+    if text.len() <= max && text.trim_ascii().len() == text.len() && text.as_bytes().windows(2).all(is_clean) && text.is_ascii() {
+        // A text of one byte has no windows.
+        return if text.bytes().any(|b| b.is_ascii_control()) { String::new() } else { text.to_owned() };
+    }
     let mut out = String::with_capacity(text.len().min(max));
     for word in text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|w| !w.is_empty()) {
         if !out.is_empty() {

@@ -10,7 +10,7 @@ fn page(html: &str) -> Page {
 fn images(html: &str) -> Vec<String> {
     let line = |image: FoundImage| {
         let texts: Vec<_> = image.texts.iter().map(|(source, text)| format!("{source}={text}")).collect();
-        format!("{} {}", image.url.as_str().trim_start_matches("http://a.test"), texts.join(" | ")).trim_end().to_owned()
+        format!("{} {}", image.url.trim_start_matches("http://a.test"), texts.join(" | ")).trim_end().to_owned()
     };
     page(html).images.into_iter().map(line).collect()
 }
@@ -170,6 +170,16 @@ fn hostile_pages_stay_small() {
 }
 
 proptest! {
+    #[test]
+    fn the_short_way_leads_to_the_same_address(
+        base in "https?://[a-zA-Z.]{1,4}\\.[a-z]{2}(:80)?(/[a-z.%é]{0,3}){0,3}(\\?[a-z/]{0,3})?",
+        reference in "(https?://|//|HTTP://|data:)?[a-zA-Z0-9.é%@-]{0,5}(:[0-9]{0,2})?(/|//|\\\\)?([a-zA-Z0-9 ._~!$&'()*+,;=:@%é|^-]{0,4}(/|/\\.|\\.\\./|/%2e)?){0,3}(\\?[a-z'\"=<]{0,3})?(#x)?",
+    ) {
+        if let Ok(base) = Url::parse(&base) {
+            prop_assert_eq!(resolve_image(&base, folder_of(&base), &reference), resolve(&base, &reference).map(String::from));
+        }
+    }
+
     #[test]
     fn any_text_is_a_page(html in "(<(/)?(img|a|figure|figcaption|noscript|picture|source|base|meta)( (src|href|alt|srcset|name|content)=['\"a-z&;, ]{0,9}){0,2}>?|[a-z&;<>\"' ]{0,6}){0,25}") {
         for image in page(&html).images {

@@ -28,17 +28,22 @@ impl Frontier {
     /// A crawl that starts with the seeds.
     pub(super) fn new(config: PagesConfig) -> Self {
         let seeds: Vec<Url> = config.seeds.iter().filter_map(|s| Url::parse(s).ok()).collect();
-        let mut frontier = Self {
-            seed_hosts: seeds.iter().filter_map(|u| u.host_str().map(str::to_owned)).collect(),
+        let mut frontier = Self::around(config, &seeds);
+        seeds.into_iter().for_each(|seed| frontier.offer(seed));
+        frontier
+    }
+
+    /// A crawl without seeds, to which the hosts of `sites` belong.
+    pub(super) fn around(config: PagesConfig, sites: &[Url]) -> Self {
+        Self {
+            seed_hosts: sites.iter().filter_map(|u| u.host_str().map(str::to_owned)).collect(),
             config,
             seen: HashSet::new(),
             by_host: HashMap::new(),
             by_shape: HashMap::new(),
             visited: 0,
             next: BTreeMap::new(),
-        };
-        seeds.into_iter().for_each(|seed| frontier.offer(seed));
-        frontier
+        }
     }
 
     /// Whether the crawl may touch the host of `url`.

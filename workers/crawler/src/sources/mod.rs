@@ -1,6 +1,7 @@
 //! Where candidates come from. A source gives texts with image addresses, in an order that is the same every time.
 
 mod address;
+mod archive;
 mod frontier;
 mod lists;
 mod pages;
@@ -12,9 +13,15 @@ use capfilt_schemas::TextSource;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::sync::mpsc;
+use url::Url;
 
+use crate::html::Page;
+use crate::opt_out::Directives;
+
+pub use archive::archive_pairs;
+pub(crate) use archive::{expand, fingerprint, read_archive};
 pub(crate) use lists::{ListFile, Wanted, read_list};
-pub(crate) use pages::crawl;
+pub(crate) use pages::{crawl, read_sitemaps};
 pub(crate) use search::search;
 pub use search::{Adapter, ApiKey, SearchConfig};
 
@@ -35,4 +42,32 @@ type Sender = mpsc::Sender<Result<Vec<Found>, StageError>>;
 
 fn stream(mut receiver: mpsc::Receiver<Result<Vec<Found>, StageError>>) -> FoundStream {
     futures::stream::poll_fn(move |cx| receiver.poll_recv(cx)).boxed()
+}
+
+/// What becomes of a page that was read.
+struct Taken {
+    found: Vec<Found>,
+    links: Vec<Url>,
+    images: u64,
+    /// Its wishes forbid to take anything of it.
+    opted_out: bool,
+}
+
+/// Takes the texts and links of a page at `url`, as far as its own wishes and those in the answer's `headers` allow it. One row a text;
+/// of equal texts of an image the preferred source counts.
+fn take(page: Page, headers: Directives, url: &Url, opt_out: bool) -> Taken {
+    let wishes = page.directives.and(headers);
+    let opted_out = opt_out && wishes.refusal().is_some();
+    let links = if opt_out && wishes.nofollow() { Vec::new() } else { page.links };
+    let mut found: Vec<Found> = Vec::new();
+    for image in page.images.into_iter().filter(|_| !opted_out) {
+        let first = found.len();
+        for (text_source, text) in image.texts {
+            if found[first..].iter().all(|f| f.text != text) {
+                let (url, page_url) = (image.url.clone(), Some(url.as_str().to_owned()));
+                found.push(Found { url, text, text_source, page_url });
+            }
+        }
+    }
+    Taken { found, links, images: page.images_seen, opted_out }
 }

@@ -88,9 +88,7 @@ impl Answer {
 }
 
 fn may_be_html(headers: &HeaderMap) -> bool {
-    let Some(kind) = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()) else { return true };
-    let kind = kind.split(';').next().unwrap_or("").trim();
-    kind.eq_ignore_ascii_case("text/html") || kind.eq_ignore_ascii_case("application/xhtml+xml")
+    html::is_html(headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()))
 }
 
 /// Either the answer, or where it sends us.
@@ -330,7 +328,7 @@ impl Rate {
     }
 }
 
-fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
+pub(super) fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
     let location = headers.get(LOCATION).ok_or("a redirect without a location")?;
     let location = String::from_utf8_lossy(location.as_bytes());
     let mut target = from.join(location.trim()).map_err(|e| format!("a redirect to an address that cannot be read ({e})"))?;
@@ -340,7 +338,7 @@ fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
 }
 
 /// How long the server asks to wait: seconds, or a date.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit()) {
         return Some(value.parse().map_or(Duration::MAX, Duration::from_secs));

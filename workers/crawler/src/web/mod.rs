@@ -7,6 +7,7 @@
 //! decoding takes.
 
 mod dns;
+mod download;
 mod exchange;
 mod guard;
 mod hosts;

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod annotate;
+mod archive;
+mod archives;
 mod crawl;
 mod download;
 mod fetch;
@@ -13,5 +15,6 @@ mod names;
 mod retry;
 mod search;
 mod server;
+mod sitemaps;
 mod support;
 mod tls;
