@@ -165,12 +165,18 @@ fn selected(urls: &[String]) -> RecordBatch {
 #[tokio::main]
 async fn fetch_list(list: &Path, folder: &Path) {
     let urls: Vec<String> = std::fs::read_to_string(list).unwrap().lines().skip(1).map(|l| l.replace(",a picture", "")).collect();
-    let worker = CrawlerWorkerConfig { per_host: 64, requests_per_second: 1e6, ..CrawlerWorkerConfig::default() };
+    let loopback = vec!["127.0.0.0/8".parse().unwrap()];
+    let worker = CrawlerWorkerConfig {
+        per_host: 64,
+        requests_per_second: 1e6,
+        allow_networks: loopback,
+        ..CrawlerWorkerConfig::default()
+    };
     let stage = Fetch::new(Web::new(&worker).unwrap());
     let config = FetchConfig { image: ImageConfig { size: 256, ..ImageConfig::default() }, ..FetchConfig::default() };
     let store = Store::open(folder.join("store").to_str().unwrap()).await.unwrap();
     for urls in urls.chunks(SHARD) {
-        let params = serde_json::to_value(config.params("bench")).unwrap();
+        let params = serde_json::to_value(config.params("bench").unwrap()).unwrap();
         let task = Task { stage: StageKind::Fetch, stage_version: 1, params, model: None, inputs: vec![] };
         let work = Work::new(task, store.clone(), RunId::new("bench").unwrap(), folder);
         let mut rows = stage.process(work, stream::iter([Ok(selected(urls))]).boxed());
