@@ -105,7 +105,8 @@ pub async fn download(
 ) -> Result<DownloadSummary, CrawlError> {
     let began = Instant::now();
     config.check()?;
-    let web = Web::new(&config.crawler)?;
+    let opt_outs = crate::opt_out::digests(&config.fetch.web.opt_out_lists)?;
+    let web = Web::new(&config.crawler)?.without(&config.fetch.web, &opt_outs).await?;
     let config = Arc::new(config);
     // The list is read before the folder is touched: one that cannot be used must not cost the shards that `overwrite` removes.
     let opened = {

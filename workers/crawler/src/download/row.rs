@@ -57,7 +57,9 @@ impl Missed {
     pub(super) fn new(status: FetchStatus, http_status: Option<u16>, reason: &str) -> Self {
         use FetchStatus as S;
         let of_image = matches!(status, S::Empty | S::NotImage | S::Decode | S::TooManyPixels | S::TooSmall | S::Aspect);
-        let words = WORDS.iter().find(|(of, _)| *of == status).map(|(_, words)| (*words).to_owned());
+        // An opt-out list is no header.
+        let known = status != S::OptOut || reason.starts_with("the answer says");
+        let words = WORDS.iter().find(|(of, _)| *of == status && known).map(|(_, words)| (*words).to_owned());
         let message = words.unwrap_or_else(|| match (status, http_status) {
             (S::HttpClient | S::RateLimited | S::HttpServer, Some(code)) => {
                 let known = reqwest::StatusCode::from_u16(code).ok().and_then(|s| s.canonical_reason());

@@ -207,6 +207,20 @@ async fn other_layouts_hold_the_same() {
     assert!(files(&again.output_folder) == files(&tar));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn opt_out_lists_count() {
+    let server = Server::start(pictures).await;
+    let folder = tempfile::tempdir().unwrap();
+    let list = folder.path().join("opt-out.txt");
+    std::fs::write(&list, "b.test\n").unwrap();
+    let mut config = config(&server, folder.path(), LIST, ListFormat::Csv);
+    config.fetch.web.opt_out_lists = vec![list];
+    assert_eq!(run(&config).await.unwrap().successes, 2);
+    let rows = rows(&config.output_folder.join("00001.parquet"));
+    assert_eq!(texts(&rows, "error_message")[0], "opt_out: an opt-out list names the address");
+    assert!(server.asked().iter().all(|a| !a.starts_with("b.test")));
+}
+
 fn numbers(n: u32) -> String {
     (0..n).map(|i| format!("http://h{}.test/{i}\n", i % 5)).collect()
 }
