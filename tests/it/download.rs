@@ -33,7 +33,9 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
         let mut bytes = std::fs::read(&path).unwrap();
         if path.to_string_lossy().ends_with("_stats.json") {
             let mut stats: Value = serde_json::from_slice(&bytes).unwrap();
-            ["start_time", "end_time", "duration"].map(|time| stats.as_object_mut().unwrap().remove(time).unwrap());
+            for time in ["start_time", "end_time", "duration"] {
+                stats.as_object_mut().unwrap().remove(time).unwrap();
+            }
             bytes = stats.to_string().into_bytes();
         }
         (path.file_name().unwrap().to_string_lossy().into_owned(), bytes)

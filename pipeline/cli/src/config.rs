@@ -212,7 +212,7 @@ impl RunConfig {
             match source {
                 SourceConfig::List(list) => join(&mut list.path),
                 SourceConfig::Archive(archive) => archive.make_absolute(folder),
-                SourceConfig::Pages(_) | SourceConfig::Sitemaps(_) => {}
+                SourceConfig::Pages(_) | SourceConfig::Sitemaps(_) | SourceConfig::Search(_) => {}
             }
         }
         for source in self.annotated.sources.iter_mut().chain(&mut self.heldout.sources) {

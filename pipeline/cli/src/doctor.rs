@@ -163,7 +163,11 @@ async fn network(config: &RunConfig, bandwidth: Option<&Url>, findings: &mut Fin
         match web.probe(url, &config.fetch.web.agent, Duration::from_secs(10), 1 << 30).await {
             Ok(probe) if probe.http_status == 200 => {
                 let (mb, seconds) = (probe.bytes as f64 / 1e6, probe.body.as_secs_f64());
-                findings.add("bandwidth", Level::Ok, format!("{:.1} MB/s ({mb:.1} MB in {seconds:.1} s)", mb / seconds.max(1e-9)));
+                findings.add(
+                    "bandwidth",
+                    Level::Ok,
+                    format!("{:.1} MB/s ({mb:.1} MB in {seconds:.1} s)", mb / seconds.max(1e-9)),
+                );
             }
             Ok(probe) => findings.add("bandwidth", Level::Bad, format!("{url} answers with {}", probe.http_status)),
             Err(why) => findings.add("bandwidth", Level::Bad, format!("{url}: {why}")),

@@ -31,6 +31,7 @@ const TICK: Duration = Duration::from_millis(250);
 
 // Flags have img2dataset's names and, where nothing else is said, its defaults. Truth values are written as it takes them: `True`,
 // `False`, or nothing for true.
+#[expect(clippy::doc_markdown, reason = "the comments are help texts")]
 #[derive(Args, Debug)]
 #[command(
     rename_all = "snake_case",

@@ -22,6 +22,7 @@ pub(crate) fn terminal(m: &Marginals) -> String {
     let mut grid = vec![[' '; COLUMNS]; LINES];
     for (counts, mark) in &curves {
         let Some(counts) = counts else { continue };
+        #[expect(clippy::needless_range_loop, reason = "lines are indexed, columns counted")]
         for column in 0..COLUMNS {
             let rank = (longest as f64).powf(column as f64 / (COLUMNS - 1) as f64).round() as usize;
             let Some(n) = counts.get(rank - 1) else { continue };
@@ -165,9 +166,9 @@ fn svg(m: &Marginals, listed: Option<usize>) -> String {
         let _ = write!(svg, "<rect x=\"{x}\" y=\"{}\" width=\"14\" height=\"4\" fill=\"{colour}\"/>", y - 5.0);
         let _ = write!(svg, "<text x=\"{}\" y=\"{y}\">{name}</text>", x + 20.0);
     }
-    let _ = write!(
+    let _ = writeln!(
         svg,
-        "<text x=\"{}\" y=\"{}\" fill=\"#c0362c\">- - {} for a query</text></svg>\n",
+        "<text x=\"{}\" y=\"{}\" fill=\"#c0362c\">- - {} for a query</text></svg>",
         LEFT + 200.0,
         height - 14.0,
         count(m.threshold)

@@ -62,7 +62,7 @@ async fn of_config(args: &QueriesStatsArgs) -> Result<Meant, Failure> {
     }
     let config = RunConfig::load(Path::new(&args.from), &args.set)?;
     let queries = list(args.queries.as_deref().unwrap_or(&config.queries.path))?;
-    let sources = config.discover.params(queries.digest(), &config.run.snapshot);
+    let sources = config.discover.params(&queries, &config.run.snapshot);
     let sources = sources.map_err(|e| Failure::Usage(capfilt_store::chain(&e)))?;
     let sources = sources.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::from)?;
     let store = Store::open(&config.run.store).await?;

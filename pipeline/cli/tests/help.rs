@@ -11,7 +11,7 @@ fn help(verbs: &[&str]) -> String {
 
 #[test]
 fn help_texts() {
-    let verbs: [&[&str]; 15] = [
+    let verbs: [&[&str]; 16] = [
         &[],
         &["run"],
         &["retry"],
@@ -19,6 +19,7 @@ fn help_texts() {
         &["status"],
         &["queries"],
         &["queries", "build"],
+        &["queries", "stats"],
         &["dataset"],
         &["dataset", "export"],
         &["dataset", "diff"],

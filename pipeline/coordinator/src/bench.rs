@@ -144,6 +144,7 @@ pub async fn balance_inputs(store: &Store, rows: u64) -> Result<Vec<Digest>> {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let made = futures::stream::iter(shards).map(|rows| {
         let (store, handle) = (store.clone(), handle.clone());
+        #[expect(clippy::disallowed_methods, reason = "on a thread that runs no async code")]
         let shard = tokio::task::spawn_blocking(move || handle.block_on(put(&store, Table::Candidates, candidates(rows)?)));
         async move { shard.await.map_err(|e| crate::CoordinatorError::Task(e.to_string()))? }
     });

@@ -55,6 +55,7 @@ impl Readers {
                 let (job, stopped, handle) = (Arc::clone(&job), Arc::clone(&stop.0), handle.clone());
                 // Decoding is work for the processor: on threads of their own it does not hold up those that wait for the store.
                 tokio::task::spawn_blocking(move || {
+                    #[expect(clippy::disallowed_methods, reason = "on a thread that runs no async code")]
                     let done = handle.block_on(job.run(&mut state, &stopped));
                     stopped.fetch_or(done.is_err(), Ordering::Relaxed);
                     done.map(|()| state)

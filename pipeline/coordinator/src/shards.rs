@@ -62,7 +62,9 @@ impl<'a> Shards<'a> {
             for batch in &rows {
                 shard.write(batch)?;
             }
-            Ok(handle.block_on(shard.finish(&store))?)
+            #[expect(clippy::disallowed_methods, reason = "on a thread that runs no async code")]
+            let output = handle.block_on(shard.finish(&store))?;
+            Ok(output)
         }));
         Ok(())
     }

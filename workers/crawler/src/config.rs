@@ -602,8 +602,7 @@ impl WebConfig {
             let why = "it must begin with a name of letters, `-` and `_`, and hold only printable ASCII";
             return Err(bad(&format!("{name}.agent"), why));
         }
-        for (setting, time) in
-            [("timeout", self.timeout), ("connect_timeout", self.connect_timeout), ("deadline", self.deadline)]
+        for (setting, time) in [("timeout", self.timeout), ("connect_timeout", self.connect_timeout), ("deadline", self.deadline)]
         {
             if time.is_zero() {
                 return Err(bad(&format!("{name}.{setting}"), "it is zero"));

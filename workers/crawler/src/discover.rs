@@ -49,9 +49,7 @@ impl Discover {
         }
         let web = web.without(&params.web, &params.opt_outs).await?;
         let (source, found): (String, FoundStream) = match params.source {
-            SourceConfig::Pages(pages) => {
-                ("pages".to_owned(), crawl(web, pages, params.web, params.max_text, work.clone()))
-            }
+            SourceConfig::Pages(pages) => ("pages".to_owned(), crawl(web, pages, params.web, params.max_text, work.clone())),
             SourceConfig::Search(config) => {
                 let list = queries.digest();
                 let Some(part) = params.part.filter(|_| list == params.queries) else {

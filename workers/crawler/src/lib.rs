@@ -29,7 +29,8 @@ mod web;
 pub use annotate::{ANNOTATE_VERSION, Annotate};
 pub use config::{
     AnnotateConfig, AnnotatedSource, ArchiveConfig, CrawlerWorkerConfig, DiscoverConfig, DnsConfig, FetchConfig, ImageConfig,
-    Interpolation, ListConfig, ListFormat, PagesConfig, Reencode, ResizeMode, SitemapsConfig, SourceConfig, StoredFormat, WebConfig,
+    Interpolation, ListConfig, ListFormat, PagesConfig, Reencode, ResizeMode, SitemapsConfig, SourceConfig, StoredFormat,
+    WebConfig,
 };
 pub use discover::{DISCOVER_VERSION, Discover};
 pub use download::{DownloadConfig, DownloadProgress, DownloadSummary, HashKind, IncrementalMode, OutputFormat, download};

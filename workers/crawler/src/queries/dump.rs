@@ -239,7 +239,12 @@ mod tests {
         let mut buffer = String::new();
         let end = chunks(dump, |chunk| {
             longest = longest.max(chunk.xml.len());
-            chunk.pages(&mut buffer, |_, text| Ok::<_, ()>(got.push(text.to_owned()))).is_ok()
+            chunk
+                .pages(&mut buffer, |_, text| {
+                    got.push(text.to_owned());
+                    Ok::<_, ()>(())
+                })
+                .is_ok()
         })
         .unwrap();
         assert_eq!(got, ["one", "two"]);

@@ -34,7 +34,11 @@ pub(crate) fn read_any(data: &[u8]) {
     wikitext::plain(&whole, &hidden, &mut prose);
     assert!(prose.len() <= 2 * whole.len() + 1);
     let end = dump::chunks(data, |chunk| {
-        chunk.pages(&mut text, |_, wikitext| Ok::<_, ()>(wikitext::plain(wikitext, &chunk.hidden, &mut prose))).is_ok()
+        let read = chunk.pages(&mut text, |_, wikitext| {
+            wikitext::plain(wikitext, &chunk.hidden, &mut prose);
+            Ok::<_, ()>(())
+        });
+        read.is_ok()
     });
     assert!(end.is_ok());
     for line in data.split(|b| *b == b'\n') {

@@ -151,8 +151,10 @@ mod tests {
     fn pick(budget: usize, sources: &[(QuerySource, &[(&str, u64)])]) -> (Vec<(String, u64)>, Vec<SourceCounts>) {
         let mut picker = Picker::new(budget);
         for (source, texts) in sources {
-            let offer =
-                |each: &mut dyn FnMut(&str, u64, Option<f64>)| texts.iter().try_for_each(|(t, n)| Ok::<_, ()>(each(t, *n, None)));
+            let offer = |each: &mut dyn FnMut(&str, u64, Option<f64>)| {
+                texts.iter().for_each(|(t, n)| each(t, *n, None));
+                Ok::<_, ()>(())
+            };
             picker.source(*source, offer).unwrap();
         }
         let (rows, counts) = picker.finish();

@@ -94,7 +94,7 @@ fn packing_threads_and_memory_change_nothing() {
         folder.path().join(name)
     };
     // A stream for some pages each, as Wikimedia packs them; streams that end anywhere, as parallel packers make them; plain; gzip.
-    let multistream: Vec<u8> = std::iter::once(head.clone())
+    let multistream: Vec<u8> = std::iter::once(head)
         .chain(pages.chunks(7).map(<[String]>::concat))
         .chain(["</mediawiki>".to_owned()])
         .flat_map(|p| packed(p.as_bytes()))

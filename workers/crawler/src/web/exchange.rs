@@ -250,8 +250,7 @@ async fn receive(mut response: Response, url: &Url, web: &WebConfig, want: Want,
         _ => return Err(fail(FetchStatus::HttpClient, format!("http {code}"))),
     }
     let headers = std::mem::take(response.headers_mut());
-    let answer =
-        |body| {
+    let answer = |body| {
         let headers = headers.clone();
         Ok(Reply::Answer(Answer { url: url.clone(), http_status: code, headers, body, _connection: None, room: None }))
     };

@@ -36,16 +36,16 @@ fn is_public(ip: IpAddr) -> bool {
 
 fn is_public_v4(ip: Ipv4Addr) -> bool {
     !match ip.octets() {
-        [0 | 10 | 127, ..] => true,           // this network, private, loopback
+        [0 | 10 | 127, ..] => true,             // this network, private, loopback
         [100, b, ..] => (64..128).contains(&b), // carriers' NAT
-        [169, 254, ..] => true,               // link-local, and the metadata services of clouds
+        [169, 254, ..] => true,                 // link-local, and the metadata services of clouds
         [172, b, ..] => (16..32).contains(&b),
         [192, 0, 0 | 2, _] => true, // protocol assignments, documentation
         [192, 88, 99, _] => true,   // 6to4 relays
         [192, 168, ..] => true,
-        [198, 18 | 19, ..] => true, // benchmarks
+        [198, 18 | 19, ..] => true,                   // benchmarks
         [198, 51, 100, _] | [203, 0, 113, _] => true, // documentation
-        [a, ..] => a >= 224,        // multicast, reserved, broadcast
+        [a, ..] => a >= 224,                          // multicast, reserved, broadcast
     }
 }
 
@@ -75,9 +75,10 @@ mod tests {
 
     #[test]
     fn only_public_addresses_are_admitted() {
-        for public in ["1.1.1.1", "100.63.0.1", "100.128.0.1", "172.15.0.1", "172.32.0.1", "192.0.1.1", "198.20.0.1", "223.255.255.255"]
-            .iter()
-            .chain(&["2606:4700::1", "2a00:1450::5", "2001:200::1", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1"])
+        for public in
+            ["1.1.1.1", "100.63.0.1", "100.128.0.1", "172.15.0.1", "172.32.0.1", "192.0.1.1", "198.20.0.1", "223.255.255.255"]
+                .iter()
+                .chain(&["2606:4700::1", "2a00:1450::5", "2001:200::1", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1"])
         {
             assert!(admits(&[], public.parse().unwrap()), "{public}");
         }
@@ -102,9 +103,16 @@ mod tests {
 
     #[test]
     fn literal_addresses_are_seen_in_every_spelling() {
-        for url in ["http://127.0.0.1/", "http://127.1/", "http://2130706433/", "http://0x7f.1/", "http://017700000001/", "http://127.0.0.1./"]
-            .iter()
-            .chain(&["http://localhost/", "http://LOCALHOST.:80/", "http://a.localhost/", "http://１２７.0.0.1/"])
+        for url in [
+            "http://127.0.0.1/",
+            "http://127.1/",
+            "http://2130706433/",
+            "http://0x7f.1/",
+            "http://017700000001/",
+            "http://127.0.0.1./",
+        ]
+        .iter()
+        .chain(&["http://localhost/", "http://LOCALHOST.:80/", "http://a.localhost/", "http://１２７.0.0.1/"])
         {
             assert_eq!(literal(&Url::parse(url).unwrap()), Some(Ipv4Addr::LOCALHOST.into()), "{url}");
         }

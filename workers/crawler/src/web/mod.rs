@@ -51,6 +51,9 @@ pub struct Web {
     opt_outs: Arc<OptOuts>,
 }
 
+/// Lists that are read by the first who needs them.
+type ReadOnce = Arc<OnceCell<Arc<OptOuts>>>;
+
 struct Inner {
     route: Route,
     clients: Mutex<HashMap<Duration, Clients>>,
@@ -58,7 +61,7 @@ struct Inner {
     robots: Robots,
     connections: Arc<Semaphore>,
     /// The opt-out lists that were read, by their digests.
-    opt_outs: Mutex<HashMap<Vec<Digest>, Arc<OnceCell<Arc<OptOuts>>>>>,
+    opt_outs: Mutex<HashMap<Vec<Digest>, ReadOnce>>,
     settings: CrawlerWorkerConfig,
 }
 

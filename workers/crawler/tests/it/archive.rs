@@ -65,7 +65,7 @@ fn queries() -> QueryList {
 
 fn tasks(config: &DiscoverConfig) -> Vec<DiscoverParams> {
     config.check().unwrap();
-    config.params(queries().digest(), "now").unwrap()
+    config.params(&queries(), "now").unwrap()
 }
 
 async fn discover(server: &Server, params: &DiscoverParams) -> Result<(RecordBatch, Value), StageError> {

@@ -201,7 +201,8 @@ async fn rows_hold_the_image_as_configured() {
     let image = ImageConfig { size: 24, format: StoredFormat::Png, ..ImageConfig::default() };
     let config = FetchConfig { image, ..config() };
     let stage = Fetch::new(Web::new(&worker(server.address)).unwrap());
-    let (rows, _) = run(&stage, &config.params("now").unwrap(), selected(&["http://a.test/x#fragment".to_owned()])).await.unwrap();
+    let (rows, _) =
+        run(&stage, &config.params("now").unwrap(), selected(&["http://a.test/x#fragment".to_owned()])).await.unwrap();
     let number = |name: &str| rows.column_by_name(name).unwrap().as_primitive::<UInt32Type>().value(0);
     assert_eq!([number("width"), number("height"), number("original_width"), number("original_height")], [32, 24, 64, 48]);
     assert_eq!(texts(&rows, "format"), ["png"]);
@@ -303,7 +304,8 @@ async fn a_plain_proxy_is_asked_for_everything() {
     .await;
     let route = CrawlerWorkerConfig { proxy: Some(format!("http://{}", proxy.address)), ..CrawlerWorkerConfig::default() };
     let stage = Fetch::new(Web::new(&route).unwrap());
-    let (rows, _) = run(&stage, &config().params("now").unwrap(), selected(&["http://far.test/x.png?q=1".to_owned()])).await.unwrap();
+    let (rows, _) =
+        run(&stage, &config().params("now").unwrap(), selected(&["http://far.test/x.png?q=1".to_owned()])).await.unwrap();
     assert_eq!(texts(&rows, "status"), ["ok"]);
 }
 

@@ -99,13 +99,17 @@ fn answer(r: &Request) -> Reply {
         "/huge-chunk" => Reply::Raw([chunked(), b"ffffffffffffffff\r\nabc".to_vec()].concat()),
         "/endless-chunk-size" => Reply::Endless(chunked(), b"0".repeat(8_192), flood),
         "/endless-chunk-extension" => Reply::Endless([chunked(), b"1;".to_vec()].concat(), b"x".repeat(65_536), Duration::ZERO),
-        "/endless-trailers" => Reply::Endless([chunked(), b"0\r\n".to_vec()].concat(), b"X-A: b\r\n".repeat(8_000), Duration::ZERO),
+        "/endless-trailers" => {
+            Reply::Endless([chunked(), b"0\r\n".to_vec()].concat(), b"X-A: b\r\n".repeat(8_000), Duration::ZERO)
+        }
         // Bodies.
         "/drip" => Reply::Endless(head("Content-Length: 100000\r\n"), b"x".to_vec(), drip),
         "/stall-after-head" => Reply::Endless(head("Content-Length: 1000\r\n"), vec![], Duration::from_secs(600)),
         "/stall-in-body" => Reply::Endless(half(), vec![], Duration::from_secs(600)),
         "/endless" => Reply::Endless(head(""), vec![0; 65_536], Duration::ZERO),
-        "/endless-chunks" => Reply::Endless(chunked(), [b"10000\r\n".to_vec(), vec![b'x'; 0x10000], b"\r\n".to_vec()].concat(), Duration::ZERO),
+        "/endless-chunks" => {
+            Reply::Endless(chunked(), [b"10000\r\n".to_vec(), vec![b'x'; 0x10000], b"\r\n".to_vec()].concat(), Duration::ZERO)
+        }
         "/reset-in-body" => Reply::Reset(half()),
         "/empty" => ok("image/png", ""),
         "/html" => ok("image/jpeg", "<!doctype html><h1>no hotlinking</h1>"),
@@ -185,8 +189,8 @@ fn answer(r: &Request) -> Reply {
 
 /// 30 MB of zeros, as `brotli -q 11 -w 24` packs them.
 const BROTLI_BOMB: [u8; 27] = [
-    0xcf, 0xff, 0xff, 0x7f, 0xf8, 0x27, 0, 0xe2, 0xb1, 0x40, 0x20, 0xf7, 0xfe, 0x3f, 0xff, 0x86, 0x93, 0xf1, 0x4f, 0, 0xc4, 0x61, 1,
-    0x80, 0xce, 0x6e, 0x32,
+    0xcf, 0xff, 0xff, 0x7f, 0xf8, 0x27, 0, 0xe2, 0xb1, 0x40, 0x20, 0xf7, 0xfe, 0x3f, 0xff, 0x86, 0x93, 0xf1, 0x4f, 0, 0xc4, 0x61,
+    1, 0x80, 0xce, 0x6e, 0x32,
 ];
 
 /// Paths of [`answer`], and what must come of them.
@@ -362,7 +366,9 @@ impl World {
             ("CLOSED", self.closed),
             ("SILENT", self.silent.local_addr().unwrap()),
         ];
-        ports.iter().fold(text.to_owned(), |url, (name, address)| url.replace(&format!(":{name}"), &format!(":{}", address.port())))
+        ports
+            .iter()
+            .fold(text.to_owned(), |url, (name, address)| url.replace(&format!(":{name}"), &format!(":{}", address.port())))
     }
 
     fn web(&self) -> Web {
@@ -486,7 +492,10 @@ async fn a_name_that_turns_private_is_not_followed() {
     let urls = [world.url("http://rebinding.test:PORT/x")];
     let (rows, _) = run(&stage, &config().params("now").unwrap(), selected(&urls)).await.unwrap();
     // Its robots.txt was had while the name was still ours.
-    assert_eq!((texts(&rows, "status"), world.server.hits("rebinding.test/robots.txt")), (vec!["forbidden_address".to_owned()], 1));
+    assert_eq!(
+        (texts(&rows, "status"), world.server.hits("rebinding.test/robots.txt")),
+        (vec!["forbidden_address".to_owned()], 1)
+    );
     assert_eq!(world.server.hits("rebinding.test/x"), 0);
 }
 
@@ -524,7 +533,8 @@ fn memory_is_bounded() {
 async fn memory_in_its_own_process() {
     let world = World::new().await;
     // Bombs, many times each.
-    let (world, bombs) = (&world, PATHS.iter().filter(|(path, _)| ["bomb", "endless", "huge", "many", "window"].iter().any(|w| path.contains(w))));
+    let (world, bombs) =
+        (&world, PATHS.iter().filter(|(path, _)| ["bomb", "endless", "huge", "many", "window"].iter().any(|w| path.contains(w))));
     let urls: Vec<String> =
         bombs.flat_map(|(path, _)| (0..20).map(move |n| world.url(&format!("http://host-{n}.test:PORT{path}")))).collect();
     assert!(urls.len() > 300);

@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use capfilt_crawler::{CrawlerWorkerConfig, Discover, DiscoverConfig, Fetch, FetchConfig, Matcher, PagesConfig, QueryList, SourceConfig, Web, WebConfig};
+use capfilt_crawler::{
+    CrawlerWorkerConfig, Discover, DiscoverConfig, Fetch, FetchConfig, Matcher, PagesConfig, QueryList, SourceConfig, Web,
+    WebConfig,
+};
 
 use crate::server::{Reply, Server, ok, redirect, status};
 use crate::support::{png, run, selected, texts, web, worker};
@@ -107,20 +110,30 @@ async fn those_who_opted_out_are_not_asked() {
     .await;
     let manners = WebConfig { opt_out_lists: vec![list.clone()], ..web() };
     let config = FetchConfig { web: manners.clone(), ..FetchConfig::default() };
-    let rows = ["http://a.test/1.png", "http://a.test/2.png", "http://a.test/art/3.png", "http://gone.test/4.png", "http://a.test/moved"];
+    let rows = [
+        "http://a.test/1.png",
+        "http://a.test/2.png",
+        "http://a.test/art/3.png",
+        "http://gone.test/4.png",
+        "http://a.test/moved",
+    ];
     let params = config.params("now").unwrap();
     let stage = Fetch::new(Web::new(&worker(server.address)).unwrap());
     let (out, _) = run(&stage, &params, selected(&rows.map(str::to_owned))).await.unwrap();
     assert_eq!(texts(&out, "status"), ["opt_out", "ok", "opt_out", "opt_out", "opt_out"]);
     assert_eq!(texts(&out, "error")[0], "an opt-out list names the address");
-    assert!(server.asked().iter().all(|a| !a.contains("gone.test") && !a.contains("/art/") && !a.ends_with("/1.png")), "{:?}", server.asked());
+    assert!(
+        server.asked().iter().all(|a| !a.contains("gone.test") && !a.contains("/art/") && !a.ends_with("/1.png")),
+        "{:?}",
+        server.asked()
+    );
 
     // Pages that are named are not crawled either.
     let pages = PagesConfig { seeds: vec!["http://a.test/".to_owned()], hosts: vec!["*".to_owned()], ..PagesConfig::default() };
     let queries = QueryList::from_texts(["cat"]);
     let discover = DiscoverConfig { sources: vec![SourceConfig::Pages(pages)], web: manners, ..DiscoverConfig::default() };
     let stage_of_pages = Discover::new(Web::new(&worker(server.address)).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
-    let tasks = discover.params(queries.digest(), "now").unwrap();
+    let tasks = discover.params(&queries, "now").unwrap();
     let (found, facts) = run(&stage_of_pages, &tasks[0], vec![]).await.unwrap();
     assert_eq!((texts(&found, "url"), &facts["pages_opt_out"]), (vec!["http://a.test/2.png".to_owned()], &2.into()));
 

@@ -11,7 +11,7 @@ use crate::support::{png, run, run_on, selected, texts, web, worker};
 fn params(retry: &[FetchStatus]) -> FetchParams {
     let config = FetchConfig { web: WebConfig { retries: 0, ..web() }, ..FetchConfig::default() };
     let retry = (!retry.is_empty()).then(|| RetryParams { name: "test/1".to_owned(), statuses: retry.to_vec() });
-    FetchParams { retry, ..config.params("now") }
+    FetchParams { retry, ..config.params("now").unwrap() }
 }
 
 /// Picture n of ten: every third fails at first with 503, every fifth always with 404.

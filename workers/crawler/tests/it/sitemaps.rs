@@ -49,7 +49,7 @@ async fn discover(server: &Server, source: Value) -> Result<(RecordBatch, Value)
     config.check().unwrap();
     let queries = QueryList::from_texts(["cat", "dog"]);
     let stage = Discover::new(Web::new(&worker(server.address)).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
-    run(&stage, &config.params(queries.digest(), "now").unwrap()[0], vec![]).await
+    run(&stage, &config.params(&queries, "now").unwrap()[0], vec![]).await
 }
 
 fn lines(rows: &RecordBatch) -> Vec<String> {

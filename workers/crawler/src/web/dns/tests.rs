@@ -163,7 +163,8 @@ async fn pause(ms: u64) {
 
 #[tokio::test]
 async fn a_name_is_asked_for_once_and_kept_by_its_ttl() {
-    let server = Server::start(|name, _| if name.starts_with("short") { Says::Late(50, here(0).into()) } else { here(3600) }).await;
+    let server =
+        Server::start(|name, _| if name.starts_with("short") { Says::Late(50, here(0).into()) } else { here(3600) }).await;
     let dns = resolver(&[&server]);
     let all = join_all((0..500).map(|_| dns.addresses("short.test"))).await;
     assert!(all.iter().all(|a| a.as_deref().unwrap() == [v4(1)]));
