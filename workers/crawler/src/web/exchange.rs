@@ -222,14 +222,21 @@ pub(super) async fn exchange(
         Ok(Err(e)) => return Err(classify(&e.without_url(), FetchStatus::Connect)),
         Err(_) => return Err(Failure { silent: true, ..Failure::new(FetchStatus::Timeout, LATE) }),
     };
-    match tokio::time::timeout_at(deadline, receive(response, url, web, want, max_body)).await {
+    match tokio::time::timeout_at(deadline, receive(response, url, web, want, max_body, deadline)).await {
         Ok(reply) => reply,
         Err(_) => Err(Failure::new(FetchStatus::Timeout, LATE)),
     }
 }
 
-/// What is made of an answer once its head is there.
-async fn receive(mut response: Response, url: &Url, web: &WebConfig, want: Want, max_body: usize) -> Result<Reply, Failure> {
+/// What is made of an answer once its head is there; somebody else ends it at `deadline`.
+async fn receive(
+    mut response: Response,
+    url: &Url,
+    web: &WebConfig,
+    want: Want,
+    max_body: usize,
+    deadline: tokio::time::Instant,
+) -> Result<Reply, Failure> {
     let code = response.status().as_u16();
     let fail = |status, reason: String| Failure { http_status: Some(code), ..Failure::new(status, reason) };
     match code {
@@ -269,7 +276,7 @@ async fn receive(mut response: Response, url: &Url, web: &WebConfig, want: Want,
         return Err(fail(FetchStatus::TooLarge, format!("the body has {told} bytes, more than {max_body}")));
     }
     let mut body = Vec::new();
-    let mut rate = Rate::new(web.min_rate);
+    let mut rate = Rate::new(web.min_rate, deadline);
     loop {
         let chunk = match tokio::time::timeout_at(rate.next_look, response.chunk()).await {
             Ok(Ok(Some(chunk))) => chunk,
@@ -305,24 +312,35 @@ fn is_whole(headers: &HeaderMap) -> bool {
     number(first) == Some(0) && number(size).zip(number(last)).is_some_and(|(size, last)| Some(last) == size.checked_sub(1))
 }
 
-/// Watches that a body keeps its least rate: it is looked at when a window is over, never while bytes flow.
+/// Watches that a body keeps its least rate: it is looked at when a window is over, never while bytes flow. It is not looked at shortly
+/// before the deadline, so that the same slow body always ends for the same reason.
 struct Rate {
     need: usize,
     before: usize,
     next_look: tokio::time::Instant,
+    deadline: tokio::time::Instant,
 }
 
 impl Rate {
-    fn new(bytes_a_second: usize) -> Self {
+    fn new(bytes_a_second: usize, deadline: tokio::time::Instant) -> Self {
         let need = bytes_a_second.saturating_mul(RATE_WINDOW.as_secs() as usize);
-        Self { need, before: 0, next_look: tokio::time::Instant::now() + RATE_WINDOW }
+        let mut rate = Self { need, before: 0, next_look: tokio::time::Instant::now(), deadline };
+        rate.plan();
+        rate
+    }
+
+    fn plan(&mut self) {
+        self.next_look += RATE_WINDOW;
+        if self.next_look + RATE_WINDOW / 2 > self.deadline {
+            self.next_look = self.deadline + RATE_WINDOW;
+        }
     }
 
     /// To be asked at `next_look`, with the bytes so far.
     fn keeps_up(&mut self, bytes: usize) -> bool {
         let brought = bytes - self.before;
         self.before = bytes;
-        self.next_look += RATE_WINDOW;
+        self.plan();
         brought >= self.need
     }
 }
