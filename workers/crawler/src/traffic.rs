@@ -11,6 +11,8 @@ use serde::Serialize;
 const MAX_HOSTS: usize = 20_000;
 /// Stands for all hosts beyond the first [`MAX_HOSTS`].
 pub const OTHER_HOSTS: &str = "(other hosts)";
+/// Stands for addresses that name none.
+const NO_HOST: &str = "(no host)";
 
 /// The downloads of a process. Cheap to clone; all clones are one.
 #[derive(Clone, Debug, Default)]
@@ -76,7 +78,7 @@ fn share(part: u64, all: u64) -> f64 {
 impl Traffic {
     /// Counts one download that has ended. `url` may be anything.
     pub(crate) fn record(&self, url: &str, status: FetchStatus, bytes: u64, took: Duration) {
-        let host = url::Url::parse(url).ok().and_then(|u| u.host_str().map(str::to_owned)).unwrap_or_default();
+        let host = url::Url::parse(url).ok().and_then(|u| u.host_str().map(str::to_owned)).unwrap_or_else(|| NO_HOST.to_owned());
         metrics::counter!("capfilt_downloaded_bytes_total").increment(bytes);
         metrics::histogram!("capfilt_download_duration_seconds").record(took.as_secs_f64());
         let mut counted = self.lock();
@@ -140,7 +142,7 @@ mod tests {
         assert_eq!((totals.all(), totals.ok(), totals.bytes, totals.success()), (4, 2, 150, 0.5));
         assert_eq!(totals.failures(), [(FetchStatus::BadUrl, 0.25), (FetchStatus::Timeout, 0.25)]);
         let hosts = traffic.hosts(2);
-        assert_eq!(hosts.iter().map(|(name, d)| (name.as_str(), d.all())).collect::<Vec<_>>(), [("b.test", 2), ("", 1)]);
+        assert_eq!(hosts.iter().map(|(name, d)| (name.as_str(), d.all())).collect::<Vec<_>>(), [("b.test", 2), (NO_HOST, 1)]);
         let cost = traffic.cost_per_million(3.6).unwrap();
         assert!((cost - 3.6 * traffic.span().as_secs_f64() / 3600.0 / 2.0 * 1e6).abs() < 1e-6 && cost >= 500.0, "{cost}");
     }
