@@ -9,7 +9,7 @@ use serde::Serialize;
 
 /// Hosts that are counted by name; what further ones do is counted under [`OTHER_HOSTS`].
 const MAX_HOSTS: usize = 20_000;
-/// Stands for all hosts beyond the first [`MAX_HOSTS`].
+/// Stands for all hosts beyond the first 20,000.
 pub const OTHER_HOSTS: &str = "(other hosts)";
 /// Stands for addresses that name none.
 const NO_HOST: &str = "(no host)";
