@@ -16,9 +16,10 @@ failed=0
 for target in "${targets[@]}"; do
   mkdir -p "$cache/$target" "fuzz/regressions/$target"
   echo "== fuzz $target for $seconds s"
+  log=$cache/$target.log
   cargo +nightly fuzz run --release "$target" "$cache/$target" "fuzz/regressions/$target" "fuzz/seeds/$target" -- \
-    -max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -max_len=65536 -print_final_stats=1 2>&1 |
-    grep -E '^(stat::|SUMMARY|==|INFO: seed|Test unit|artifact_prefix|#[0-9]+.*(DONE|INITED))' || true
-  [ "${PIPESTATUS[0]}" = 0 ] || { echo "fuzz: $target broke; see workers/crawler/fuzz/artifacts/$target" >&2 && failed=1; }
+    -max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -max_len=65536 -print_final_stats=1 >"$log" 2>&1 ||
+    { echo "fuzz: $target broke; see $log and workers/crawler/fuzz/artifacts/$target" >&2 && failed=1; }
+  grep -E '^(stat::|SUMMARY|#[0-9]+.*(DONE|INITED))' "$log" || tail -n 20 "$log" >&2
 done
 exit "$failed"

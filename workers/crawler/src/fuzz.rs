@@ -1,5 +1,5 @@
 //! The parsers of foreign bytes, each behind one function: any bytes in, a panic if a promise is broken. For `scripts/fuzz.sh`, and for the
-//! tests, which run every input that once broke one (`fuzz/regressions/`).
+//! tests, which run its first inputs (`fuzz/seeds/`) and every one that once broke it (`fuzz/regressions/`).
 
 use std::time::Duration;
 
@@ -110,12 +110,13 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn what_once_broke_a_parser_is_read() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/regressions");
+    fn first_inputs_and_what_once_broke_a_parser_are_read() {
+        let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
         for (name, parser) in TARGETS {
             parser(b"");
-            let Ok(files) = std::fs::read_dir(folder.join(name)) else { continue };
-            for file in files {
+            let seeds = std::fs::read_dir(fuzz.join("seeds").join(name)).unwrap();
+            let regressions = std::fs::read_dir(fuzz.join("regressions").join(name)).into_iter().flatten();
+            for file in seeds.chain(regressions) {
                 parser(&std::fs::read(file.unwrap().path()).unwrap());
             }
         }
