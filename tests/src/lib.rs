@@ -6,6 +6,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+/// That of the program, so that benches measure what it does.
+#[cfg(not(target_env = "msvc"))]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Figures of one bench, larger is better, in the order in which they were taken.
 pub struct Figures {
     /// The bench: the name of its line and of its file `target/bench/<name>.jsonl`.

@@ -25,10 +25,15 @@ use args::{Cli, Verb};
 use output::Failure;
 use tracing_subscriber::EnvFilter;
 
+/// Models free and take the same large buffers over and over, and sorting puts away memory in one thread and frees it in another: with
+/// glibc's allocator the one is slow and the other leaves twice of what is in use.
+#[cfg(not(target_env = "msvc"))]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::read();
     logging(&cli);
-    keep_freed_memory();
     machine::raise_file_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -82,19 +87,3 @@ fn logging(cli: &Cli) {
         builder.with_target(false).init();
     }
 }
-
-/// Tells glibc to keep freed memory: models free and take the same large buffers over and over, and returning them to the kernel each
-/// time costs a BLIP vision tower some 15 % of its time on a CPU.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-#[allow(unsafe_code)]
-fn keep_freed_memory() {
-    // SAFETY: mallopt only sets parameters of the allocator, and runs before any other thread.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
-        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
-    }
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn keep_freed_memory() {}
