@@ -32,7 +32,8 @@ pub struct WebConfig {
     /// Most time of an attempt until the connection stands: name resolution, TCP and TLS.
     #[serde(with = "units::time")]
     pub connect_timeout: Duration,
-    /// Most time for an address in all: attempts, redirects, waits for the host's turn and between attempts.
+    /// Most time for an address from its first request on: attempts, redirects, waits between them. Before that it waits for its turn as
+    /// long as manners and good answers to others take, and so much beside.
     #[serde(with = "units::time")]
     pub deadline: Duration,
     /// A body must bring so many bytes a second, over every five seconds of it; 0 asks for nothing.
@@ -43,14 +44,16 @@ pub struct WebConfig {
     /// The wait before the first further attempt; it doubles each time.
     #[serde(with = "units::time")]
     pub backoff: Duration,
-    /// A `Retry-After` up to this is waited for; a longer one ends the attempts.
+    /// A `Retry-After` up to this is waited for; a longer one ends the attempts of its address. The host's other addresses wait, if it is
+    /// over within their `deadline`.
     #[serde(with = "units::time")]
     pub max_retry_after: Duration,
     /// Redirects followed for one address.
     pub max_redirects: u32,
-    /// A host that has given no sign of life to so many requests in a row is left alone for ten minutes: its other addresses fail at
-    /// once, in the same way. 0 never gives up.
-    pub give_up_host_after: u32,
+    /// A host that has given no sign of life for so long, to eight requests at least, is left alone for ten minutes: its other addresses
+    /// fail at once, in the same way. 0 never gives up.
+    #[serde(with = "units::time")]
+    pub give_up_host_after: Duration,
 }
 
 impl Default for WebConfig {
@@ -68,7 +71,7 @@ impl Default for WebConfig {
             backoff: Duration::from_millis(500),
             max_retry_after: Duration::from_secs(30),
             max_redirects: 5,
-            give_up_host_after: 32,
+            give_up_host_after: Duration::from_secs(60),
         }
     }
 }

@@ -45,10 +45,10 @@ impl Fetch {
 
     async fn start(web: Web, traffic: Traffic, work: Work, input: RowStream) -> Result<RowStream, StageError> {
         let FetchParams { fetch: config, opt_outs, retry, .. } = work.params()?;
-        let web = web.without(&config.web, &opt_outs).await?;
         let config = Arc::new(config);
         // What was taken down is a fact of the store, as what a server answers is one of the web: it is in the rows, not in the name.
         let taken_down = Arc::new(work.store.taken_down().await?);
+        let web = web.without(&config.web, &opt_outs).await?.without_taken_down(Arc::clone(&taken_down));
         let room = Room::new(web.settings().buffer, largest_result(&config));
         let facts = work.facts.clone();
         let rows = input
@@ -130,6 +130,7 @@ async fn fetch(
     taken_down: &Arc<TakenDown>,
     place: &Place,
 ) -> Result<(Outcome, Option<Taken>), StageError> {
+    // Of what was removed from the rows no address is left.
     if taken_down.covers_url(url) {
         return Ok((Outcome::refused(Refused::new(FetchStatus::TakenDown, "the address was taken down"), None), None));
     }

@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use url::Url;
 
 use super::exchange::{classify, redirect_target, retry_after};
-use super::hosts::Slot;
+use super::hosts::{Clock, Slot};
 use super::{Failure, Web, backoff};
 use crate::CrawlError;
 use crate::config::WebConfig;
@@ -19,6 +19,8 @@ use crate::config::WebConfig;
 /// Bytes that count as progress: after so many, failures are forgotten. They have to come within so many `timeout`s.
 const STRETCH: u64 = 1 << 20;
 const STRETCH_TIMEOUTS: u32 = 30;
+/// Other files of the same host may have to end first.
+const LONGEST_WAIT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// More than any file of an archive has.
 const MAX_BYTES: u64 = 256 << 30;
 
@@ -135,10 +137,10 @@ impl Download {
         // Without a size the bytes may be unpacked ones, to which a range does not apply.
         let range = (self.at > 0 && self.size.is_some()).then(|| format!("bytes={}-", self.at));
         for _ in 0..=self.config.max_redirects {
-            if !self.web.inner.route.admits(&url) {
+            if !self.web.inner.route.admits(&url).await {
                 return Err(Failure::new(FetchStatus::ForbiddenAddress, "the host is not on the public internet"));
             }
-            let (slot, _, connection) = self.web.turn(&url, Duration::ZERO, None).await?;
+            let (slot, _, connection) = self.web.turn(&url, Duration::ZERO, None, &Clock::new(LONGEST_WAIT)).await?;
             let (turn, client) = ((slot, connection), self.web.clients(&self.config)?.keeping);
             let mut request = client.get(url.clone()).header(USER_AGENT, &self.config.agent).header(ACCEPT_ENCODING, "identity");
             if let Some(range) = &range {
@@ -160,8 +162,10 @@ impl Download {
                 }
                 429 => {
                     let pause = retry_after(response.headers());
-                    turn.0.too_fast(pause.unwrap_or(self.config.backoff), self.config.max_retry_after.max(self.config.backoff));
-                    return fail(FetchStatus::RateLimited).map_err(|f| Failure { retry_after: pause, ..f });
+                    let failure = Failure { http_status: Some(code), ..Failure::new(FetchStatus::RateLimited, "http 429") };
+                    let longest = self.config.max_retry_after.max(self.config.backoff);
+                    turn.0.too_fast(&failure, pause.unwrap_or(self.config.backoff), longest);
+                    return Err(Failure { retry_after: pause, ..failure });
                 }
                 500.. => {
                     return fail(FetchStatus::HttpServer)

@@ -1,12 +1,12 @@
-//! Politeness and patience: how many requests a host gets at once and how fast, what a 429 changes, and when a host is given up.
+//! Politeness and patience: how many requests a host gets at once and how fast, what a 429 changes, how long an address waits for its
+//! turn, and when a host is given up.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use capfilt_schemas::FetchStatus;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SetOnce};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::Failure;
 
@@ -16,7 +16,9 @@ const MAX_SPACING: Duration = Duration::from_secs(10);
 const TRUST_AFTER: u32 = 30;
 /// A host that answers 429 this often in a row, however slowly it is asked, is left alone for [`LEFT_ALONE`].
 const GIVE_UP_AFTER: u32 = 16;
-/// How long a host is left alone that asked for it, or that is dead.
+/// A host is not dead before so many requests in a row were met with silence, however long it has lasted.
+const LEAST_SILENCES: u32 = 8;
+/// How long a host is left alone that answers nothing but 429, or that is dead.
 const LEFT_ALONE: Duration = Duration::from_secs(600);
 /// A host is not left alone for longer than this, whatever it asks for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
@@ -39,7 +41,11 @@ struct Known {
 }
 
 struct Host {
+    /// Addresses that have had no turn yet wait here, in their order: at most one of them waits for a slot beside those that have begun.
+    /// So what was begun is ended before more is.
+    door: tokio::sync::Mutex<()>,
     slots: Arc<Semaphore>,
+    at_once: u32,
     pace: Mutex<Pace>,
 }
 
@@ -51,14 +57,50 @@ struct Pace {
     good_in_a_row: u32,
     limited_in_a_row: u32,
     silent_in_a_row: u32,
-    /// Nothing is asked of the host before this; whoever comes gets the failure.
-    shut: Option<(Instant, Failure)>,
+    silent_since: Instant,
+    /// Time that manners and good answers have taken so far: those who wait meanwhile wait for nothing bad.
+    well_spent: Duration,
+    shut: Option<Shut>,
+}
+
+/// Nothing is asked of a host for some time.
+struct Shut {
+    until: Instant,
+    /// What whoever does not wait for the end of it gets.
+    failure: Failure,
+    /// Whether it is worth no waiting.
+    given_up: bool,
 }
 
 /// The right to one request; it ends when this is dropped.
 pub(super) struct Slot {
     host: Arc<Host>,
     _permit: Option<OwnedSemaphorePermit>,
+    granted: Instant,
+    spacing: Duration,
+}
+
+/// The time of one address. It runs from its first request on, and before that while its host does nothing well.
+pub(super) struct Clock {
+    limit: Duration,
+    begun: SetOnce<Instant>,
+}
+
+impl Clock {
+    pub(super) fn new(limit: Duration) -> Self {
+        Self { limit, begun: SetOnce::new() }
+    }
+
+    /// The first request is on its way.
+    pub(super) fn begin(&self) {
+        let _ = self.begun.set(Instant::now());
+    }
+
+    /// Waits until time is up.
+    pub(super) async fn passed(&self) {
+        let begun = *self.begun.wait().await;
+        sleep_until(begun + self.limit).await;
+    }
 }
 
 impl Hosts {
@@ -70,29 +112,49 @@ impl Hosts {
     /// Waits until a request to `host` may start. `delay` is the host's own wish for the time between two requests.
     ///
     /// # Errors
-    /// The host is left alone for now: it asked for a long pause, answers 429 to everything, or is dead. Then the failure is the one that
-    /// showed it, so that a row says the same whether it came before or after.
-    pub(super) async fn enter(&self, host: &str, delay: Duration) -> Result<Slot, Failure> {
+    /// The time of the address is up; or the host is left alone for longer than that: it asked for a long pause, answers 429 to
+    /// everything, or is dead. Then the failure is the one that showed it, so that a row says the same whether it came before or after.
+    pub(super) async fn enter(&self, host: &str, delay: Duration, clock: &Clock) -> Result<Slot, Failure> {
         let host = self.host(host);
-        let permit = Arc::clone(&host.slots).acquire_owned().await.ok();
-        loop {
-            let wait_until = {
-                let mut pace = host.pace();
-                let now = Instant::now();
-                if let Some((until, failure)) = &pace.shut
-                    && *until > now
-                {
-                    return Err(failure.clone());
-                }
-                if pace.next <= now {
-                    pace.next = now + self.spacing.max(pace.spacing).max(delay);
-                    break;
-                }
-                pace.next
-            };
-            sleep_until(wait_until).await;
-        }
-        Ok(Slot { host, _permit: permit })
+        let (came, spent) = (Instant::now(), host.pace().well_spent);
+        let until = |pace: &Pace| match clock.begun.get() {
+            Some(begun) => *begun + clock.limit,
+            None => came + clock.limit + (pace.well_spent - spent),
+        };
+        let turn = async {
+            let _first = if clock.begun.get().is_none() { Some(host.door.lock().await) } else { None };
+            let permit = Arc::clone(&host.slots).acquire_owned().await.ok();
+            loop {
+                let wait_until = {
+                    let mut pace = host.pace();
+                    let now = Instant::now();
+                    match &pace.shut {
+                        Some(shut) if shut.until > now && (shut.given_up || shut.until > until(&pace)) => {
+                            return Err(shut.failure.clone());
+                        }
+                        Some(shut) if shut.until > now => shut.until,
+                        _ if pace.next > now => pace.next,
+                        _ => {
+                            let spacing = self.spacing.max(pace.spacing).max(delay);
+                            pace.next = now + spacing;
+                            pace.well_spent += spacing;
+                            return Ok((permit, now, spacing));
+                        }
+                    }
+                };
+                sleep_until(wait_until).await;
+            }
+        };
+        tokio::pin!(turn);
+        let (permit, granted, spacing) = loop {
+            let limit = until(&host.pace());
+            match timeout_at(limit, &mut turn).await {
+                Ok(turn) => break turn?,
+                Err(_) if until(&host.pace()) > limit => {}
+                Err(_) => return Err(Failure::late()),
+            }
+        };
+        Ok(Slot { host: Arc::clone(&host), _permit: permit, granted, spacing })
     }
 
     fn host(&self, name: &str) -> Arc<Host> {
@@ -111,9 +173,16 @@ impl Hosts {
             good_in_a_row: 0,
             limited_in_a_row: 0,
             silent_in_a_row: 0,
+            silent_since: Instant::now(),
+            well_spent: Duration::ZERO,
             shut: None,
         };
-        let host = Arc::new(Host { slots: Arc::new(Semaphore::new(self.at_once)), pace: Mutex::new(pace) });
+        let host = Arc::new(Host {
+            door: tokio::sync::Mutex::default(),
+            slots: Arc::new(Semaphore::new(self.at_once)),
+            at_once: u32::try_from(self.at_once).unwrap_or(u32::MAX).max(1),
+            pace: Mutex::new(pace),
+        });
         known.hosts.insert(name.to_owned(), Arc::clone(&host));
         host
     }
@@ -127,45 +196,54 @@ impl Host {
 
 impl Slot {
     /// The host answered 429: all its requests wait for `pause`, and follow one another more slowly from then on. If the pause is longer
-    /// than `longest`, or nothing but 429 comes back, the host is left alone.
-    pub(super) fn too_fast(&self, pause: Duration, longest: Duration) {
+    /// than `longest`, only those wait whose time it leaves; if nothing but 429 comes back, the host is left alone.
+    pub(super) fn too_fast(&self, failure: &Failure, pause: Duration, longest: Duration) {
         let mut pace = self.host.pace();
+        let now = Instant::now();
         pace.limited_in_a_row += 1;
-        let shut_for = if pause > longest {
-            Some(pause.min(LONGEST_PAUSE))
-        } else if pace.limited_in_a_row >= GIVE_UP_AFTER {
+        let shut_for = if pace.limited_in_a_row >= GIVE_UP_AFTER {
             pace.limited_in_a_row = 0;
-            Some(LEFT_ALONE)
+            Some((LEFT_ALONE.max(pause.min(LONGEST_PAUSE)), true))
         } else {
-            None
+            (pause > longest).then(|| (pause.min(LONGEST_PAUSE), false))
         };
-        if let Some(shut_for) = shut_for {
-            let failure = Failure::new(FetchStatus::RateLimited, "the host limits its rate and is left alone");
-            pace.shut = Some((Instant::now() + shut_for, Failure { may_pass: false, ..failure }));
+        if let Some((shut_for, given_up)) = shut_for {
+            pace.shut = Some(Shut { until: now + shut_for, failure: Failure { may_pass: false, ..failure.clone() }, given_up });
         }
         pace.spacing = (pace.spacing * 2).clamp(FIRST_SPACING, MAX_SPACING);
-        pace.next = pace.next.max(Instant::now() + pause.min(longest));
+        pace.next = pace.next.max(now + pause.min(longest));
         pace.good_in_a_row = 0;
     }
 
-    /// The host gave no sign of life. After `most` requests like this one it is left alone, and then again after each further one.
-    pub(super) fn silent(&self, failure: &Failure, most: u32) {
+    /// The host gave no sign of life. If it has given none for `most`, zero being for ever, it is left alone, and then again after each
+    /// further request like this one.
+    pub(super) fn silent(&self, failure: &Failure, most: Duration) {
         let mut pace = self.host.pace();
+        let now = Instant::now();
+        if pace.silent_in_a_row == 0 {
+            // The request itself was part of the silence.
+            pace.silent_since = self.granted;
+        }
         pace.silent_in_a_row = pace.silent_in_a_row.saturating_add(1);
-        if most > 0 && pace.silent_in_a_row >= most {
-            pace.shut = Some((Instant::now() + LEFT_ALONE, Failure { may_pass: false, ..failure.clone() }));
+        if !most.is_zero() && pace.silent_in_a_row >= LEAST_SILENCES && now - pace.silent_since >= most {
+            let failure = Failure { may_pass: false, ..failure.clone() };
+            pace.shut = Some(Shut { until: now + LEFT_ALONE, failure, given_up: true });
         }
     }
 
-    /// The host answered, whatever it was.
-    pub(super) fn heard(&self) {
-        self.host.pace().silent_in_a_row = 0;
+    /// The host gave a sign of life. If it `answered`, the time that it took was well spent.
+    pub(super) fn heard(&self, answered: bool) {
+        let mut pace = self.host.pace();
+        pace.silent_in_a_row = 0;
+        if answered {
+            pace.well_spent += (self.granted.elapsed() / self.host.at_once).saturating_sub(self.spacing);
+        }
     }
 
     /// The host answered well; after some of these it is trusted with a little more again.
     pub(super) fn fine(&self) {
         let mut pace = self.host.pace();
-        (pace.limited_in_a_row, pace.silent_in_a_row) = (0, 0);
+        pace.limited_in_a_row = 0;
         pace.good_in_a_row += 1;
         if pace.good_in_a_row >= TRUST_AFTER {
             pace.good_in_a_row = 0;
@@ -178,8 +256,18 @@ impl Slot {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use capfilt_schemas::FetchStatus;
     use futures::future::join_all;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// That of an address that has had no turn yet.
+    fn clock() -> Clock {
+        Clock::new(Duration::from_secs(60))
+    }
+
+    fn limited() -> Failure {
+        Failure::new(FetchStatus::RateLimited, "http 429")
+    }
 
     #[tokio::test]
     async fn requests_to_one_host_are_spaced_and_few_at_once() {
@@ -187,7 +275,7 @@ mod tests {
         let (now, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let start = Instant::now();
         join_all((0..10).map(|_| async {
-            let _slot = hosts.enter("a", Duration::ZERO).await.unwrap();
+            let _slot = hosts.enter("a", Duration::ZERO, &clock()).await.unwrap();
             most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
             tokio::time::sleep(Duration::from_millis(30)).await;
             now.fetch_sub(1, Ordering::SeqCst);
@@ -203,35 +291,35 @@ mod tests {
         let hosts = Hosts::new(4, 1000.0);
         let start = Instant::now();
         for _ in 0..3 {
-            drop(hosts.enter("slow", Duration::from_millis(300)).await);
+            drop(hosts.enter("slow", Duration::from_millis(300), &clock()).await);
         }
         assert!(start.elapsed() >= Duration::from_millis(600));
         let other = Instant::now();
-        drop(hosts.enter("other", Duration::ZERO).await);
+        drop(hosts.enter("other", Duration::ZERO, &clock()).await);
         assert!(other.elapsed() < Duration::from_millis(250));
     }
 
     #[tokio::test]
     async fn a_429_slows_the_host_down_until_it_is_trusted_again() {
         let hosts = Hosts::new(4, 1000.0);
-        let slot = hosts.enter("a", Duration::ZERO).await.unwrap();
+        let slot = hosts.enter("a", Duration::ZERO, &clock()).await.unwrap();
         let longest = Duration::from_secs(1);
-        slot.too_fast(Duration::from_millis(400), longest);
-        slot.too_fast(Duration::ZERO, longest);
+        slot.too_fast(&limited(), Duration::from_millis(400), longest);
+        slot.too_fast(&limited(), Duration::ZERO, longest);
         drop(slot);
         let start = Instant::now();
-        drop(hosts.enter("a", Duration::ZERO).await);
+        drop(hosts.enter("a", Duration::ZERO, &clock()).await);
         assert!(start.elapsed() >= Duration::from_millis(400), "nobody comes before the pause is over");
         let spacing = || hosts.host("a").pace().spacing;
         assert_eq!(spacing(), FIRST_SPACING * 2);
-        let slot = Slot { host: hosts.host("a"), _permit: None };
+        let slot = Slot { host: hosts.host("a"), _permit: None, granted: Instant::now(), spacing: Duration::ZERO };
         (0..TRUST_AFTER - 1).for_each(|_| slot.fine());
         assert_eq!(spacing(), FIRST_SPACING * 2);
         slot.fine();
         assert!(spacing() < FIRST_SPACING * 2);
         (0..TRUST_AFTER * 100).for_each(|_| slot.fine());
         assert!(spacing() < Duration::from_millis(1));
-        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(Duration::ZERO, longest));
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(&limited(), Duration::ZERO, longest));
         assert_eq!(spacing(), MAX_SPACING);
     }
 
@@ -239,39 +327,100 @@ mod tests {
     async fn a_host_that_wants_no_more_is_left_alone() {
         let longest = Duration::from_secs(1);
         let hosts = Hosts::new(4, 1000.0);
-        hosts.enter("pause", Duration::ZERO).await.unwrap().too_fast(Duration::from_secs(1000), longest);
-        assert!(hosts.enter("pause", Duration::ZERO).await.is_err());
-        let slot = hosts.enter("never", Duration::ZERO).await.unwrap();
-        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(Duration::ZERO, longest));
+        hosts.enter("pause", Duration::ZERO, &clock()).await.unwrap().too_fast(&limited(), Duration::from_secs(1000), longest);
+        assert!(hosts.enter("pause", Duration::ZERO, &clock()).await.is_err());
+        let slot = hosts.enter("never", Duration::ZERO, &clock()).await.unwrap();
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(&limited(), Duration::ZERO, longest));
         slot.fine();
-        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(Duration::ZERO, longest));
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(&limited(), Duration::ZERO, longest));
         assert!(hosts.host("never").pace().shut.is_none(), "a good answer in between");
-        slot.too_fast(Duration::ZERO, longest);
-        assert!(hosts.enter("never", Duration::ZERO).await.is_err());
-        assert!(hosts.enter("other", Duration::ZERO).await.is_ok());
+        slot.too_fast(&limited(), Duration::ZERO, longest);
+        assert!(hosts.enter("never", Duration::ZERO, &clock()).await.is_err());
+        assert!(hosts.enter("other", Duration::ZERO, &clock()).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_dead_host_is_given_up_and_tried_again_later() {
         let hosts = Hosts::new(4, 1000.0);
         let dead = Failure::new(FetchStatus::Timeout, "no sign");
-        let slot = hosts.enter("dead", Duration::ZERO).await.unwrap();
-        (0..3).for_each(|_| slot.silent(&dead, 4));
-        slot.heard();
-        (0..3).for_each(|_| slot.silent(&dead, 4));
-        assert!(hosts.enter("dead", Duration::ZERO).await.is_ok(), "an answer in between");
-        slot.silent(&dead, 4);
-        let failure = hosts.enter("dead", Duration::ZERO).await.err().unwrap();
+        let most = Duration::from_secs(10);
+        let slot = hosts.enter("dead", Duration::ZERO, &clock()).await.unwrap();
+        (0..100).for_each(|_| slot.silent(&dead, most));
+        assert!(hosts.enter("dead", Duration::ZERO, &clock()).await.is_ok(), "an outage of a moment");
+        tokio::time::advance(most).await;
+        slot.heard(false);
+        (0..100).for_each(|_| slot.silent(&dead, Duration::ZERO));
+        assert!(hosts.enter("dead", Duration::ZERO, &clock()).await.is_ok(), "never, if so told");
+        slot.heard(false);
+        (0..LEAST_SILENCES - 1).for_each(|_| slot.silent(&dead, most));
+        assert!(hosts.enter("dead", Duration::ZERO, &clock()).await.is_ok(), "too few to tell");
+        slot.silent(&dead, most);
+        let failure = hosts.enter("dead", Duration::ZERO, &clock()).await.err().unwrap();
         assert_eq!((failure.status, failure.reason.as_str(), failure.may_pass), (FetchStatus::Timeout, "no sign", false));
         tokio::time::advance(LEFT_ALONE).await;
-        hosts.enter("dead", Duration::ZERO).await.unwrap().silent(&dead, 4);
-        assert!(hosts.enter("dead", Duration::ZERO).await.is_err(), "one trial is enough");
+        hosts.enter("dead", Duration::ZERO, &clock()).await.unwrap().silent(&dead, most);
+        assert!(hosts.enter("dead", Duration::ZERO, &clock()).await.is_err(), "one trial is enough");
         tokio::time::advance(LEFT_ALONE).await;
-        hosts.enter("dead", Duration::ZERO).await.unwrap().heard();
-        slot.silent(&dead, 4);
-        assert!(hosts.enter("dead", Duration::ZERO).await.is_ok());
-        (0..100).for_each(|_| slot.silent(&dead, 0));
-        assert!(hosts.enter("dead", Duration::ZERO).await.is_ok(), "never, if so told");
+        hosts.enter("dead", Duration::ZERO, &clock()).await.unwrap().heard(true);
+        slot.silent(&dead, most);
+        assert!(hosts.enter("dead", Duration::ZERO, &clock()).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_pause_is_waited_for_by_those_whose_time_it_leaves() {
+        let hosts = Hosts::new(4, 1000.0);
+        let (pause, longest) = (Duration::from_secs(40), Duration::from_secs(1));
+        hosts.enter("a", Duration::ZERO, &clock()).await.unwrap().too_fast(&limited(), pause, longest);
+        let begun = clock();
+        tokio::time::advance(Duration::from_secs(5)).await;
+        begun.begin();
+        let start = Instant::now();
+        assert!(hosts.enter("a", Duration::ZERO, &Clock::new(Duration::from_secs(30))).await.is_err());
+        assert!(start.elapsed() < Duration::from_secs(1), "who cannot wait is told so at once");
+        assert!(hosts.enter("a", Duration::ZERO, &clock()).await.is_ok());
+        assert!(hosts.enter("a", Duration::ZERO, &begun).await.is_ok());
+        assert_eq!(start.elapsed().as_secs(), 35);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_counts_only_while_the_host_does_nothing_well() {
+        let limit = Duration::from_secs(60);
+        let turns = async |delay: u64, takes: u64, answered: bool| {
+            let hosts = Hosts::new(2, 1000.0);
+            join_all((0..400).map(|_| async {
+                let clock = Clock::new(limit);
+                let Ok(slot) = hosts.enter("a", Duration::from_secs(delay), &clock).await else { return false };
+                clock.begin();
+                tokio::time::sleep(Duration::from_secs(takes)).await;
+                slot.heard(answered);
+                true
+            }))
+            .await
+        };
+        assert!(turns(5, 1, false).await.iter().all(|had| *had), "its manners ask for 33 minutes");
+        assert!(turns(0, 3, true).await.iter().all(|had| *had), "good answers, however slow");
+        let dripped = turns(0, 3, false).await.iter().filter(|had| **had).count();
+        assert!((38..=42).contains(&dripped), "two every three seconds, for a minute: {dripped}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_begun_comes_before_what_was_not() {
+        let hosts = Hosts::new(1, 1.0);
+        let order = Mutex::new(Vec::new());
+        let turn = async |name: &'static str, clock: Clock| {
+            let slot = hosts.enter("a", Duration::ZERO, &clock).await.unwrap();
+            order.lock().unwrap().push(name);
+            drop(slot);
+        };
+        let begun = Clock::new(Duration::from_secs(600));
+        begun.begin();
+        let new = async || turn("new", Clock::new(Duration::from_secs(600))).await;
+        let news = join_all((0..5).map(|_| new()));
+        tokio::join!(news, async {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            turn("begun", begun).await;
+        });
+        assert_eq!(*order.lock().unwrap(), ["new", "new", "begun", "new", "new", "new"]);
     }
 
     #[test]

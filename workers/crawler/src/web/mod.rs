@@ -1,10 +1,12 @@
 //! Asking the web politely, and never for ever: one client for the whole process, robots.txt, opt-out lists, pace by host, redirects,
 //! deadlines, further attempts.
 //!
-//! However servers behave, an address takes at most `deadline`. Without waits for the host's turn it takes at most
-//! `(retries + 1) × timeout + retries × max(max_retry_after, 10 s)`, and as much again for the site's robots.txt if it was not known.
-//! A fetch task with `n` rows, of which `AHEAD` are on their way at once, so ends within `ceil(n / AHEAD) × deadline` and the time that
-//! decoding takes.
+//! However servers behave, an address takes at most `deadline` from its first request on. Without waits for the host's turn it takes at
+//! most `(retries + 1) × timeout + retries × max(max_retry_after, 10 s)`, and as much again for the site's robots.txt if it was not
+//! known. It may wait for its first turn as long as manners and good answers to others take, and `deadline` beside: a slow host costs
+//! none of its addresses, and one that does nothing well keeps nobody for longer. A fetch task with `n` rows, of which `AHEAD` are on
+//! their way at once, so ends within `ceil(n / AHEAD) × 2 × deadline`, the time that its slowest host takes when it is asked at its pace
+//! and answers well, and the time for decoding.
 
 mod dns;
 mod download;
@@ -21,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use capfilt_schemas::{Digest, FetchStatus};
+use capfilt_store::TakenDown;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use url::Url;
@@ -33,7 +36,7 @@ use crate::config::{CrawlerWorkerConfig, WebConfig};
 use crate::opt_out::OptOuts;
 use crate::room::{Place, Taken};
 use exchange::{Budget, Clients, Reply, Route, exchange};
-use hosts::{Hosts, Slot};
+use hosts::{Clock, Hosts, Slot};
 use robots::{Robots, Site};
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use rules::Rules;
@@ -47,8 +50,9 @@ const FILES_BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_
 #[derive(Clone)]
 pub struct Web {
     inner: Arc<Inner>,
-    /// Addresses that are not asked for, whoever wants them.
+    /// Addresses that are not asked for, whoever wants them: their owners opted out, or they were taken down.
     opt_outs: Arc<OptOuts>,
+    taken_down: Arc<TakenDown>,
 }
 
 /// Lists that are read by the first who needs them.
@@ -110,6 +114,11 @@ impl Failure {
         Self { status, http_status: None, reason: reason.into(), retry_after: None, may_pass, silent: false, ours: false }
     }
 
+    /// The address's time is up.
+    fn late() -> Self {
+        Self { may_pass: false, ..Self::new(FetchStatus::Timeout, "the deadline for the address passed") }
+    }
+
     /// The process has no file left for another connection.
     fn out_of_files() -> Self {
         Self { ours: true, ..Self::new(FetchStatus::Connect, "too many open files") }
@@ -135,7 +144,7 @@ impl Web {
         let connect_timeout = WebConfig::default().connect_timeout;
         let clients = inner.route.clients(connect_timeout)?;
         inner.clients.lock().unwrap_or_else(PoisonError::into_inner).insert(connect_timeout, clients);
-        Ok(Self { inner: Arc::new(inner), opt_outs: Arc::default() })
+        Ok(Self { inner: Arc::new(inner), opt_outs: Arc::default(), taken_down: Arc::default() })
     }
 
     /// The same web without the addresses that the opt-out lists of a config name. Lists with the same digests are read once.
@@ -144,7 +153,7 @@ impl Web {
     /// [`CrawlError::WrongFile`], [`CrawlError::Read`], [`CrawlError::Format`].
     pub(crate) async fn without(&self, config: &WebConfig, digests: &[Digest]) -> Result<Self, CrawlError> {
         if config.opt_out_lists.is_empty() {
-            return Ok(self.whole());
+            return Ok(self.clone());
         }
         let cell = {
             let mut lists = self.inner.opt_outs.lock().unwrap_or_else(PoisonError::into_inner);
@@ -158,8 +167,13 @@ impl Web {
         Ok(Self { opt_outs: Arc::clone(cell.get_or_try_init(read).await?), ..self.clone() })
     }
 
+    /// The same web without what was taken down.
+    pub(crate) fn without_taken_down(self, taken_down: Arc<TakenDown>) -> Self {
+        Self { taken_down, ..self }
+    }
+
     fn whole(&self) -> Self {
-        Self { opt_outs: Arc::default(), ..self.clone() }
+        Self { opt_outs: Arc::default(), taken_down: Arc::default(), ..self.clone() }
     }
 
     pub(crate) fn settings(&self) -> &CrawlerWorkerConfig {
@@ -174,7 +188,8 @@ impl Web {
         self.inner.route.dns().addresses(name).await.map(|found| found.to_vec()).map_err(|e| e.to_string())
     }
 
-    /// The body at `url`, after redirects, as [`Want`] says; `max_body` bytes of it at most. It ends within `deadline`.
+    /// The body at `url`, after redirects, as [`Want`] says; `max_body` bytes of it at most. It ends within `deadline` from its first
+    /// request on.
     pub(crate) async fn get(&self, url: &Url, config: &WebConfig, want: Want, max_body: usize) -> Result<Answer, Failure> {
         self.within_deadline(url, Ask::new(config, want, max_body)).await
     }
@@ -205,15 +220,18 @@ impl Web {
     }
 
     async fn within_deadline(&self, url: &Url, ask: Ask<'_>) -> Result<Answer, Failure> {
-        let late = || Failure { may_pass: false, ..Failure::new(FetchStatus::Timeout, "the deadline for the address passed") };
-        tokio::time::timeout(ask.config.deadline, self.ask(url, ask)).await.unwrap_or_else(|_| Err(late()))
+        let clock = Clock::new(ask.config.deadline);
+        tokio::select! {
+            answer = self.ask(url, ask, &clock) => answer,
+            () = clock.passed() => Err(Failure::late()),
+        }
     }
 
-    async fn ask(&self, url: &Url, ask: Ask<'_>) -> Result<Answer, Failure> {
+    async fn ask(&self, url: &Url, ask: Ask<'_>, clock: &Clock) -> Result<Answer, Failure> {
         let config = ask.config;
         let (mut attempt, mut pause) = (0, FILES_BACKOFF[0]);
         loop {
-            let failure = match self.attempt(url, ask, attempt).await {
+            let failure = match self.attempt(url, ask, attempt, clock).await {
                 Ok(answer) => return Ok(answer),
                 Err(failure) => failure,
             };
@@ -239,7 +257,7 @@ impl Web {
     }
 
     /// One attempt, number `number` from 0: the request and the redirects that it leads to, each allowed by its own site.
-    async fn attempt(&self, url: &Url, ask: Ask<'_>, number: u32) -> Result<Answer, Failure> {
+    async fn attempt(&self, url: &Url, ask: Ask<'_>, number: u32, clock: &Clock) -> Result<Answer, Failure> {
         let Ask { config, want, max_body, robots, delay, key, place } = ask;
         let clients = self.clients(config)?;
         let client = if number == 0 { &clients.keeping } else { &clients.fresh };
@@ -250,17 +268,23 @@ impl Web {
             if self.opt_outs.name(&url) {
                 return Err(Failure::new(FetchStatus::OptOut, "an opt-out list names the address"));
             }
-            if !self.inner.route.admits(&url) {
+            if self.taken_down.covers_url(url.as_str()) {
+                return Err(Failure::new(FetchStatus::TakenDown, "the address was taken down"));
+            }
+            if !self.inner.route.admits(&url).await {
                 return Err(Failure::new(FetchStatus::ForbiddenAddress, "the host is not on the public internet"));
             }
             let delay = if robots { self.permission(&url, config).await? } else { delay };
             let key = key.filter(|_| url.origin() == seen[0].origin());
-            let (slot, room, connection) = self.turn(&url, delay, place).await?;
+            let (slot, room, connection) = self.turn(&url, delay, place, clock).await?;
             let reply = budget.spend(async |left| exchange(client, &url, config, want, key, max_body, left).await).await;
             match &reply {
+                // Behind a redirect there may have been too little time left for any host.
+                Err(failure) if failure.silent && seen.len() > 1 => {}
                 Err(failure) if failure.silent => slot.silent(failure, config.give_up_host_after),
                 Err(failure) if failure.ours || matches!(failure.status, FetchStatus::Dns | FetchStatus::ForbiddenAddress) => {}
-                _ => slot.heard(),
+                Err(failure) => slot.heard(!failure.may_pass),
+                Ok(_) => slot.heard(true),
             }
             match reply {
                 Ok(Reply::Answer(answer)) => {
@@ -280,7 +304,7 @@ impl Web {
                 Err(failure) => {
                     if failure.status == FetchStatus::RateLimited {
                         let pause = failure.retry_after.unwrap_or(config.backoff);
-                        slot.too_fast(pause, config.max_retry_after.max(config.backoff));
+                        slot.too_fast(&failure, pause, config.max_retry_after.max(config.backoff));
                     }
                     return Err(failure);
                 }
@@ -325,17 +349,19 @@ impl Web {
         url: &Url,
         delay: Duration,
         place: Option<&Place>,
+        clock: &Clock,
     ) -> Result<(Slot, Option<Taken>, OwnedSemaphorePermit), Failure> {
         let host = format!("{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default());
         let (slot, room) = loop {
-            let Some(place) = place else { break (self.inner.hosts.enter(&host, delay).await?, None) };
+            let Some(place) = place else { break (self.inner.hosts.enter(&host, delay, clock).await?, None) };
             place.wait().await;
-            let slot = self.inner.hosts.enter(&host, delay).await?;
+            let slot = self.inner.hosts.enter(&host, delay, clock).await?;
             if let Some(room) = place.try_take() {
                 break (slot, Some(room));
             }
         };
         let connection = Arc::clone(&self.inner.connections).acquire_owned().await;
+        clock.begin();
         Ok((slot, room, connection.map_err(|_| Failure::new(FetchStatus::Connect, "the client is closed"))?))
     }
 }

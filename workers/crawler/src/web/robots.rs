@@ -74,22 +74,18 @@ impl Entry {
 }
 
 /// RFC 9309, 2.3.1: an answer of 4xx means that there are no rules; a server that fails, or cannot be reached, closes its site. So do
-/// 429 and an endless redirect. After a network failure the status tells what failed, so that a dead host is not taken for a closed one.
+/// 429 and an endless redirect. Of what may pass the status tells what failed, so that a dead or busy host is not taken for one that
+/// forbids.
 async fn fetch(web: Web, url: &Url, config: &WebConfig) -> Site {
     let Ok(robots_url) = url.join("/robots.txt") else { return Site::Rules(Arc::default()) };
     let ask = Ask { robots: false, ..Ask::new(config, Want::Text, MAX_BYTES) };
-    match web.ask(&robots_url, ask).await {
+    match web.within_deadline(&robots_url, ask).await {
         Ok(answer) => Site::Rules(Arc::new(Rules::parse(&answer.body, config.token()))),
         Err(failure) if failure.status == FetchStatus::HttpClient => Site::Rules(Arc::default()),
         Err(failure) => {
-            let status = match failure.status {
-                FetchStatus::Dns
-                | FetchStatus::ForbiddenAddress
-                | FetchStatus::Connect
-                | FetchStatus::Tls
-                | FetchStatus::Timeout => failure.status,
-                _ => FetchStatus::Robots,
-            };
+            let lasting = Failure::new(failure.status, "").may_pass
+                || matches!(failure.status, FetchStatus::ForbiddenAddress | FetchStatus::Tls);
+            let status = if lasting { failure.status } else { FetchStatus::Robots };
             let reason = format!("robots.txt could not be had: {}", failure.reason);
             tracing::debug!(site = %url.origin().ascii_serialization(), %reason, "site is closed");
             Site::Closed(Failure::new(status, reason))

@@ -138,7 +138,7 @@ async fn every_address_ends_with_its_status() {
         ("http://a.test/tdm", S::OptOut),
         ("http://a.test/private/x.png", S::Robots),
         ("http://a.test/%70rivate/x.png", S::Robots),
-        ("http://closed.test/ok.png", S::Robots),
+        ("http://closed.test/ok.png", S::HttpServer),
         ("http://late-robots.test/ok.png", S::Ok),
         ("http://html-robots.test/ok.png", S::Ok),
         ("http://reset.test/ok.png", S::Connect),

@@ -407,7 +407,7 @@ impl World {
         cases.extend(HOSTS.iter().map(|(url, wanted)| (self.url(url), *wanted)));
         for (url, wanted) in [
             ("http://very-busy.test:PORT/x", S::RateLimited),
-            ("http://no-rules.test:PORT/x", S::Robots),
+            ("http://no-rules.test:PORT/x", S::HttpServer),
             ("http://endless-rules.test:PORT/x", S::Ok),
             ("http://rules-to-metadata.test:PORT/x", S::ForbiddenAddress),
             ("gopher://a.test/", S::BadUrl),

@@ -9,7 +9,7 @@ use capfilt_crawler::{
     WebConfig,
 };
 
-use crate::server::{Reply, Server, ok, redirect, status};
+use crate::server::{Reply, Server, ok, redirect, status, with};
 use crate::support::{png, run, selected, texts, web, worker};
 
 fn urls(host: &str, n: usize) -> Vec<String> {
@@ -35,7 +35,13 @@ async fn a_dead_host_with_many_rows_is_given_up() {
     let mut rows = urls("dead.test", 2_000);
     rows.extend(urls("good.test", 50));
     let stage = Fetch::new(Web::new(&route).unwrap());
-    let web = WebConfig { timeout: Duration::from_millis(400), retries: 2, robots: false, give_up_host_after: 12, ..web() };
+    let web = WebConfig {
+        timeout: Duration::from_millis(400),
+        retries: 2,
+        robots: false,
+        give_up_host_after: Duration::from_secs(1),
+        ..web()
+    };
     let config = FetchConfig { web, ..FetchConfig::default() };
     let begin = Instant::now();
     let (out, _) = run(&stage, &config.params("now").unwrap(), selected(&rows)).await.unwrap();
@@ -48,26 +54,55 @@ async fn a_dead_host_with_many_rows_is_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_host_that_wants_long_pauses_takes_no_more_than_the_deadline() {
+async fn a_host_that_is_slow_in_good_manner_loses_no_row_and_one_that_drips_keeps_none_for_long() {
     let server = Server::start(|r| match (r.host.as_str(), r.path.as_str()) {
-        ("slow.test", "/robots.txt") => ok("text/plain", "User-agent: *\nCrawl-delay: 1\n"),
+        ("polite.test", "/robots.txt") => ok("text/plain", "User-agent: *\nCrawl-delay: 0.1\n"),
         (_, "/robots.txt") => status(404),
+        ("dripping.test", _) => {
+            let head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n".to_vec();
+            Reply::Endless(head, vec![0], Duration::from_millis(50))
+        }
         _ => ok("image/png", png(1)),
     })
     .await;
-    let mut rows = urls("slow.test", 60);
+    let mut rows = urls("polite.test", 80);
+    rows.extend(urls("dripping.test", 300));
     rows.extend(urls("quick.test", 60));
-    let stage = Fetch::new(Web::new(&worker(server.address)).unwrap());
-    let config = FetchConfig { web: WebConfig { deadline: Duration::from_millis(3_500), ..web() }, ..FetchConfig::default() };
+    let route = CrawlerWorkerConfig { per_host: 4, ..worker(server.address) };
+    let stage = Fetch::new(Web::new(&route).unwrap());
+    let limits = WebConfig { deadline: Duration::from_secs(3), timeout: Duration::from_secs(1), retries: 0, ..web() };
+    let config = FetchConfig { web: limits, ..FetchConfig::default() };
     let begin = Instant::now();
     let (out, _) = run(&stage, &config.params("now").unwrap(), selected(&rows)).await.unwrap();
-    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+    // The dripping host would take 300 × 1 s / 4 if all its rows had their turn.
+    assert!(begin.elapsed() > Duration::from_secs(7) && begin.elapsed() < Duration::from_secs(45), "{:?}", begin.elapsed());
     let (statuses, errors) = (texts(&out, "status"), texts(&out, "error"));
-    let in_time = statuses[..60].iter().filter(|s| *s == "ok").count();
-    assert!((1..=4).contains(&in_time), "one a second: {in_time}");
-    assert!(statuses[in_time..60].iter().all(|s| s == "timeout"), "the first ones came first");
-    assert_eq!(errors[59], "the deadline for the address passed");
-    assert!(statuses[60..].iter().all(|s| s == "ok"), "{errors:?}");
+    assert!(statuses[..80].iter().chain(&statuses[380..]).all(|s| s == "ok"), "{errors:?}");
+    assert!(statuses[80..380].iter().all(|s| s == "timeout"));
+    assert_eq!(errors[379], "the deadline for the address passed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_and_a_long_pause_cost_few_rows() {
+    let began = Instant::now();
+    let server = Server::start(move |r| match (r.host.as_str(), r.path.as_str()) {
+        (_, "/robots.txt") => status(404),
+        ("outage.test", _) if (200..1_500).contains(&began.elapsed().as_millis()) => Reply::Raw(vec![]),
+        ("pause.test", "/20.png") if r.before == 0 => with(status(429), "Retry-After", "2"),
+        _ => ok("image/png", png(1)),
+    })
+    .await;
+    let mut rows = urls("outage.test", 150);
+    rows.extend(urls("pause.test", 50));
+    let route = CrawlerWorkerConfig { per_host: 4, requests_per_second: 100.0, ..worker(server.address) };
+    let stage = Fetch::new(Web::new(&route).unwrap());
+    let limits = WebConfig { max_retry_after: Duration::from_secs(1), backoff: Duration::from_secs(1), retries: 3, ..web() };
+    let config = FetchConfig { web: limits, ..FetchConfig::default() };
+    let (out, _) = run(&stage, &config.params("now").unwrap(), selected(&rows)).await.unwrap();
+    let (statuses, errors) = (texts(&out, "status"), texts(&out, "error"));
+    let lost: Vec<usize> = (0..200).filter(|i| statuses[*i] != "ok").collect();
+    assert_eq!(lost, [170], "the one that was told to wait longer than it may: {errors:?}");
+    assert_eq!(statuses[170], "http_429");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,7 +5,7 @@ use capfilt_crawler::{Fetch, FetchConfig, FetchParams, RetryParams, Web, WebConf
 use capfilt_schemas::{Digest, FetchStatus, REMOVED_URL};
 use capfilt_store::{Store, Targets};
 
-use crate::server::{Server, ok, status};
+use crate::server::{Server, ok, redirect, status};
 use crate::support::{png, run, run_on, selected, texts, web, worker};
 
 fn params(retry: &[FetchStatus]) -> FetchParams {
@@ -60,20 +60,31 @@ async fn a_row_that_is_fetched_again_is_what_it_would_have_been_at_first() {
 
 #[tokio::test]
 async fn what_was_taken_down_is_not_fetched() {
-    let server =
-        Server::start(|r| if r.path == "/robots.txt" { status(404) } else { ok("image/png", png(r.path.len() as u8)) }).await;
+    let server = Server::start(|r| match r.path.as_str() {
+        "/robots.txt" => status(404),
+        "/moved" => redirect("http://www.down.test/elsewhere"),
+        path => ok("image/png", png(path.len() as u8)),
+    })
+    .await;
     let store = Store::open("memory:").await.unwrap();
     let mut targets = Targets::default();
     for line in ["down.test", "http://a.test/22", &Digest::of(&png(4)).to_string()] {
         targets.add_line(line).unwrap();
     }
     store.take_down(&targets, None).await.unwrap();
-    let urls =
-        ["http://a.test/1", "https://a.test/22#x", "http://a.test/333", "http://www.down.test/1", REMOVED_URL].map(str::to_owned);
+    let urls = [
+        "http://a.test/1",
+        "https://a.test/22#x",
+        "http://a.test/333",
+        "http://www.down.test/1",
+        "http://a.test/moved",
+        REMOVED_URL,
+    ]
+    .map(str::to_owned);
     let stage = Fetch::new(Web::new(&worker(server.address)).unwrap());
     let (rows, _) = run_on(&store, &stage, &params(&[]), selected(&urls)).await.unwrap();
-    assert_eq!(texts(&rows, "status"), ["ok", "taken_down", "taken_down", "taken_down", "taken_down"]);
-    assert_eq!(texts(&rows, "sha256")[1..], ["-"; 4]);
+    assert_eq!(texts(&rows, "status"), ["ok", "taken_down", "taken_down", "taken_down", "taken_down", "taken_down"]);
+    assert_eq!(texts(&rows, "sha256")[1..], ["-"; 5]);
     let asked = server.asked().join(" ");
     assert!(!asked.contains("down.test") && !asked.contains("/22"), "{asked}");
 }
