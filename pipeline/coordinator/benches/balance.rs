@@ -45,16 +45,19 @@ fn main() {
     let candidates = folder.path().join("objects/candidates");
     println!("{rows} candidates in {} shards, {:.2} GB", inputs.len(), size(&candidates) as f64 / 1e9);
 
-    let ours = output(Command::new(&args[0]).arg(WORK).arg(folder.path()));
+    let ours = output(Command::new(&args[0]).arg(WORK).arg(folder.path())).unwrap();
     let _ = std::fs::remove_dir_all(folder.path().join("objects/selected"));
     say("capfilt", &ours);
-    let peer = std::env::var_os("DUCKDB_PYTHON").map(|python| {
+    let peer = std::env::var_os("DUCKDB_PYTHON").and_then(|python| {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/duckdb_peer.py");
         let [out, spill] = ["peer.parquet", "spill"].map(|name| folder.path().join(name));
         let limits = [THREADS as u64, MEMORY_MIB as u64, setting("BALANCE_PER_QUERY", 20_000)].map(|n| n.to_string());
         let peer = output(Command::new(python).arg(script).arg(&candidates).arg(out).arg(spill).args(limits));
-        say(&format!("duckdb {}", peer["version"].as_str().unwrap_or("")), &peer);
-        peer
+        match &peer {
+            Ok(peer) => say(&format!("duckdb {}", peer["version"].as_str().unwrap_or("")), peer),
+            Err(why) => println!("duckdb failed: {}", why.trim().lines().last().unwrap_or("")),
+        }
+        peer.ok()
     });
     let rate = |of: &Value| rows as f64 / 1e6 / of["seconds"].as_f64().unwrap();
     Figures {
@@ -81,11 +84,13 @@ async fn work(folder: &Path) -> Value {
     json!({"seconds": seconds, "peak": peak.map(|kib| kib << 10), "rows": done.counts["ok"], "facts": done.facts})
 }
 
-/// The JSON that a command prints.
-fn output(command: &mut Command) -> Value {
+/// The JSON that a command prints, or what it says when it fails.
+fn output(command: &mut Command) -> Result<Value, String> {
     let done = command.output().unwrap();
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    serde_json::from_slice(&done.stdout).unwrap()
+    if !done.status.success() {
+        return Err(String::from_utf8_lossy(&done.stderr).into_owned());
+    }
+    Ok(serde_json::from_slice(&done.stdout).unwrap())
 }
 
 fn say(name: &str, done: &Value) {

@@ -2,7 +2,7 @@
 
 python duckdb_peer.py CANDIDATES_FOLDER OUT.parquet SPILL_FOLDER THREADS MEMORY_MIB PER_QUERY
 
-Written for speed: what decides is kept narrow (a number for a row, a hash for a sample id), and addresses and texts are read again
+Written for speed: what decides is kept narrow (a number for a row, hashes for an address and a sample id), and the rest is read again
 for the rows that stay.
 """
 import json
@@ -16,27 +16,33 @@ folder, out, spill, threads, memory, per_query = sys.argv[1:]
 candidates = f"read_parquet('{folder}/*.parquet', file_row_number=true)"
 began = time.monotonic()
 db = duckdb.connect(config={"threads": threads, "memory_limit": f"{memory}MiB", "temp_directory": spill, "preserve_insertion_order": "false"})
+# A number for a row: its file and its place in it. Of rows with one address and one rank the smallest hash stays.
 db.execute(f"""
     CREATE TEMP TABLE kept AS
-    SELECT part, nr, hash(sample_id) AS id, queries
-    FROM (SELECT file_index AS part, file_row_number AS nr, sample_id, queries,
-                 row_number() OVER (PARTITION BY url
-                                    ORDER BY list_position(['alt', 'figcaption', 'title', 'list'], text_source), hash(sample_id),
-                                             sample_id, page_url, source) AS nth
-          FROM {candidates}
-          WHERE len(queries) > 0)
+    SELECT k FROM (
+        SELECT (file_index << 32) | file_row_number AS k,
+               row_number() OVER (PARTITION BY hash(url) ORDER BY list_position(['alt', 'figcaption', 'title', 'list'], text_source), hash(sample_id)) AS nth
+        FROM {candidates} WHERE len(queries) > 0)
     WHERE nth = 1""")
+pairs = f"""(SELECT k, hash(sample_id) AS id, queries
+             FROM (SELECT (file_index << 32) | file_row_number AS k, sample_id, queries FROM {candidates}) JOIN kept USING (k))"""
+# Only queries with too many pairs have to choose: the others take all that they have.
+db.execute(f"""
+    CREATE TEMP TABLE contested AS
+    SELECT query FROM (SELECT unnest(queries) AS query FROM {pairs}) GROUP BY query HAVING count(*) > {per_query}""")
 db.execute(f"""
     CREATE TEMP TABLE taken AS
+    WITH found AS (SELECT k, query, hash(id, query) AS draw FROM (SELECT k, id, unnest(queries) AS query FROM {pairs}))
     SELECT k, list(query ORDER BY query) AS selected_for
-    FROM (SELECT k, query, row_number() OVER (PARTITION BY query ORDER BY hash(id, query)) AS nth
-          FROM (SELECT rowid AS k, id, unnest(queries) AS query FROM kept))
-    WHERE nth <= {per_query}
+    FROM (SELECT k, query FROM found ANTI JOIN contested USING (query)
+          UNION ALL
+          SELECT k, query FROM (SELECT k, query, row_number() OVER (PARTITION BY query ORDER BY draw) AS nth
+                                FROM found SEMI JOIN contested USING (query))
+          WHERE nth <= {per_query})
     GROUP BY k""")
 db.execute(f"""
-    COPY (SELECT sample_id, url, text, text_source, page_url, source, c.queries, selected_for
-          FROM {candidates} c
-          JOIN (SELECT part, nr, selected_for FROM kept JOIN taken ON kept.rowid = taken.k) t ON c.file_index = t.part AND c.file_row_number = t.nr
+    COPY (SELECT sample_id, url, text, text_source, page_url, source, queries, selected_for
+          FROM (SELECT *, (file_index << 32) | file_row_number AS k FROM {candidates}) JOIN taken USING (k)
           ORDER BY sample_id)
     TO '{out}' (FORMAT parquet, COMPRESSION snappy)""")
 seconds = time.monotonic() - began
