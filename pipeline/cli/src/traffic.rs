@@ -19,7 +19,7 @@ const HOSTS: usize = 20;
 /// [`Failure::Usage`] if the address cannot be listened on.
 pub(crate) fn serve_metrics(address: SocketAddr) -> Result<(), Failure> {
     let builder = PrometheusBuilder::new().with_http_listener(address);
-    builder.install().map_err(|e| Failure::Usage(format!("`worker.metrics`: cannot serve metrics at {address}: {e}")))
+    builder.install().map_err(|e| Failure::Usage(format!("cannot serve metrics at {address}: {e}")))
 }
 
 /// One line: `91.4% ok, 12.3 MiB/s; timeout 3.1%, dns 2.2%; 0.19 a million`. Empty before the first download.

@@ -1,6 +1,6 @@
 //! Candidates balanced a second: deduplication by address, a cap per query, the selected pairs written in the order of their ids.
 //!
-//! Two threads and 4 GiB for each side. The environment variable `DUCKDB_PYTHON` names a Python with the peer, `duckdb`; without it
+//! Two threads for each side; 4 GiB for ours, what it takes by itself for the peer. The environment variable `DUCKDB_PYTHON` names a Python with the peer, `duckdb`; without it
 //! ours runs alone. `BALANCE_ROWS` (50 million), `BALANCE_PER_QUERY` (20000) and `BALANCE_FOLDER` (the system's temporary folder; the
 //! full size takes some 20 GB there) change the work.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
@@ -51,7 +51,7 @@ fn main() {
     let peer = std::env::var_os("DUCKDB_PYTHON").and_then(|python| {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/duckdb_peer.py");
         let [out, spill] = ["peer.parquet", "spill"].map(|name| folder.path().join(name));
-        let limits = [THREADS as u64, MEMORY_MIB as u64, setting("BALANCE_PER_QUERY", 20_000)].map(|n| n.to_string());
+        let limits = [THREADS as u64, setting("BALANCE_PER_QUERY", 20_000)].map(|n| n.to_string());
         let peer = output(Command::new(python).arg(script).arg(&candidates).arg(out).arg(spill).args(limits));
         match &peer {
             Ok(peer) => say(&format!("duckdb {}", peer["version"].as_str().unwrap_or("")), peer),

@@ -1,9 +1,10 @@
 """The peer of the bench `balance`: the same choice by DuckDB. Prints seconds, peak memory in bytes and rows written as JSON.
 
-python duckdb_peer.py CANDIDATES_FOLDER OUT.parquet SPILL_FOLDER THREADS MEMORY_MIB PER_QUERY
+python duckdb_peer.py CANDIDATES_FOLDER OUT.parquet SPILL_FOLDER THREADS PER_QUERY
 
 Written for speed: what decides is kept narrow (a number for a row, hashes for an address and a sample id), and the rest is read again
-for the rows that stay.
+for the rows that stay. It has the memory that DuckDB takes by itself, four fifths of the machine's: with 4 GiB it does not get through 50
+million rows.
 """
 import json
 import resource
@@ -12,10 +13,10 @@ import time
 
 import duckdb
 
-folder, out, spill, threads, memory, per_query = sys.argv[1:]
+folder, out, spill, threads, per_query = sys.argv[1:]
 candidates = f"read_parquet('{folder}/*.parquet', file_row_number=true)"
 began = time.monotonic()
-db = duckdb.connect(config={"threads": threads, "memory_limit": f"{memory}MiB", "temp_directory": spill, "preserve_insertion_order": "false"})
+db = duckdb.connect(config={"threads": threads, "temp_directory": spill, "preserve_insertion_order": "false"})
 # A number for a row: its file and its place in it. Of rows with one address and one rank the smallest hash stays.
 db.execute(f"""
     CREATE TEMP TABLE kept AS

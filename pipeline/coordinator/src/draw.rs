@@ -49,7 +49,7 @@ impl Draws {
     }
 }
 
-/// The columns of a batch that say who the pairs are and which queries want them.
+/// The column of a batch that says which queries want each pair.
 pub(crate) struct Wanted<'a> {
     lists: &'a ListArray,
     items: &'a [u32],

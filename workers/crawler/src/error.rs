@@ -84,6 +84,9 @@ pub enum CrawlError {
     /// The HTTP client cannot be set up.
     #[error("the http client cannot be set up: {0}")]
     Client(String),
+    /// A thread of this program ended early; what it says is logged too.
+    #[error("a thread ended early: {0}")]
+    Thread(String),
 }
 
 impl CrawlError {

@@ -16,13 +16,10 @@ use crate::retry::Rows;
 use crate::room::{Place, Room, Taken};
 use crate::rows::{ImageColumns, Outcome};
 use crate::traffic::Traffic;
-use crate::web::{Want, Web};
+use crate::web::{AHEAD, Want, Web};
 
 /// Raised whenever the same task would give other rows than before.
 pub const FETCH_VERSION: u32 = 2;
-
-/// Rows begun before an earlier one has ended; a row that waits for a slow host holds little, so there may be many.
-const AHEAD: usize = 4096;
 
 /// Downloads images. Many requests are at work at once; rows come out in the order in which they came in.
 pub struct Fetch {

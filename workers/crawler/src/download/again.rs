@@ -9,6 +9,7 @@ use std::sync::Arc;
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::compute::{cast, concat_batches};
 use arrow::datatypes::{DataType, Int32Type};
+use capfilt_schemas::FetchStatus;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 
@@ -165,7 +166,9 @@ impl Kept<'_> {
         let (exif, hash) = (text("exif"), self.hash.and_then(text));
         let status = text("status").unwrap_or_default();
         if status != SUCCESS {
-            let missed = Missed { of_image: status == "failed_to_resize", message: text("error_message").unwrap_or_default() };
+            let message = text("error_message").unwrap_or_default();
+            let of_image = status == "failed_to_resize";
+            let missed = Missed { status: status_of(&message).unwrap_or(FetchStatus::Decode), of_image, message };
             return Ok(Fetched { result: Err(missed), exif, hash, downloaded: 0 });
         }
         let size = |name: &str| {

@@ -31,13 +31,12 @@ use tokio_util::sync::CancellationToken;
 pub use crate::image::HashKind;
 pub use config::{DownloadConfig, IncrementalMode, OutputFormat};
 
+use crate::web::AHEAD;
 use crate::{CrawlError, Traffic, Web};
 use folder::Folder;
 use row::obtain;
 use shards::{Input, Shard, URL};
 
-/// Rows begun before an earlier one has ended; a row that waits for a slow host holds little.
-const AHEAD: usize = 4096;
 /// Shards being written at once.
 const OPEN_SHARDS: usize = 6;
 /// Shards that fail for good, one after the other, before the download ends: the disk is full, or the folder gone.
@@ -150,7 +149,7 @@ pub async fn download(
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, CrawlError> + Send + 'static) -> Result<T, CrawlError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        Err(e) => Err(CrawlError::Client(format!("a thread ended early: {e}"))),
+        Err(e) => Err(CrawlError::Thread(e.to_string())),
     }
 }
 
@@ -209,7 +208,7 @@ impl Engine {
             // Room for another shard, and none before the failed ones have been tried again.
             while writing.len() >= OPEN_SHARDS || (ended && again.is_empty() && !writing.is_empty()) {
                 let Some(written) = writing.join_next().await else { break };
-                let (shard, attempt, result) = written.map_err(|e| CrawlError::Client(format!("a writer ended early: {e}")))?;
+                let (shard, attempt, result) = written.map_err(|e| CrawlError::Thread(e.to_string()))?;
                 match result {
                     Ok(Some(stats)) => {
                         failed_in_a_row = 0;

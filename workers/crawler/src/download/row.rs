@@ -37,6 +37,7 @@ pub(super) struct Picture {
 /// Why there is no image.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Missed {
+    pub(super) status: FetchStatus,
     /// Whether the bytes came, but no image could be made of them.
     pub(super) of_image: bool,
     /// What stands in the row.
@@ -67,7 +68,7 @@ impl Missed {
             }
             _ => format!("{status}: {reason}"),
         });
-        Self { of_image, message }
+        Self { status, of_image, message }
     }
 
     /// What is counted: one of a few texts, since reasons may differ from row to row.
@@ -104,10 +105,7 @@ pub(super) async fn obtain(
 ) -> (Fetched, Option<Answer>) {
     let began = Instant::now();
     let (fetched, answer) = get(web, url, expected, config).await;
-    let status = match &fetched.result {
-        Ok(_) => FetchStatus::Ok,
-        Err(missed) => status_of(&missed.message).unwrap_or(FetchStatus::Decode),
-    };
+    let status = fetched.result.as_ref().map_or_else(|missed| missed.status, |_| FetchStatus::Ok);
     traffic.record(url, status, fetched.downloaded, began.elapsed());
     (fetched, answer)
 }

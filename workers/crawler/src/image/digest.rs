@@ -38,15 +38,11 @@ impl HashKind {
     #[must_use]
     pub fn of(self, body: &[u8]) -> String {
         match self {
-            Self::Md5 => hex(&Md5::digest(body)),
-            Self::Sha256 => hex(&Sha256::digest(body)),
-            Self::Sha512 => hex(&Sha512::digest(body)),
+            Self::Md5 => hex::encode(Md5::digest(body)),
+            Self::Sha256 => hex::encode(Sha256::digest(body)),
+            Self::Sha512 => hex::encode(Sha512::digest(body)),
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Holds a body against the digest that is expected of it, in hexadecimal of either case.

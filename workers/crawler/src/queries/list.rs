@@ -25,7 +25,7 @@ const MOST_SOURCES: usize = 256;
 pub struct Query<'a> {
     /// The query as the list has it.
     pub text: &'a str,
-    /// Where it comes from (`word`, `wikipedia-title`, …); empty if the list does not say.
+    /// Where it comes from (`wordnet`, `unigram`, `bigram`, `title`); empty if the list does not say.
     pub source: &'a str,
 }
 

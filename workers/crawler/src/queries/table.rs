@@ -1,7 +1,8 @@
 //! The table that a list is kept in: Parquet with a row a query, and in its key-value metadata how it was made.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -140,10 +141,11 @@ impl QueryTable {
         let fail = |e: io::Error| CrawlError::write(path, e);
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         std::fs::create_dir_all(folder).map_err(fail)?;
-        let mut file = tempfile::Builder::new().prefix(".queries-").tempfile_in(folder).map_err(fail)?;
+        // A table is as readable as any new file.
+        let mode = Permissions::from_mode(0o644);
+        let mut file = tempfile::Builder::new().prefix(".queries-").permissions(mode).tempfile_in(folder).map_err(fail)?;
         self.encode(file.as_file_mut()).map_err(|e| fail(io::Error::other(e)))?;
         file.as_file().sync_all().map_err(fail)?;
-        readable_by_all(file.as_file()).map_err(fail)?;
         if overwrite { file.persist(path) } else { file.persist_noclobber(path) }.map_err(|e| fail(e.error))?;
         Ok(())
     }
@@ -175,15 +177,4 @@ impl QueryTable {
         writer.close()?;
         Ok(())
     }
-}
-
-/// Temporary files are their maker's alone; a table is as readable as any new file.
-#[cfg(unix)]
-fn readable_by_all(file: &File) -> io::Result<()> {
-    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-}
-
-#[cfg(not(unix))]
-fn readable_by_all(_: &File) -> io::Result<()> {
-    Ok(())
 }

@@ -12,7 +12,7 @@ use url::Url;
 
 use super::exchange::{classify, redirect_target, retry_after};
 use super::hosts::{Clock, Slot};
-use super::{Failure, Web, backoff};
+use super::{Failure, Web, backoff, may_pass_soon};
 use crate::CrawlError;
 use crate::config::WebConfig;
 
@@ -83,7 +83,7 @@ impl Download {
                 || self.failures >= self.config.retries
                 || wait > self.config.max_retry_after.max(super::MAX_BACKOFF)
             {
-                let may_pass = Failure::new(failure.status, "").may_pass;
+                let may_pass = may_pass_soon(failure.status);
                 return Err(CrawlError::Download { url: self.url.to_string(), reason: failure.reason, may_pass });
             }
             tracing::debug!(url = %self.url, at = self.at, reason = %failure.reason, "download breaks off");

@@ -41,6 +41,8 @@ use robots::{Robots, Site};
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use rules::Rules;
 
+/// Rows begun before an earlier one has ended; a row that waits for a slow host holds little, so there may be many.
+pub(crate) const AHEAD: usize = 4096;
 /// Longest wait between two attempts where the server names none.
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
 /// Waits for open files to become free: the first, and the longest.
@@ -107,10 +109,14 @@ pub(crate) struct Failure {
     ours: bool,
 }
 
+/// Whether a further attempt is worth while within minutes: certificates are not renewed that fast.
+const fn may_pass_soon(status: FetchStatus) -> bool {
+    status.is_transient() && !matches!(status, FetchStatus::Tls)
+}
+
 impl Failure {
     pub(crate) fn new(status: FetchStatus, reason: impl Into<String>) -> Self {
-        use FetchStatus as S;
-        let may_pass = matches!(status, S::Dns | S::Connect | S::Timeout | S::Truncated | S::RateLimited | S::HttpServer);
+        let may_pass = may_pass_soon(status);
         Self { status, http_status: None, reason: reason.into(), retry_after: None, may_pass, silent: false, ours: false }
     }
 
@@ -162,7 +168,7 @@ impl Web {
         let read = || async {
             let (paths, digests) = (config.opt_out_lists.clone(), digests.to_vec());
             let read = tokio::task::spawn_blocking(move || OptOuts::load(&paths, &digests)).await;
-            read.map_err(|e| CrawlError::Client(e.to_string()))?.map(Arc::new)
+            read.map_err(|e| CrawlError::Thread(e.to_string()))?.map(Arc::new)
         };
         Ok(Self { opt_outs: Arc::clone(cell.get_or_try_init(read).await?), ..self.clone() })
     }

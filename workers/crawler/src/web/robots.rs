@@ -83,9 +83,8 @@ async fn fetch(web: Web, url: &Url, config: &WebConfig) -> Site {
         Ok(answer) => Site::Rules(Arc::new(Rules::parse(&answer.body, config.token()))),
         Err(failure) if failure.status == FetchStatus::HttpClient => Site::Rules(Arc::default()),
         Err(failure) => {
-            let lasting = Failure::new(failure.status, "").may_pass
-                || matches!(failure.status, FetchStatus::ForbiddenAddress | FetchStatus::Tls);
-            let status = if lasting { failure.status } else { FetchStatus::Robots };
+            let told = failure.status.is_transient() || failure.status == FetchStatus::ForbiddenAddress;
+            let status = if told { failure.status } else { FetchStatus::Robots };
             let reason = format!("robots.txt could not be had: {}", failure.reason);
             tracing::debug!(site = %url.origin().ascii_serialization(), %reason, "site is closed");
             Site::Closed(Failure::new(status, reason))
