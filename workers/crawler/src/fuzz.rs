@@ -6,6 +6,7 @@ use std::time::Duration;
 use url::Url;
 
 use crate::config::ImageConfig;
+use crate::download::exif;
 use crate::html::{self, MAX_URL};
 use crate::sources::{self, sitemap};
 use crate::web::Rules;
@@ -87,6 +88,7 @@ fn picture(data: &[u8]) {
     if let Ok(stored) = image::store(data, &config) {
         assert!(stored.width > 0 && stored.height > 0 && !stored.bytes.is_empty());
     }
+    assert!(exif::read(data).starts_with('{'));
 }
 
 fn text(data: &[u8]) {

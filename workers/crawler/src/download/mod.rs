@@ -10,7 +10,7 @@
 
 mod again;
 mod config;
-mod exif;
+pub(crate) mod exif;
 mod folder;
 mod layout;
 mod row;
