@@ -60,12 +60,19 @@ pub enum CrawlError {
         /// What became of the requests, by status.
         why: String,
     },
-    /// A search API that answered no query.
-    #[error("the search API {adapter} answered none of the task's queries ({why}); check its address and key, and that it is up")]
+    /// A search API that answered no query, or left some without an answer for now.
+    #[error(
+        "the search API {adapter} left {failed} of the task's {asked} queries without a whole answer ({why}); check its address and key, \
+         that it is up, and its rate"
+    )]
     Search {
         /// The adapter's name.
         adapter: String,
-        /// What became of the queries, by status.
+        /// Queries without a whole answer.
+        failed: u64,
+        /// Queries of the task.
+        asked: u64,
+        /// What became of them, by status.
         why: String,
     },
     /// A file that is named by its address cannot be downloaded.

@@ -12,6 +12,7 @@ use capfilt_runtime::StageError;
 use capfilt_schemas::TextSource;
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use url::Url;
 
@@ -26,7 +27,7 @@ pub(crate) use search::search;
 pub use search::{Adapter, ApiKey, SearchConfig};
 
 /// A text that belongs to an image, before it is known whether any query is for it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct Found {
     pub(crate) url: String,
     pub(crate) text: String,

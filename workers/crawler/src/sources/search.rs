@@ -2,7 +2,8 @@
 
 mod adapter;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use capfilt_runtime::{StageError, Work, on_rayon};
@@ -41,7 +42,7 @@ pub struct SearchConfig {
     /// So many queries, from the beginning of the list; all if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queries: Option<u32>,
-    /// Queries of one task: so many are asked again after a crash.
+    /// Queries of one task: so many are asked again by another machine after a crash.
     #[serde(default = "chunk")]
     pub chunk: u32,
 }
@@ -113,40 +114,81 @@ struct Searcher {
 }
 
 /// What one query gave.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 struct Search {
     found: Vec<Found>,
-    /// Why there may be more than was found.
-    failure: Option<String>,
+    /// Why there may be more than was found, and whether that may pass.
+    failure: Option<(String, bool)>,
+    /// Pages and results.
+    facts: BTreeMap<String, u64>,
+}
+
+impl Search {
+    fn count(&mut self, fact: &str, n: usize) {
+        *self.facts.entry(fact.to_owned()).or_default() += n as u64;
+    }
+
+    fn fails(&mut self, why: &str, may_pass: bool) {
+        self.failure = Some((why.to_owned(), may_pass));
+    }
+
+    /// What an earlier attempt at the task kept.
+    fn read(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+
+    fn keep(&self, path: &Path) -> Result<(), CrawlError> {
+        let json = serde_json::to_vec(self).map_err(std::io::Error::other);
+        json.and_then(|json| std::fs::write(path, json)).map_err(|e| CrawlError::write(path, e))
+    }
 }
 
 impl Searcher {
     async fn run(&self, queries: &QueryList, part: Part, out: &Sender) -> Result<(), StageError> {
         let last = part.first.saturating_add(part.count);
         let texts: Vec<String> = (part.first..last).map_while(|id| queries.get(id)).map(|query| query.text.to_owned()).collect();
-        let mut searches = stream::iter(texts).map(|text| self.search(text)).buffered(self.config.adapter.at_once as usize);
-        let (mut asked, mut failed) = (0, 0);
+        let folder = self.work.scratch()?;
+        let searches = texts.into_iter().zip(part.first..).map(|(text, id)| self.once(text, folder.join(format!("{id}.json"))));
+        let mut searches = stream::iter(searches).buffered(self.config.adapter.at_once as usize);
+        let (mut asked, mut failed, mut empty, mut may_pass) = (0, 0, 0, false);
         while let Some(search) = searches.next().await {
-            let Search { found, failure } = search?;
+            let Search { found, failure, facts } = search?;
             asked += 1;
             self.work.facts.add("queries_asked", 1);
+            facts.iter().for_each(|(fact, n)| self.work.facts.add(fact, *n));
             self.work.progress(asked, u64::from(part.count), "queries");
-            if let Some(why) = failure {
+            if let Some((why, passes)) = failure {
                 self.work.facts.add(&format!("queries_{why}"), 1);
-                failed += u64::from(found.is_empty());
+                failed += 1;
+                empty += u64::from(found.is_empty());
+                may_pass |= passes;
             }
             if !found.is_empty() && out.send(Ok(found)).await.is_err() {
                 return Ok(());
             }
         }
-        if failed == asked && asked > 0 {
+        if may_pass || (empty == asked && asked > 0) {
             let facts = self.work.facts.to_value();
             let reasons = facts.as_object().into_iter().flatten().filter(|(name, _)| *name != "queries_asked");
             let reasons = reasons.filter_map(|(name, n)| Some((name.strip_prefix("queries_")?, n)));
             let why = reasons.map(|(why, n)| format!("{why} {n}")).collect::<Vec<_>>().join(", ");
-            return Err(CrawlError::Search { adapter: self.config.adapter.name.clone(), why }.into());
+            return Err(CrawlError::Search { adapter: self.config.adapter.name.clone(), failed, asked, why }.into());
         }
         Ok(())
+    }
+
+    /// One query's search, unless an earlier attempt at the task has its whole answer: a task that fails for some queries costs the API
+    /// no more than these, and comes to its end even if some fail each time.
+    async fn once(&self, query: String, kept: PathBuf) -> Result<Search, StageError> {
+        let (path, read) = (kept.clone(), move || Search::read(&kept));
+        if let Some(search) = blocking(read).await? {
+            return Ok(search);
+        }
+        let search = self.search(query).await?;
+        if search.failure.is_some() {
+            return Ok(search);
+        }
+        Ok(blocking(move || search.keep(&path).map(|()| search)).await??)
     }
 
     /// Asks for one query, page by page, until there is no further one, enough was found, or something is wrong.
@@ -156,7 +198,7 @@ impl Searcher {
         let (mut position, mut barren) = (Some(Position::default()), 0);
         while let Some(at) = position.take() {
             let Some(url) = adapter.address(&query, &at, &self.key) else {
-                search.failure = Some("bad_address".to_owned());
+                search.fails("bad_address", false);
                 break;
             };
             let asked = self.web.get_api(&url, &self.manners, adapter.max_body, adapter.delay(), self.key.header.as_ref());
@@ -164,7 +206,7 @@ impl Searcher {
                 Ok(answer) => answer,
                 Err(failure) => {
                     tracing::debug!(adapter = adapter.name, query, status = %failure.status, "the search failed");
-                    search.failure = Some(failure.status.to_string());
+                    search.fails(failure.status.as_str(), failure.status.is_transient());
                     break;
                 }
             };
@@ -173,17 +215,17 @@ impl Searcher {
                 Ok(page) => page,
                 Err(why) => {
                     tracing::debug!(adapter = adapter.name, query, why, "the answer cannot be used");
-                    search.failure = Some(why.to_owned());
+                    search.fails(why, false);
                     break;
                 }
             };
             position = adapter.after(&at, &page);
-            self.work.facts.add("search_pages", 1);
-            self.work.facts.add("search_results", page.results as u64);
+            search.count("search_pages", 1);
+            search.count("search_results", page.results);
             let before = seen.len();
             for image in page.images {
                 if seen.len() < self.config.per_query && seen.insert(image.url.clone()) {
-                    self.take(image, &url, &mut search.found);
+                    self.take(image, &url, &mut search);
                 }
             }
             barren = if seen.len() == before { barren + 1 } else { 0 };
@@ -195,7 +237,7 @@ impl Searcher {
     }
 
     /// Adds the texts of an image; of equal ones the preferred source counts.
-    fn take(&self, image: Image, api: &Url, found: &mut Vec<Found>) {
+    fn take(&self, image: Image, api: &Url, search: &mut Search) {
         let absolute = |url: &str| {
             let mut url = api.join(url.trim()).ok()?;
             url.set_fragment(None);
@@ -204,6 +246,7 @@ impl Searcher {
         };
         let url = absolute(&image.url);
         let page_url = image.page.as_deref().and_then(absolute);
+        let found = &mut search.found;
         let first = found.len();
         for (text_source, text) in image.texts {
             let text = clean(&plain(&text), self.max_text);
@@ -213,9 +256,13 @@ impl Searcher {
             }
         }
         if found.len() == first {
-            self.work.facts.add("search_results_unusable", 1);
+            search.count("search_results_unusable", 1);
         }
     }
+}
+
+async fn blocking<T: Send + 'static>(read_or_write: impl FnOnce() -> T + Send + 'static) -> Result<T, StageError> {
+    tokio::task::spawn_blocking(read_or_write).await.map_err(|e| StageError::Panicked(e.to_string()))
 }
 
 /// A text without HTML, if there is any in it.

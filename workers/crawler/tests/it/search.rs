@@ -1,17 +1,20 @@
 //! Search APIs, by their own shapes and by shapes that they should not have.
 
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::UInt32Type;
 use capfilt_crawler::{Discover, DiscoverConfig, Matcher, QueryList, SearchConfig, SourceConfig, Web};
 use capfilt_runtime::StageError;
+use capfilt_store::Store;
 use serde_json::{Value, json};
 use url::Url;
 
 use crate::server::{Reply, Request, Server, ok, redirect, status, with};
-use crate::support::{run, texts, web, worker};
+use crate::support::{run_in, texts, web, worker};
 
 /// A ready adapter, as it is but for TLS and its patience.
 fn ready(adapter: &str, change: impl FnOnce(&mut SearchConfig)) -> DiscoverConfig {
@@ -27,12 +30,21 @@ fn queries() -> QueryList {
 }
 
 async fn discover(server: &Server, config: &DiscoverConfig, task: usize) -> Result<(RecordBatch, Value), StageError> {
+    discover_in(tempfile::tempdir().unwrap().path(), server, config, task).await
+}
+
+async fn discover_in(
+    folder: &Path,
+    server: &Server,
+    config: &DiscoverConfig,
+    task: usize,
+) -> Result<(RecordBatch, Value), StageError> {
     config.check().unwrap();
     let list = queries();
     let matcher = Arc::new(Matcher::new(&list).unwrap());
     let params = config.params(&list, "now").unwrap();
     let stage = Discover::new(Web::new(&worker(server.address)).unwrap(), matcher).with_queries(Arc::new(list));
-    run(&stage, &params[task], vec![]).await
+    run_in(folder, &Store::open("memory:").await.unwrap(), &stage, &params[task], vec![]).await
 }
 
 /// `url | text | what it is | page | queries`.
@@ -161,10 +173,72 @@ async fn an_api_that_answers_nothing_fails_the_task() {
     let server = Server::start(|r| if parameter(r, "q") == "cat" { status(403) } else { ok("text/html", "<html>") }).await;
     let error = discover(&server, &ready("openverse", |_| {}), 0).await.unwrap_err();
     let said = error.to_string();
-    assert!(
-        error.is_retryable() && said.contains("openverse answered none of the task's queries (http_4xx 1, not_json 2)"),
-        "{said}"
-    );
+    let why = "openverse left 3 of the task's 3 queries without a whole answer (http_4xx 1, not_json 2)";
+    assert!(error.is_retryable() && said.contains(why), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn queries_that_may_be_answered_later_are_not_given_up() {
+    // What is wrong with the second page of one query and with the other one: nothing at last.
+    let trouble: [fn() -> Reply; 3] = [
+        || with(status(429), "Retry-After", "86400"),
+        || status(503),
+        || Reply::Late(Duration::from_secs(600), Box::new(status(200))),
+    ];
+    for trouble in trouble {
+        let broken = Arc::new(AtomicBool::new(true));
+        let server = {
+            let broken = Arc::clone(&broken);
+            Server::start(move |r| {
+                let page = |n: u32, pages: u32| answer(&json!({"page_count": pages, "results": [image(n, "cat and dog")]}));
+                match (parameter(r, "q").as_str(), parameter(r, "page").as_str()) {
+                    ("cat", "1") => page(1, 2),
+                    ("cat", _) | ("dog", _) if broken.load(Ordering::SeqCst) => trouble(),
+                    ("cat", _) => page(2, 2),
+                    ("dog", _) => page(3, 1),
+                    // An answer that stays wrong does not hold up the others.
+                    _ => status(403),
+                }
+            })
+            .await
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = ready("openverse", |_| {});
+        config.web.retries = 0;
+        let error = discover_in(folder.path(), &server, &config, 0).await.unwrap_err();
+        let said = error.to_string();
+        assert!(error.is_retryable() && said.contains("left 3 of the task's 3 queries without a whole answer (http_4"), "{said}");
+
+        broken.store(false, Ordering::SeqCst);
+        let (rows, facts) = discover_in(folder.path(), &server, &config, 0).await.unwrap();
+        let fact = |name: &str| facts[name].as_u64().unwrap_or(0);
+        assert_eq!((fact("queries_asked"), fact("queries_http_4xx"), fact("search_pages")), (3, 1, 3), "{facts}");
+        let urls: Vec<String> = texts(&rows, "url").into_iter().step_by(2).collect();
+        assert_eq!(urls, ["http://img.test/1.jpg", "http://img.test/2.jpg", "http://img.test/3.jpg"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_further_attempt_asks_only_for_what_is_missing() {
+    let broken = Arc::new(AtomicBool::new(true));
+    let server = {
+        let broken = Arc::clone(&broken);
+        Server::start(move |r| match parameter(r, "q").as_str() {
+            "dog" if broken.load(Ordering::SeqCst) => status(503),
+            query => answer(&json!({"page_count": 1, "results": [image(query.len() as u32, "a cat"), {"title": "a cat", "url": "ftp://a.test/1.jpg"}]})),
+        })
+        .await
+    };
+    let (folder, config) = (tempfile::tempdir().unwrap(), ready("openverse", |_| {}));
+    let error = discover_in(folder.path(), &server, &config, 0).await.unwrap_err();
+    assert!(error.to_string().contains("left 1 of the task's 3 queries without a whole answer (http_5xx 1)"), "{error}");
+    broken.store(false, Ordering::SeqCst);
+    let asked = server.asked().len();
+    let (rows, facts) = discover_in(folder.path(), &server, &config, 0).await.unwrap();
+    assert_eq!(server.asked().len() - asked, 1, "{:?}", server.asked());
+    let (undisturbed, same) = discover(&server, &config, 0).await.unwrap();
+    assert_eq!((rows, &facts), (undisturbed, &same));
+    assert_eq!((facts["search_pages"].as_u64(), facts["search_results_unusable"].as_u64()), (Some(3), Some(3)), "{facts}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,6 @@
 //! Running one stage on one task.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,10 +46,20 @@ pub(crate) async fn run_on(
     params: &impl Serialize,
     input: Vec<RecordBatch>,
 ) -> Result<(RecordBatch, Value), StageError> {
-    let folder = tempfile::tempdir().unwrap();
+    run_in(tempfile::tempdir().unwrap().path(), store, stage, params, input).await
+}
+
+/// The same in a working folder that may have been used before.
+pub(crate) async fn run_in(
+    folder: &Path,
+    store: &Store,
+    stage: &dyn Stage,
+    params: &impl Serialize,
+    input: Vec<RecordBatch>,
+) -> Result<(RecordBatch, Value), StageError> {
     let params = serde_json::to_value(params).unwrap();
     let task = Task { stage: stage.kind(), stage_version: 1, params, model: None, inputs: vec![] };
-    let work = Work::new(task, store.clone(), RunId::new("test").unwrap(), folder.path());
+    let work = Work::new(task, store.clone(), RunId::new("test").unwrap(), folder);
     let facts = work.facts.clone();
     let rows = stage.process(work, stream::iter(input.into_iter().map(Ok)).boxed());
     let batches: Vec<RecordBatch> = rows.try_collect().await?;
