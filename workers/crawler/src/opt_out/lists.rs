@@ -66,7 +66,7 @@ impl OptOuts {
         }
         let mut whole = url.clone();
         whole.set_fragment(None);
-        if has(key_of_digest(Sha256::digest(whole.as_str()).into())) {
+        if spellings(&whole).any(|address| has(key_of_digest(Sha256::digest(address).into()))) {
             return true;
         }
         let address = without_scheme(&whole);
@@ -136,6 +136,14 @@ fn host_of(url: &Url) -> String {
     host.strip_suffix('.').unwrap_or(host).to_owned()
 }
 
+/// The texts of an address of which a list may have the digest: as it is and without the dot that a host may end in, with either scheme.
+fn spellings(url: &Url) -> impl Iterator<Item = String> {
+    let (before, after) = (&url[Position::AfterScheme..Position::BeforeHost], &url[Position::AfterHost..]);
+    let host = url.host_str().unwrap_or_default();
+    let hosts = [Some(host), host.strip_suffix('.')].into_iter().flatten();
+    hosts.flat_map(move |host| ["http", "https"].map(|scheme| format!("{scheme}{before}{host}{after}")))
+}
+
 /// Host, port if it is not the usual one, path and query.
 fn without_scheme(url: &Url) -> String {
     let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
@@ -171,9 +179,10 @@ mod tests {
     #[test]
     fn entries_name_what_they_say() {
         let hash = hex(Sha256::digest("https://secret.test/x.jpg").as_slice());
+        let other = hex(Sha256::digest("http://hidden.test/x.jpg").as_slice());
         let list = list(&format!(
             "\u{feff}# opted out\r\nexample.org\n*.under.test # why\n\nhttps://b.test/a.jpg?x=1\nc.test/art/*\nhttp://d.test:8080/*\n\
-             {}\nBÜCHER.test\n127.0.0.1\nhttp://e.test/cafÉ.jpg#f\n",
+             {}\n{other}\nBÜCHER.test\n127.0.0.1\nhttp://e.test/cafÉ.jpg#f\n",
             hash.to_uppercase()
         ))
         .unwrap();
@@ -187,6 +196,9 @@ mod tests {
             "http://c.test/art/deep/er.png?q",
             "https://d.test:8080/x",
             "https://secret.test/x.jpg#there",
+            "http://secret.test/x.jpg",
+            "http://secret.test./x.jpg",
+            "https://hidden.test/x.jpg",
             "http://xn--bcher-kva.test/",
             "http://127.0.0.1/x",
             "https://e.test/caf%C3%89.jpg",
@@ -202,7 +214,8 @@ mod tests {
             "http://c.test/art",
             "http://c.test/artists/x",
             "http://d.test/x",
-            "http://secret.test/x.jpg",
+            "https://secret.test/x.jpg?y",
+            "https://secret.test:8080/x.jpg",
             "http://1.127.0.0.1.test/",
         ] {
             assert!(!named(&list, no), "{no}");
