@@ -87,15 +87,17 @@ impl Folder {
         self.growing.join(file)
     }
 
-    /// Puts a written file in its place, whole.
-    pub(super) fn publish(&self, file: &str) -> Result<(), CrawlError> {
+    /// Puts a written file in its place, whole. A folder of samples replaces one that is there, or `joins` it.
+    pub(super) fn publish(&self, file: &str, joins: bool) -> Result<(), CrawlError> {
         let (from, to) = (self.growing(file), self.path(file));
         let publish = || {
             if !from.is_dir() {
                 File::open(&from)?.sync_all()?;
                 return fs::rename(&from, &to);
             }
-            // A folder of samples joins what is there of it: an earlier attempt's, or the samples that a retry leaves as they are.
+            if !joins && to.is_dir() {
+                fs::remove_dir_all(&to)?;
+            }
             fs::create_dir_all(&to)?;
             for entry in fs::read_dir(&from)? {
                 let entry = entry?;
@@ -111,7 +113,7 @@ impl Folder {
         let file = format!("{shard}{STATS}");
         let path = self.growing(&file);
         fs::write(&path, stats).map_err(|e| CrawlError::write(&path, e))?;
-        self.publish(&file)
+        self.publish(&file, false)
     }
 
     /// Removes the place where shards grew, and what is unfinished.

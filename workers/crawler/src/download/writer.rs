@@ -85,10 +85,11 @@ pub(super) fn write(
     stats.duration = stats.end_time - start_time;
     let name = config.shard_name(shard.id);
     if let Some(samples) = samples_file(config.output_format, &name) {
-        folder.publish(&samples)?;
+        // A retry leaves the other samples where they are; what is there of a new shard is of an attempt that was killed.
+        folder.publish(&samples, shard.old.is_some())?;
     }
     if config.output_format != OutputFormat::Dummy {
-        folder.publish(&format!("{name}.parquet"))?;
+        folder.publish(&format!("{name}.parquet"), false)?;
     }
     let mut json = Vec::new();
     let indented = serde_json::ser::PrettyFormatter::with_indent(b"    ");

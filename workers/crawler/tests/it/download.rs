@@ -274,6 +274,29 @@ async fn a_download_goes_on_where_it_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn samples_of_a_killed_attempt_do_not_stay_in_a_shard_of_files() {
+    let answers = Arc::new(AtomicBool::new(true));
+    let server = {
+        let answers = Arc::clone(&answers);
+        Server::start(move |r| if r.path == "/4" && !answers.load(Ordering::SeqCst) { status(404) } else { pictures(r) }).await
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let base = config(&server, folder.path(), &numbers(6), ListFormat::Txt);
+    let base = DownloadConfig { output_format: OutputFormat::Files, ..base };
+    assert_eq!(run(&base).await.unwrap().successes, 6);
+    let out = &base.output_folder;
+    // It was killed when its samples were in their place, and the second time one of them is not there.
+    std::fs::remove_file(out.join("00001_stats.json")).unwrap();
+    assert!(out.join("00001/000011.jpg").exists());
+    answers.store(false, Ordering::SeqCst);
+    let summary = run(&base).await.unwrap();
+    assert_eq!((summary.shards, summary.successes), (1, 2));
+    let names: Vec<String> = files(&out.join("00001")).into_keys().collect();
+    assert_eq!(names, ["000010.jpg", "000010.json", "000012.jpg", "000012.json"]);
+    assert_eq!(files(&out.join("00000")).len(), 6);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_host_holds_up_nobody_and_order_stays() {
     // The first row of each shard comes late, one not at all.
     let server = Server::start(|r| match r.path.as_str() {
