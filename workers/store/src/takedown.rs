@@ -172,13 +172,14 @@ impl TakenDown {
     }
 }
 
-/// The host of an address, and the address in the form in which addresses are compared: without scheme and fragment.
+/// The host of an address, and the address in the form in which addresses are compared: without scheme, fragment and the dot that a host may
+/// end in.
 fn key(url: &str) -> (Option<String>, String) {
     let Ok(mut parsed) = Url::parse(url) else { return (None, url.to_owned()) };
     parsed.set_fragment(None);
     let host = parsed.host_str().map(|h| h.trim_end_matches('.').to_owned());
     let key = match parsed.scheme() {
-        "http" | "https" => parsed[url::Position::BeforeHost..].to_owned(),
+        "http" | "https" => format!("{}{}", host.as_deref().unwrap_or_default(), &parsed[url::Position::AfterHost..]),
         _ => parsed.into(),
     };
     (host, key)
@@ -275,9 +276,10 @@ mod tests {
     #[test]
     fn an_address_is_covered_however_it_is_written() {
         let down = covering(&["https://Example.org:443/a%20b/../c.jpg?x=1#top", "# a comment", ""]);
-        for url in ["http://example.org/c.jpg?x=1", "https://example.org/c.jpg?x=1#other"] {
+        for url in ["http://example.org/c.jpg?x=1", "https://example.org/c.jpg?x=1#other", "http://example.org./c.jpg?x=1"] {
             assert!(down.covers_url(url), "{url}");
         }
+        assert!(covering(&["http://example.org.:81/c.jpg"]).covers_url("https://example.org:81/c.jpg"));
         for url in
             ["https://example.org/c.jpg", "https://www.example.org/c.jpg?x=1", "https://example.org:8080/c.jpg?x=1", "c.jpg", ""]
         {
