@@ -204,7 +204,7 @@ pub(crate) struct QueriesBuildArgs {
     /// Titles with at least this many views, over all page view files
     #[arg(long, value_name = "VIEWS", default_value_t = 70)]
     pub(crate) title_views: u64,
-    /// The wiki whose page views count
+    /// The wiki whose page views count and whose titles are read
     #[arg(long, default_value = "en")]
     pub(crate) wiki: String,
     /// Memory to stay within, roughly, in MiB; what does not fit is kept in files meanwhile

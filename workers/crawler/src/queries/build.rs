@@ -46,7 +46,7 @@ pub struct QueryBuild {
     pub bigram_count: u64,
     /// The least views of a title, over all page view files. MetaCLIP: 70.
     pub title_views: u64,
-    /// The wiki whose page views count, as page view files call it: `en`.
+    /// The wiki whose page views count and whose titles are read, as page view files call it: `en`.
     pub wiki: String,
     /// Bytes of memory to stay within, roughly; what does not fit is kept in files.
     pub memory: usize,
@@ -139,7 +139,7 @@ impl QueryBuild {
         if !of.titles.is_empty() {
             let mut tally = build.tally();
             for path in &of.titles {
-                build.inputs.push(titles::list(path, &meter, &mut tally, &self.work_dir)?);
+                build.inputs.push(titles::list(path, &self.wiki, &meter, &mut tally, &self.work_dir)?);
             }
             build.pick(QuerySource::Title, tally, 0)?;
         }

@@ -15,6 +15,36 @@ use crate::matcher::words_of;
 
 /// MediaWiki's longest title, in bytes.
 const LONGEST_TITLE: usize = 255;
+/// The wikis whose pages have the names of [`NAMESPACES`].
+const ENGLISH: [&str; 2] = ["en", "simple"];
+/// What stands before the colon of pages of the English Wikipedia that are no articles, with other names for it; ` talk` may follow.
+const NAMESPACES: [&str; 25] = [
+    "media",
+    "special",
+    "talk",
+    "user",
+    "wikipedia",
+    "project",
+    "wp",
+    "wt",
+    "file",
+    "image",
+    "mediawiki",
+    "template",
+    "tm",
+    "help",
+    "category",
+    "portal",
+    "draft",
+    "mos",
+    "timedtext",
+    "module",
+    "book",
+    "education program",
+    "gadget",
+    "gadget definition",
+    "event",
+];
 
 /// Sums the views of titles over files, several files at a time.
 pub(super) fn views(
@@ -32,7 +62,7 @@ pub(super) fn views(
         let mut one = |path: &Path| {
             let mut input = Input::open("page_views", path, 1, meter)?;
             let read = each_line(&mut input, |line| {
-                title_and_views(line, wiki).map_or(Ok(()), |(title, n)| add(&mut tally, title, n, &mut words))
+                title_and_views(line, wiki).map_or(Ok(()), |(title, n)| add(&mut tally, title, wiki, n, &mut words))
             });
             read.map_err(|e| fail(&input, folder, e))?;
             input.finish()
@@ -75,12 +105,18 @@ pub(super) fn views(
 }
 
 /// Adds the titles of a list: one a line, as a title or as the address of a page writes it (`all-titles-in-ns0`).
-pub(super) fn list(path: &Path, meter: &Arc<Meter>, tally: &mut Tally, folder: &Path) -> Result<InputFile, CrawlError> {
+pub(super) fn list(
+    path: &Path,
+    wiki: &str,
+    meter: &Arc<Meter>,
+    tally: &mut Tally,
+    folder: &Path,
+) -> Result<InputFile, CrawlError> {
     let mut input = Input::open("titles", path, 1, meter)?;
     let (mut first, mut words) = (true, String::new());
     let read = each_line(&mut input, |line| {
         let head = std::mem::take(&mut first) && matches!(line, b"page_title" | b"title");
-        if head { Ok(()) } else { add(tally, line.split(|b| *b == b'\t').next().unwrap_or(line), 0, &mut words) }
+        if head { Ok(()) } else { add(tally, line.split(|b| *b == b'\t').next().unwrap_or(line), wiki, 0, &mut words) }
     });
     read.map_err(|e| fail(&input, folder, e))?;
     input.finish()
@@ -106,8 +142,8 @@ fn each_line(input: &mut Input, mut each: impl FnMut(&[u8]) -> io::Result<()>) -
     Ok(())
 }
 
-fn add(tally: &mut Tally, title: &[u8], n: u64, words: &mut String) -> io::Result<()> {
-    let Some(title) = readable(title) else { return Ok(()) };
+fn add(tally: &mut Tally, title: &[u8], wiki: &str, n: u64, words: &mut String) -> io::Result<()> {
+    let Some(title) = readable(title).filter(|title| !is_other_namespace(title, wiki)) else { return Ok(()) };
     words_of(name_of(&title), words);
     if words.trim() == "" {
         return Ok(());
@@ -115,7 +151,7 @@ fn add(tally: &mut Tally, title: &[u8], n: u64, words: &mut String) -> io::Resul
     tally.add(words.trim(), n).map(|_| ())
 }
 
-/// A line's title and views, if it is of an article of this wiki.
+/// A line's title and views, if it is of this wiki.
 fn title_and_views<'a>(line: &'a [u8], wiki: &str) -> Option<(&'a [u8], u64)> {
     let mut fields = line.split(|b| *b == b' ');
     let project = fields.next()?.strip_prefix(wiki.as_bytes())?;
@@ -128,19 +164,31 @@ fn title_and_views<'a>(line: &'a [u8], wiki: &str) -> Option<(&'a [u8], u64)> {
         _ => return None,
     };
     let views = std::str::from_utf8(views).ok()?.parse().ok()?;
-    (title.len() <= 3 * LONGEST_TITLE && !is_other_namespace(title)).then_some((title, views))
+    (title.len() <= 3 * LONGEST_TITLE).then_some((title, views))
 }
 
-/// `File:A.jpg`, `Spezial:Suche`: a colon with no space behind it, as MediaWiki writes every namespace. `2001:_A_Space_Odyssey` is a title.
-fn is_other_namespace(title: &[u8]) -> bool {
-    title.iter().position(|b| *b == b':').is_some_and(|i| !matches!(title.get(i + 1), Some(b'_' | b' ')))
-}
-
-/// A title with its `%C3%A9` and `_` as people read them; `None` if it is not UTF-8, or no title.
-fn readable(title: &[u8]) -> Option<String> {
-    if is_other_namespace(title) {
-        return None;
+/// Whether a title is of a page that is no article. MediaWiki writes no space behind the colon of a namespace, and few articles have a colon
+/// without a space, so that in other languages, whose namespaces are not known here, such a prefix is one: `Spezial:Suche`. It never
+/// begins with a digit: `3:10 to Yuma`.
+fn is_other_namespace(title: &str, wiki: &str) -> bool {
+    let Some((prefix, rest)) = title.split_once(':') else { return false };
+    if rest.starts_with(' ') {
+        return false;
     }
+    // `:x`, `http://…`: no title is like that.
+    if prefix.is_empty() || rest.starts_with("//") {
+        return true;
+    }
+    if !ENGLISH.contains(&wiki) {
+        return !prefix.starts_with(char::is_numeric);
+    }
+    let prefix = prefix.trim().to_ascii_lowercase();
+    let of = prefix.strip_suffix(" talk").unwrap_or(&prefix);
+    NAMESPACES.contains(&of)
+}
+
+/// A title with its `%C3%A9` and `_` as people read them; `None` if it is not UTF-8, or longer than titles are.
+fn readable(title: &[u8]) -> Option<String> {
     let mut bytes = Vec::with_capacity(title.len());
     let mut rest = title;
     while let Some((&first, tail)) = rest.split_first() {
@@ -172,6 +220,9 @@ pub(super) fn read_any(line: &[u8]) {
     let title = title_and_views(line, "en").map_or(line, |found| found.0);
     if let Some(title) = readable(title) {
         assert!(name_of(&title).len() <= LONGEST_TITLE);
+        for wiki in ["en", "de"] {
+            is_other_namespace(&title, wiki);
+        }
     }
 }
 
@@ -202,12 +253,31 @@ mod tests {
     fn sums_hours_days_and_devices() {
         let hour = "de Katze 99 0\nen Red_Car 30 0\nen.m Red_Car 20 0\nen Special:Search 1000 0\nen.b Cookbook 5 0\nen Main 7\nen - 5 0\n\"\" x 1 0\n";
         let day = "en.wikipedia red_car 123 desktop 5 A2B3\nen.wikipedia Red_car null mobile-web 6 A6\nen.wikipedia Caf%C3%A9 desktop 8 A8\nen.wikibooks X 1 desktop 5 A5\n";
-        let ez = "en.z Mercury_(planet) 40 A40\nen.z Mercury_(element) 2 A2\nen.z 2001:_A_Space_Odyssey 3 A3\nen.z %FF%FE 3 A\nen bad x 0\n";
-        let expected = [("2001 a space odyssey", 3), ("café", 8), ("main", 7), ("mercury", 42), ("red car", 61)]
-            .map(|(t, n)| (t.to_owned(), n));
+        let ez = "en.z Mercury_(planet) 40 A40\nen.z Mercury_(element) 2 A2\nen.z 2001:_A_Space_Odyssey 3 A3\nen.z 3:10_to_Yuma 9 A9\nen.z User_talk%3AMe 9 A9\nen.z %FF%FE 3 A\nen bad x 0\n";
+        let expected =
+            [("2001 a space odyssey", 3), ("3 10 to yuma", 9), ("café", 8), ("main", 7), ("mercury", 42), ("red car", 61)]
+                .map(|(t, n)| (t.to_owned(), n));
         for threads in [1, 3] {
             assert_eq!(summed(&[hour, day, ez], threads).unwrap(), expected);
         }
+    }
+
+    #[test]
+    fn namespaces_are_told_from_titles_with_a_colon() {
+        let articles = ["3:10 to Yuma (1957 film)", "2:22", "2001: A Space Odyssey", "24:7", "Batman", "Alien: Covenant"];
+        let english = ["Re:Zero", "Halo:Reach", "File: the movie", "Category theory", "Helpless:x", "Bad talk:x", "Re:"];
+        let pages = ["File:A.jpg", "user talk:Me", "Wikipedia:About", "SPECIAL:Search", "Talk:2:22", "TimedText talk:x", "WP:V"];
+        let none = [":x", "Http://a.test"];
+        for title in articles.iter().chain(&english) {
+            assert!(!is_other_namespace(title, "en"), "{title}");
+        }
+        for title in pages.iter().chain(&none) {
+            assert!(is_other_namespace(title, "en") && is_other_namespace(title, "de"), "{title}");
+        }
+        for title in articles {
+            assert!(!is_other_namespace(title, "de"), "{title}");
+        }
+        assert!(is_other_namespace("Spezial:Suche", "de") && is_other_namespace("Benutzer Diskussion:Ich", "de"));
     }
 
     proptest! {
