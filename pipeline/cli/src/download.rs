@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use capfilt_crawler::{
     CrawlError, CrawlerWorkerConfig, DownloadConfig, DownloadProgress, DownloadSummary, FetchConfig, HashKind, ImageConfig,
     IncrementalMode, Interpolation, ListFormat, OutputFormat, Reencode, ResizeMode, StoredFormat, WebConfig, download,
+    parse_size,
 };
 use capfilt_schemas::FetchStatus;
 use clap::{ArgAction, Args};
@@ -37,8 +38,8 @@ const TICK: Duration = Duration::from_millis(250);
     rename_all = "snake_case",
     after_help = "Flags may be written with `-` for `_`. What differs from img2dataset: the agent says who asks, robots.txt is obeyed \
                   (--robots False), a host gets a few requests a second (--requests_per_second, --per_host), failed requests are \
-                  repeated twice (--retries), an image of more than 50 million pixels is refused unless --max_image_area allows it, \
-                  and all cores are used whatever --processes_count says."
+                  repeated twice (--retries), a file of more than 20 MiB is refused unless --max_body allows it, an image of more \
+                  than 50 million pixels unless --max_image_area does, and all cores are used whatever --processes_count says."
 )]
 pub(crate) struct DownloadArgs {
     /// The list of addresses: a file, or a folder of files that end in the input format
@@ -131,6 +132,9 @@ pub(crate) struct DownloadArgs {
     /// Most time for one request, in seconds
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS", help_heading = "Web")]
     timeout: f64,
+    /// Refuse larger files: `50 MiB`, `2GB`. As many as there are requests at work may be in memory at once
+    #[arg(long, default_value = "20 MiB", value_name = "SIZE", value_parser = parse_size, help_heading = "Web")]
+    max_body: usize,
     /// Further attempts after one that failed in a way that may pass
     #[arg(long, default_value_t = 2, help_heading = "Web")]
     retries: u32,
@@ -296,7 +300,7 @@ impl DownloadArgs {
             incremental_mode: self.incremental_mode,
             max_shard_retry: self.max_shard_retry,
             retry_status: self.retry_status.map_or_else(|| Ok(Vec::new()), |names| statuses(&names))?,
-            fetch: FetchConfig { web: settings.web, image, ..FetchConfig::default() },
+            fetch: FetchConfig { web: settings.web, max_body: self.max_body, image },
             crawler: settings.crawler,
         };
         config.check().map_err(|e| Failure::Usage(e.to_string()))?;
@@ -499,7 +503,7 @@ mod tests {
         let line = "--url_list=l.csv --input_format csv.gz --caption_col TEXT --resize_mode keep_ratio --resize_only_if_bigger=True \
                     --skip_reencode --extract_exif False --compute_hash None --save_additional_columns [\"a\",'b'] --timeout 3 \
                     --max_aspect_ratio 3.5 --encode_format webp --disallowed_header_directives [] --user_agent_token mybot \
-                    --processes_count 2 --thread_count 8 --incremental_mode extend --set web.max_redirects=2";
+                    --processes_count 2 --thread_count 8 --incremental_mode extend --max_body 1.5GiB --set web.max_redirects=2";
         let c = config(line).unwrap();
         assert_eq!((c.input_format, c.gzipped, c.caption_col.as_deref()), (ListFormat::Csv, true, Some("TEXT")));
         assert_eq!(
@@ -511,9 +515,10 @@ mod tests {
         assert_eq!((image.reencode, image.format, image.max_aspect), (Reencode::IfNeeded, StoredFormat::WebP, 3.5));
         let web = &c.fetch.web;
         assert_eq!((web.timeout, web.opt_out, web.token(), web.max_redirects), (Duration::from_secs(3), false, "mybot", 2));
-        assert_eq!((c.crawler.connections, c.incremental_mode), (16, IncrementalMode::Extend));
+        assert_eq!((c.crawler.connections, c.incremental_mode, c.fetch.max_body), (16, IncrementalMode::Extend, 3 << 29));
         let c = config("urls.txt").unwrap();
         assert_eq!((c.url_list, c.output_folder), ("urls.txt".into(), "images".into()));
+        assert_eq!(c.fetch.max_body, FetchConfig::default().max_body);
         assert_eq!((c.output_format, c.number_sample_per_shard, c.oom_shard_count), (OutputFormat::Files, 10_000, 5));
         assert_eq!((c.fetch.image.resize, c.compute_hash, c.extract_exif), (ResizeMode::Border, Some(HashKind::Sha256), true));
         let c = config("l --input_format parquet --verify_hash (\"sum\",\"md5\") --compute_hash md5 --retry_status dns,timeout")
@@ -540,6 +545,7 @@ mod tests {
             ("l --encode_format png --encode_quality 95", "0 to 9"),
             ("l --number_sample_per_shard 0", "number_sample_per_shard"),
             ("l --timeout=-1", "timeout"),
+            ("l --max_body 20", "write a number and one of B, kB"),
             ("s3://b/l", "local"),
             ("--json", "url_list"),
         ] {

@@ -46,4 +46,5 @@ pub use queries::{
 pub use sources::archive_pairs;
 pub use sources::{Adapter, ApiKey, SearchConfig};
 pub use traffic::{Downloads, OTHER_HOSTS, Traffic};
+pub use units::parse_size;
 pub use web::{Probe, Web};

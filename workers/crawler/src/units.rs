@@ -27,6 +27,14 @@ fn spell(value: u64, units: &[(&str, u64)], gap: &str) -> String {
     format!("{}{gap}{unit}", value / scale)
 }
 
+/// A number of bytes as people write it: `20 MiB`, `5MB`.
+///
+/// # Errors
+/// A sentence that says what to write.
+pub fn parse_size(text: &str) -> Result<usize, String> {
+    usize::try_from(parse(text.trim(), &SIZES, "size")?).map_err(|e| e.to_string())
+}
+
 /// A size as people write it.
 pub(crate) fn size_text(bytes: usize) -> String {
     spell(bytes as u64, &SIZES, " ")
@@ -49,7 +57,7 @@ pub(crate) mod time {
 
 /// `#[serde(with = "units::size")]` for a number of bytes.
 pub(crate) mod size {
-    use super::{SIZES, parse, spell};
+    use super::{SIZES, parse_size, spell};
     use serde::{Deserialize, Deserializer, Serializer};
 
     pub(crate) fn serialize<S: Serializer>(value: &usize, s: S) -> Result<S::Ok, S::Error> {
@@ -58,8 +66,7 @@ pub(crate) mod size {
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<usize, D::Error> {
         let text = String::deserialize(d)?;
-        let value = parse(text.trim(), &SIZES, "size").map_err(serde::de::Error::custom)?;
-        usize::try_from(value).map_err(serde::de::Error::custom)
+        parse_size(&text).map_err(serde::de::Error::custom)
     }
 }
 
