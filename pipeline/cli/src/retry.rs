@@ -22,7 +22,7 @@ pub(crate) struct Retry {
 }
 
 pub(crate) async fn run(args: RetryArgs) -> Result<ExitCode, Failure> {
-    let statuses = statuses(&args.status)?;
+    let statuses = if args.status.is_empty() { transient() } else { statuses(&args.status, "--status", "")? };
     let config = RunConfig::load(&args.config.config, &args.config.set)?;
     let job = if args.dry_run { Job::look(config).await? } else { Job::prepare(config).await? };
     let downloads = job.plan().await?.downloads;
@@ -48,20 +48,21 @@ pub(crate) async fn run(args: RetryArgs) -> Result<ExitCode, Failure> {
     job.work(args.json, Some(Retry { record, statuses, before: downloads.statuses })).await
 }
 
-/// The statuses that are meant.
-fn statuses(names: &[String]) -> Result<BTreeSet<FetchStatus>, Failure> {
-    if names.is_empty() {
-        return Ok(FetchStatus::ALL.iter().copied().filter(|s| s.is_transient()).collect());
-    }
-    let mut chosen = BTreeSet::new();
-    for name in names {
+/// What is fetched again if nothing else is said.
+fn transient() -> BTreeSet<FetchStatus> {
+    FetchStatus::ALL.iter().copied().filter(|s| s.is_transient()).collect()
+}
+
+/// The statuses of failed downloads that `flag` names; `also` is what else it takes.
+pub(crate) fn statuses(names: &[String], flag: &str, also: &str) -> Result<BTreeSet<FetchStatus>, Failure> {
+    let parse = |name: &String| {
         let known = FetchStatus::parse(name.trim()).filter(|s| s.can_be_retried());
-        chosen.insert(known.ok_or_else(|| {
+        known.ok_or_else(|| {
             let all: Vec<_> = FetchStatus::ALL.iter().filter(|s| s.can_be_retried()).map(|s| s.as_str()).collect();
-            Failure::Usage(format!("--status: `{name}` is no status of a failed download; there are: {}", all.join(", ")))
-        })?);
-    }
-    Ok(chosen)
+            Failure::Usage(format!("{flag}: `{name}` is no status of a failed download; there are: {}{also}", all.join(", ")))
+        })
+    };
+    names.iter().map(parse).collect()
 }
 
 /// The record of the retry: that of one that was interrupted, if the same is asked for again. None if there is nothing to fetch.
@@ -143,8 +144,8 @@ mod tests {
 
     #[test]
     fn statuses_are_those_of_failed_downloads() {
-        let of = |names: &[&str]| statuses(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
-        assert_eq!(names(&of(&[]).unwrap()), "dns, connect, tls, timeout, http_429, http_5xx, truncated");
+        let of = |names: &[&str]| statuses(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>(), "--status", "");
+        assert_eq!(names(&transient()), "dns, connect, tls, timeout, http_429, http_5xx, truncated");
         assert_eq!(names(&of(&["http_4xx", " dns"]).unwrap()), "dns, http_4xx");
         for bad in ["ok", "taken_down", "", "Timeout"] {
             let said = of(&["dns", bad]).unwrap_err().text();

@@ -19,7 +19,7 @@ use crate::traffic::Traffic;
 use crate::web::{AHEAD, Want, Web};
 
 /// Raised whenever the same task would give other rows than before.
-pub const FETCH_VERSION: u32 = 2;
+pub const FETCH_VERSION: u32 = 3;
 
 /// Downloads images. Many requests are at work at once; rows come out in the order in which they came in.
 pub struct Fetch {

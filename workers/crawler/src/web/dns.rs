@@ -16,7 +16,6 @@ use hickory_resolver::proto::op::Query;
 use hickory_resolver::proto::rr::{Name, RecordType};
 use hickory_resolver::{Hosts, TokioResolver};
 
-use super::exchange::is_out_of_files;
 use crate::CrawlError;
 use crate::config::DnsConfig;
 
@@ -322,6 +321,13 @@ impl Cache {
         }
         self.young.insert(name, search);
     }
+}
+
+/// Whether the process or the machine, not the server, is at its end: `EMFILE`, `ENFILE`.
+pub(super) fn is_out_of_files(error: &io::Error) -> bool {
+    const ENFILE: i32 = 23;
+    const EMFILE: i32 = 24;
+    matches!(error.raw_os_error(), Some(ENFILE | EMFILE))
 }
 
 #[cfg(test)]

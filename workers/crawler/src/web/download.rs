@@ -10,7 +10,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout, timeout_at};
 use url::Url;
 
-use super::exchange::{classify, redirect_target, retry_after};
+use super::exchange::{redirect_target, retry_after};
+use super::failure::classify;
 use super::hosts::{Clock, Slot};
 use super::{Failure, Web, backoff, may_pass_soon};
 use crate::CrawlError;

@@ -1,40 +1,23 @@
 //! One request and its answer, with caps on everything a server can stretch.
 
-use std::error::Error;
-use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capfilt_schemas::FetchStatus;
-use ipnet::IpNet;
 use reqwest::header::{
     ACCEPT, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER, USER_AGENT,
 };
-use reqwest::{Client, Proxy, Response, redirect};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
+use reqwest::{Client, Response};
 use tokio::sync::OwnedSemaphorePermit;
 use url::Url;
 
-use super::dns::{Dns, NoAddress};
-use super::{Failure, guard};
-use crate::config::{CrawlerWorkerConfig, WebConfig};
+use super::failure::{Failure, LATE, classify};
+use crate::config::WebConfig;
+use crate::html;
 use crate::opt_out::Directives;
 use crate::room::Taken;
-use crate::{CrawlError, html};
 
-/// Why an attempt that takes too long ends.
-const LATE: &str = "the time for one attempt passed";
 /// The stretch of time over which a body has to keep its least rate.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
-/// A connection without requests is kept for this long. Short: a crawl meets many hosts, and each kept one is an open file.
-const IDLE: Duration = Duration::from_secs(8);
-/// Addresses of a host that are tried: the time for connecting is shared among them.
-const ADDRESSES_TRIED: usize = 3;
-/// An HTTP/2 connection with requests that says nothing for this long is asked whether it lives, and has as long to answer.
-const PING_AFTER: Duration = Duration::from_secs(3);
-
 /// What an answer is wanted for; it decides what is read of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Want {
@@ -95,118 +78,6 @@ fn may_be_html(headers: &HeaderMap) -> bool {
 pub(super) enum Reply {
     Answer(Answer),
     Redirect(Url),
-}
-
-/// What clients are made from: one for each `connect_timeout`.
-pub(super) struct Route {
-    config: CrawlerWorkerConfig,
-    tls: rustls::ClientConfig,
-    resolver: Arc<Resolver>,
-}
-
-/// A client in two forms.
-#[derive(Clone)]
-pub(super) struct Clients {
-    /// It keeps connections and uses them again.
-    pub(super) keeping: Client,
-    /// Each request has a connection of its own: for further attempts, since the one that was kept may have been the trouble.
-    pub(super) fresh: Client,
-}
-
-impl Route {
-    pub(super) fn new(config: &CrawlerWorkerConfig) -> Result<Self, CrawlError> {
-        let mut roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
-        for path in &config.ca_files {
-            let unusable = |reason: String| CrawlError::Format { path: path.clone(), reason };
-            for certificate in CertificateDer::pem_file_iter(path).map_err(|e| unusable(e.to_string()))? {
-                let certificate = certificate.map_err(|e| unusable(e.to_string()))?;
-                roots.add(certificate).map_err(|e| unusable(format!("a certificate in it cannot be used: {e}")))?;
-            }
-        }
-        let mut tls = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .map_err(|e| CrawlError::Client(e.to_string()))?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        let proxy = config.proxy.as_ref().and_then(|p| Url::parse(p).ok()?.host_str().map(str::to_owned));
-        let fixed = config.resolve.clone();
-        let resolver = Resolver { fixed, proxy, allowed: config.allow_networks.clone(), dns: Dns::new(&config.dns)? };
-        Ok(Self { config: config.clone(), tls, resolver: Arc::new(resolver) })
-    }
-
-    /// Redirects are left to the caller, and the environment's proxy settings do not count.
-    pub(super) fn clients(&self, connect_timeout: Duration) -> Result<Clients, CrawlError> {
-        let build = |idle: usize| {
-            let mut builder = Client::builder()
-                .tls_backend_preconfigured(self.tls.clone())
-                .redirect(redirect::Policy::none())
-                .referer(false)
-                .retry(reqwest::retry::never())
-                .no_proxy()
-                .connect_timeout(connect_timeout)
-                .pool_idle_timeout(IDLE)
-                .pool_max_idle_per_host(idle)
-                .http2_keep_alive_interval(PING_AFTER)
-                .http2_keep_alive_timeout(PING_AFTER)
-                .dns_resolver(Arc::clone(&self.resolver));
-            if let Some(proxy) = &self.config.proxy {
-                builder = builder.proxy(Proxy::all(proxy)?);
-            }
-            builder.build()
-        };
-        let both = || Ok(Clients { keeping: build(self.config.per_host)?, fresh: build(0)? });
-        both().map_err(|e: reqwest::Error| CrawlError::Client(e.to_string()))
-    }
-
-    /// Whether an address may be asked, as far as it can be told here. Behind a proxy no name is resolved later, so it is looked at now;
-    /// one that only the proxy can resolve is left to the proxy.
-    pub(super) async fn admits(&self, url: &Url) -> bool {
-        let may_be_asked = |ip| guard::admits(&self.config.allow_networks, ip);
-        match (guard::literal(url), url.host_str()) {
-            (Some(ip), _) => may_be_asked(ip),
-            (None, Some(name)) if self.config.proxy.is_some() => {
-                self.dns().addresses(name).await.map_or(true, |found| found.iter().any(|ip| may_be_asked(*ip)))
-            }
-            _ => true,
-        }
-    }
-
-    pub(super) fn dns(&self) -> &Dns {
-        &self.resolver.dns
-    }
-}
-
-/// The fixed addresses of the config, then DNS behind the guard.
-struct Resolver {
-    fixed: std::collections::BTreeMap<String, SocketAddr>,
-    /// The name of the proxy's host: where it is is the operator's choice.
-    proxy: Option<String>,
-    allowed: Vec<IpNet>,
-    dns: Dns,
-}
-
-/// A name leads only to addresses that must not be asked.
-#[derive(Debug, thiserror::Error)]
-#[error("the host is not on the public internet")]
-struct Forbidden;
-
-impl reqwest::dns::Resolve for Resolver {
-    fn resolve(&self, name: reqwest::dns::Name) -> reqwest::dns::Resolving {
-        let fixed = self.fixed.get(name.as_str()).or_else(|| self.fixed.get("*")).copied();
-        if let Some(address) = fixed {
-            return Box::pin(async move { Ok(Box::new(std::iter::once(address)) as reqwest::dns::Addrs) });
-        }
-        let trusted = self.proxy.as_deref() == Some(name.as_str());
-        let (dns, allowed) = (self.dns.clone(), self.allowed.clone());
-        Box::pin(async move {
-            let found = dns.addresses(name.as_str()).await?;
-            let may_be_asked = |ip: &std::net::IpAddr| trusted || guard::admits(&allowed, *ip);
-            let addresses: Vec<SocketAddr> =
-                found.iter().copied().filter(may_be_asked).take(ADDRESSES_TRIED).map(|ip| SocketAddr::new(ip, 0)).collect();
-            if addresses.is_empty() { Err(Forbidden.into()) } else { Ok(Box::new(addresses.into_iter()) as reqwest::dns::Addrs) }
-        })
-    }
 }
 
 /// Asks once. The whole of it, from the connection to the last byte that is wanted, takes `within` at most.
@@ -370,68 +241,6 @@ pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     }
     let date = httpdate::parse_http_date(value).ok()?;
     Some(date.duration_since(std::time::SystemTime::now()).unwrap_or(Duration::ZERO))
-}
-
-/// The status of a request that failed before an answer (`otherwise` is `Connect`) or in its body (`Truncated`).
-///
-/// The reason is one of a few sentences: how the system words a broken connection differs from one time to the next, and rows must not.
-/// Its own words go to the log.
-pub(super) fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failure {
-    let mut status = if error.is_timeout() { FetchStatus::Timeout } else { otherwise };
-    let mut failure = None;
-    let mut next = error.source();
-    while let Some(cause) = next {
-        if is_tls(cause) {
-            status = FetchStatus::Tls;
-        }
-        // hyper tells this to servers only in a typed way.
-        if cause.to_string() == "message head is too large" {
-            status = FetchStatus::TooLarge;
-        }
-        if cause.is::<Forbidden>() {
-            failure = Some(Failure::new(FetchStatus::ForbiddenAddress, Forbidden.to_string()));
-        }
-        match cause.downcast_ref::<NoAddress>() {
-            Some(NoAddress::OutOfFiles) => failure = Some(Failure::out_of_files()),
-            Some(none @ NoAddress::Absent) => {
-                failure = Some(Failure { may_pass: false, ..Failure::new(FetchStatus::Dns, none.to_string()) });
-            }
-            Some(none @ NoAddress::Failed { until }) => {
-                let retry_after = Some(until.saturating_duration_since(Instant::now()));
-                failure = Some(Failure { retry_after, ..Failure::new(FetchStatus::Dns, none.to_string()) });
-            }
-            None => {}
-        }
-        if cause.downcast_ref::<io::Error>().is_some_and(is_out_of_files) {
-            failure = Some(Failure::out_of_files());
-        }
-        next = cause.source();
-    }
-    tracing::debug!(%status, ?error, "request failed");
-    if let Some(failure) = failure {
-        return failure;
-    }
-    let reason = match status {
-        FetchStatus::Timeout if error.is_connect() => "no connection in time",
-        FetchStatus::Timeout => LATE,
-        FetchStatus::Tls => "tls failed",
-        FetchStatus::TooLarge => "the headers are too large",
-        FetchStatus::Truncated => "the body broke off",
-        _ => "no connection, or it broke before an answer",
-    };
-    let silent = matches!(status, FetchStatus::Timeout | FetchStatus::Connect);
-    Failure { silent, ..Failure::new(status, reason) }
-}
-
-/// Whether the process or the machine, not the server, is at its end: `EMFILE`, `ENFILE`.
-pub(super) fn is_out_of_files(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(23 | 24))
-}
-
-/// Whether it is an error of TLS, or an I/O error that wraps one.
-fn is_tls(error: &(dyn Error + 'static)) -> bool {
-    let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-    error.is::<rustls::Error>() || wrapped.is_some_and(|inner| is_tls(inner))
 }
 
 /// Time that is used up only while we wait for the server, not while we wait for a turn.

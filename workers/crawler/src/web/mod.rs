@@ -8,9 +8,11 @@
 //! their way at once, so ends within `ceil(n / AHEAD) × 2 × deadline`, the time that its slowest host takes when it is asked at its pace
 //! and answers well, and the time for decoding.
 
+mod client;
 mod dns;
 mod download;
 mod exchange;
+mod failure;
 mod guard;
 mod hosts;
 mod probe;
@@ -35,7 +37,10 @@ use crate::CrawlError;
 use crate::config::{CrawlerWorkerConfig, WebConfig};
 use crate::opt_out::OptOuts;
 use crate::room::{Place, Taken};
-use exchange::{Budget, Clients, Reply, Route, exchange};
+use client::{Clients, Route};
+use exchange::{Budget, Reply, exchange};
+pub(crate) use failure::Failure;
+use failure::may_pass_soon;
 use hosts::{Clock, Hosts, Slot};
 use robots::{Robots, Site};
 #[cfg(any(test, feature = "fuzz"))]
@@ -90,44 +95,6 @@ impl<'a> Ask<'a> {
     /// As the settings say, from nobody in particular.
     fn new(config: &'a WebConfig, want: Want, max_body: usize) -> Self {
         Self { config, want, max_body, robots: config.robots, delay: Duration::ZERO, key: None, place: None }
-    }
-}
-
-/// Why there is no answer.
-#[derive(Clone, Debug)]
-pub(crate) struct Failure {
-    pub(crate) status: FetchStatus,
-    pub(crate) http_status: Option<u16>,
-    pub(crate) reason: String,
-    /// What the server asks to wait before the next attempt.
-    retry_after: Option<Duration>,
-    /// Whether the same request may succeed later.
-    may_pass: bool,
-    /// Whether the host gave no sign of life.
-    silent: bool,
-    /// Whether it is this machine that could not: the attempt does not count.
-    ours: bool,
-}
-
-/// Whether a further attempt is worth while within minutes: certificates are not renewed that fast.
-const fn may_pass_soon(status: FetchStatus) -> bool {
-    status.is_transient() && !matches!(status, FetchStatus::Tls)
-}
-
-impl Failure {
-    pub(crate) fn new(status: FetchStatus, reason: impl Into<String>) -> Self {
-        let may_pass = may_pass_soon(status);
-        Self { status, http_status: None, reason: reason.into(), retry_after: None, may_pass, silent: false, ours: false }
-    }
-
-    /// The address's time is up.
-    fn late() -> Self {
-        Self { may_pass: false, ..Self::new(FetchStatus::Timeout, "the deadline for the address passed") }
-    }
-
-    /// The process has no file left for another connection.
-    fn out_of_files() -> Self {
-        Self { ours: true, ..Self::new(FetchStatus::Connect, "too many open files") }
     }
 }
 

@@ -36,7 +36,7 @@ impl Web {
         let (begin, deadline) = (Instant::now(), tokio::time::Instant::now() + within);
         let request = clients.fresh.get(url.clone()).header(USER_AGENT, agent).send();
         let answered = tokio::time::timeout_at(deadline, request).await.map_err(|_| format!("no answer within {within:?}"))?;
-        let mut response = answered.map_err(|e| super::exchange::classify(&e, capfilt_schemas::FetchStatus::Connect).reason)?;
+        let mut response = answered.map_err(|e| super::failure::classify(&e, capfilt_schemas::FetchStatus::Connect).reason)?;
         let head = begin.elapsed();
         let date = response.headers().get(DATE).and_then(|v| httpdate::parse_http_date(v.to_str().ok()?).ok());
         let (mut bytes, begin) = (0, Instant::now());
