@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use archives::{Page, member, wat};
+use capfilt_tests as _;
 
 /// Unpacked size of the file, and measurements.
 const SIZE: usize = 300 << 20;

@@ -61,6 +61,11 @@ impl Directives {
         }
     }
 
+    /// Whether a `<meta>` of this name has wishes in it.
+    pub(crate) fn is_meta(name: &str, token: &str) -> bool {
+        ["robots", "tdm-reservation", token].iter().any(|n| name.trim().eq_ignore_ascii_case(n))
+    }
+
     /// One `<meta name= content=>`, both without entities.
     pub(crate) fn add_meta(&mut self, name: &str, content: &str, token: &str) {
         let name = name.trim();

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use capfilt_schemas::TextSource;
 use lol_html::html_content::{Element, TextType};
 use lol_html::{HtmlRewriter, MemorySettings, Settings, element, text};
-use url::Url;
+use url::{Position, Url};
 
 pub(crate) use charset::decode;
 
@@ -346,41 +346,54 @@ pub(crate) fn resolve(base: &Url, reference: &str) -> Option<Url> {
     usable.then_some(url)
 }
 
-/// As [`resolve`], for the address of an image. `folder` is `base` up to the last `/` of its path ([`folder_of`]).
-///
-/// Most addresses are written as they are spelled in the end; these need no parser.
-pub(crate) fn resolve_image(base: &Url, folder: &str, reference: &str) -> Option<String> {
-    let plain = |path: &[u8]| {
-        // A dot may be a segment of its own, written `%2e` too.
-        let is_plain = |two: &[u8]| match two {
-            [b'/', b'.' | b'%'] => false,
-            [b, ..] => b.is_ascii_alphanumeric() || b"/-_.~=&+,;()!*$@:?%".contains(b),
-            [] => true,
-        };
-        path.windows(2).all(is_plain) && is_plain(&path[path.len().saturating_sub(1)..])
-    };
-    let rest = reference.strip_prefix("https://").or_else(|| reference.strip_prefix("http://"));
-    if let Some((host, path)) = rest.and_then(|rest| rest.split_at_checked(rest.find('/')?)) {
+/// As [`resolve`], for the address of an image: most are written as they are spelled in the end, or lack only what the page's address
+/// begins with. These need no parser.
+pub(crate) fn resolve_image(base: &Url, reference: &str) -> Option<String> {
+    let from_base = |end| &base[..end];
+    let of_site = [("https://", "https://"), ("http://", "http://"), ("//", from_base(Position::BeforeUsername))];
+    let of_site = of_site.into_iter().find_map(|(sign, start)| Some((start, reference.strip_prefix(sign)?)));
+    let (start, rest) = if let Some((start, rest)) = of_site {
+        let host = &rest[..rest.find('/').unwrap_or(0)];
         let is_name = host.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'.' || b == b'-');
         // A last label that begins with a letter is no part of an IPv4 address.
         let top = host.rsplit('.').next().is_some_and(|label| label.starts_with(|c: char| c.is_ascii_lowercase()));
-        if is_name && top && !host.contains("xn--") && plain(path.as_bytes()) && reference.len() <= MAX_URL {
-            return Some(reference.to_owned());
-        }
-    } else if reference.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && !reference.contains(':')
-        && plain(reference.as_bytes())
-        && folder.len() + reference.len() <= MAX_URL
-    {
-        return Some([folder, reference].concat());
+        (start, if is_name && top && !host.contains("xn--") { rest } else { "" })
+    } else if reference.starts_with('/') {
+        (from_base(Position::BeforePath), reference)
+    } else if reference.starts_with(|c: char| c.is_ascii_alphanumeric()) && !reference.contains(':') {
+        let before_query = from_base(Position::AfterPath);
+        (&before_query[..before_query.rfind('/').map_or(0, |at| at + 1)], reference)
+    } else {
+        ("", "")
+    };
+    if !rest.is_empty() && start.len() + rest.len() <= MAX_URL && is_plain(rest) {
+        return Some([start, rest].concat());
     }
     resolve(base, reference).map(Into::into)
 }
 
-/// What the addresses of files beside a page begin with.
-pub(crate) fn folder_of(base: &Url) -> &str {
-    let before_query = &base[..url::Position::AfterPath];
-    &before_query[..before_query.rfind('/').map_or(0, |at| at + 1)]
+/// Whether a path, perhaps with a query, stands for itself. A dot may be a segment of its own, written `%2e` too.
+fn is_plain(path: &str) -> bool {
+    const PLAIN: [bool; 256] = {
+        let (mut plain, others) = ([false; 256], b"/-_.~=&+,;()!*$@:?%");
+        let mut b = 0;
+        while b < 256 {
+            plain[b] = (b as u8).is_ascii_alphanumeric();
+            b += 1;
+        }
+        let mut i = 0;
+        while i < others.len() {
+            plain[others[i] as usize] = true;
+            i += 1;
+        }
+        plain
+    };
+    let mut before = b' ';
+    path.bytes().all(|b| {
+        let is_dot = before == b'/' && matches!(b, b'.' | b'%');
+        before = b;
+        PLAIN[usize::from(b)] && !is_dot
+    })
 }
 
 /// The texts of an image's own attributes, clean, those that are empty left out.
@@ -405,16 +418,27 @@ fn attribute(el: &Element<'_, '_>, name: &str) -> String {
 pub(crate) fn is_image_file(url: &Url) -> bool {
     let name = url.path().rsplit('/').next().unwrap_or("");
     let Some((stem, extension)) = name.rsplit_once('.') else { return false };
-    let known = ["jpg", "jpeg", "png", "webp", "gif", "bmp"].iter().any(|e| extension.eq_ignore_ascii_case(e));
-    known && !stem.contains(':') && !stem.contains("%3A")
+    is_image_extension(extension.as_bytes()) && !stem.contains(':') && !stem.contains("%3A")
+}
+
+/// Whether [`is_image_file`] may be true of what `reference` means: it can be seen of most that it is not.
+pub(crate) fn may_be_image_file(reference: &[u8]) -> bool {
+    let path = &reference[..memchr::memchr2(b'?', b'#', reference).unwrap_or(reference.len())];
+    let extension = path.trim_ascii_end().rsplit(|b| matches!(b, b'.' | b'/')).next().unwrap_or(b"");
+    // Without a path it is the page; tabs, line ends and blanks of other scripts may be left out.
+    is_image_extension(extension) || path.trim_ascii().is_empty() || path.iter().any(|b| *b < b' ') || !extension.is_ascii()
+}
+
+fn is_image_extension(extension: &[u8]) -> bool {
+    ["jpg", "jpeg", "png", "webp", "gif", "bmp"].iter().any(|known| extension.eq_ignore_ascii_case(known.as_bytes()))
 }
 
 /// The text with single spaces, without control characters, cut after `max` characters.
 pub(crate) fn clean(text: &str, max: usize) -> String {
-    let is_clean = |b: &[u8]| (b[0] != b' ' || b[1] != b' ') && b.iter().all(|b| matches!(b, b' '..=b'~'));
-    if text.len() <= max && text.trim_ascii().len() == text.len() && text.as_bytes().windows(2).all(is_clean) && text.is_ascii() {
-        // A text of one byte has no windows.
-        return if text.bytes().any(|b| b.is_ascii_control()) { String::new() } else { text.to_owned() };
+    let bytes = text.as_bytes();
+    let is_plain = bytes.iter().fold(true, |all, b| all & matches!(b, b' '..=b'~'));
+    if is_plain && bytes.len() <= max && bytes.trim_ascii().len() == bytes.len() && memchr::memmem::find(bytes, b"  ").is_none() {
+        return text.to_owned();
     }
     let mut out = String::with_capacity(text.len().min(max));
     for word in text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|w| !w.is_empty()) {

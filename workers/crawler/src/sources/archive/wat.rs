@@ -4,10 +4,11 @@
 //! where it ends, so after the images in it, with its own text if it has any: a link to an image file that has none and stands right
 //! after an image is taken to be around it. The last `<base>` counts, where in a page the first does.
 
+mod split;
+
 use std::borrow::Cow;
 use std::fmt;
 
-use memchr::memmem;
 use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use url::Url;
@@ -34,56 +35,15 @@ pub(super) enum Wat {
 /// Reads the JSON of one record. `token` is the crawler's name in `<meta>` and headers; texts are cut after `max_text` characters.
 pub(super) fn read(json: &[u8], token: &str, max_text: usize) -> Wat {
     // Without an image there is nothing to find; most records end here.
-    if memmem::find(json, b"\"IMG@").is_none() {
+    if !split::has_image(json) {
         return Wat::Other;
     }
-    if let Some((rest, images)) = split(json)
+    if let Some((rest, images)) = split::split(json, token)
         && let Ok(record) = serde_json::from_slice(&rest)
     {
         return page(record, Some(&images), token, max_text);
     }
     serde_json::from_slice(json).map_or(Wat::Bad, |record| page(record, None, token, max_text))
-}
-
-/// A record without its links, and the images among them: most of a record is links to pages, and to pass over them with a search for a
-/// few bytes takes a third of the time. `None` if the record is not written as `ia-web-commons` writes it.
-///
-/// In valid JSON no quote within a text is without a backslash before it. So where the bytes that are searched for have quotes in the
-/// middle, they are never part of a text.
-fn split(json: &[u8]) -> Option<(Vec<u8>, Images<'_>)> {
-    let start = memmem::find(json, b"\"Links\":[{")? + b"\"Links\":[".len();
-    // The list ends where, after all that closes with it, another key or nothing follows.
-    let is_end = |at: &usize| {
-        let after = &json[start + at + 2..];
-        let after = &after[after.iter().take_while(|b| **b == b'}').count()..];
-        matches!(after, [b',', b'"', b'A'..=b'Z' | b'a'..=b'z', ..]) || after.trim_ascii().is_empty()
-    };
-    let end = start + memmem::find_iter(&json[start..], b"}]").find(is_end)? + 1;
-    let links = &json[start..end];
-    let mut images: Vec<Image<'_>> = Vec::new();
-    for at in memmem::find_iter(links, b"\"IMG@/src\"") {
-        let object = at.checked_sub(IMAGE.len()).filter(|begin| links[*begin..].starts_with(IMAGE))?;
-        let (link, length) = one(&links[object..])?;
-        let Link::Image(mut image) = link else { return None };
-        let next = &links[object + length..];
-        if next.starts_with(b",{\"path\":\"A@/href\"")
-            && let (Link::Around(target, title), _) = one(&next[1..])?
-        {
-            image.around = Some((target, title));
-        }
-        images.push(image);
-    }
-    Some(([&json[..start], &json[end..]].concat(), Images(images)))
-}
-
-/// What stands before the path of an image.
-const IMAGE: &[u8] = b"{\"path\":";
-
-/// The link that `json` begins with, after an image, and its length.
-fn one(json: &[u8]) -> Option<(Link<'_>, usize)> {
-    let mut stream = serde_json::Deserializer::from_slice(json).into_iter::<Link<'_>>();
-    let link = stream.next()?.ok()?;
-    Some((link, stream.byte_offset()))
 }
 
 fn page(record: Record<'_>, images: Option<&Images<'_>>, token: &str, max_text: usize) -> Wat {
@@ -106,16 +66,15 @@ fn page(record: Record<'_>, images: Option<&Images<'_>>, token: &str, max_text: 
     }
     let base = html::resolve(&told.url, &html.head.base.0);
     let base = base.as_ref().unwrap_or(&told.url);
-    let folder = html::folder_of(base);
     for image in &images.unwrap_or(&html.links).0 {
-        let around = image.around.as_ref().and_then(|(href, title)| Some((html::resolve(base, &href.0)?, title)));
+        let around = image.around.as_ref().filter(|(href, _)| html::may_be_image_file(href.0.as_bytes()));
+        let around = around.and_then(|(href, title)| Some((html::resolve(base, &href.0)?, title)));
         let around = around.filter(|(target, _)| html::is_image_file(target));
         let title = around.as_ref().map(|(_, title)| *title).filter(|_| image.title.0.trim().is_empty()).unwrap_or(&image.title);
         let texts = html::texts_of(&image.alt.0, &title.0, max_text);
         told.page.images_seen += 1;
         if !texts.is_empty()
-            && let Some(url) =
-                around.map(|(target, _)| target.into()).or_else(|| html::resolve_image(base, folder, image.src.0.trim()))
+            && let Some(url) = around.map(|(target, _)| target.into()).or_else(|| html::resolve_image(base, image.src.0.trim()))
         {
             told.page.add_image(url, texts);
         }
@@ -194,6 +153,16 @@ struct Meta<'a> {
 #[derive(Default)]
 struct Text<'a>(Cow<'a, str>);
 
+impl<'a> Text<'a> {
+    /// A text without escapes.
+    fn of(bytes: &'a [u8]) -> Self {
+        Self(match std::str::from_utf8(bytes) {
+            Ok(text) => Cow::Borrowed(text),
+            Err(_) => String::from_utf8_lossy(bytes),
+        })
+    }
+}
+
 struct TextVisitor;
 
 impl<'de> Visitor<'de> for TextVisitor {
@@ -204,10 +173,7 @@ impl<'de> Visitor<'de> for TextVisitor {
     }
 
     fn visit_borrowed_bytes<E: de::Error>(self, bytes: &'de [u8]) -> Result<Text<'de>, E> {
-        Ok(Text(match std::str::from_utf8(bytes) {
-            Ok(text) => Cow::Borrowed(text),
-            Err(_) => String::from_utf8_lossy(bytes),
-        }))
+        Ok(Text::of(bytes))
     }
 
     fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Text<'de>, E> {
@@ -377,6 +343,16 @@ enum Link<'a> {
     Other,
 }
 
+impl<'a> Link<'a> {
+    fn new(path: &str, image: Image<'a>, has_text: bool, after_image: bool) -> Self {
+        match path {
+            "IMG@/src" => Link::Image(image),
+            "A@/href" if after_image && !has_text => Link::Around(image.src, image.title),
+            _ => Link::Other,
+        }
+    }
+}
+
 impl<'de: 'a, 'a> Deserialize<'de> for Link<'a> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         LinkSeed { after_image: true }.deserialize(d)
@@ -423,10 +399,6 @@ impl<'de> Visitor<'de> for LinkSeed {
                 }
             }
         }
-        Ok(match &*path.0 {
-            "IMG@/src" => Link::Image(image),
-            "A@/href" if self.after_image && !has_text => Link::Around(image.src, image.title),
-            _ => Link::Other,
-        })
+        Ok(Link::new(&path.0, image, has_text, self.after_image))
     }
 }
