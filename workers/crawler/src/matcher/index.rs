@@ -7,14 +7,15 @@
 use std::collections::HashMap;
 use std::collections::hash_map;
 
+use super::sort::sort_once;
+use super::words::Folded;
+
 /// A word or the beginning of a query of several words: its number among the words or the edges, and these flags.
 type Node = u32;
 /// A beginning of several words: the number is that of its last edge.
 const SEVERAL: Node = 1 << 31;
 /// Some query goes on after it.
 const GOES_ON: Node = 1 << 30;
-/// A word of more than [`SHORT`] bytes.
-const LONG: Node = 1 << 29;
 /// No word of any query.
 const UNKNOWN: Node = 0;
 /// No query ends here.
@@ -44,8 +45,17 @@ struct Word {
     query: u32,
 }
 
-/// The bytes of a word, if they are [`SHORT`] or fewer, else a hash and the length.
+/// What is to be known of a word of a text.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    node: Node,
+    query: u32,
+}
+
+/// The bytes of a word, if they are [`SHORT`] or fewer, else a hash and the length with [`LONG`].
 type Key = [u64; 2];
+/// A byte that no text has.
+const LONG: u64 = 0xff << 56;
 
 /// `next` follows on `from`, which leads to `to`; `query` ends there.
 #[derive(Clone, Copy, Debug)]
@@ -65,11 +75,16 @@ pub(super) struct Steps {
     /// Of each word.
     keys: Vec<(Key, u64)>,
     numbers: Vec<u32>,
-    words: Vec<Word>,
+    words: Vec<Known>,
+    /// The words that stand elsewhere, are long, or are none of any query.
+    others: Vec<u32>,
     /// Of each pair of words that a query may have: the place of the first in the texts, the hash, the edge if it stands where it should.
     pairs: Vec<(usize, u64)>,
     edges: Vec<Edge>,
+    /// After how many pairs each text ends.
+    pair_ends: Vec<usize>,
     found: Vec<u32>,
+    further: Vec<u32>,
 }
 
 impl Index {
@@ -84,74 +99,82 @@ impl Index {
             + size_of_val(&*self.filter)
     }
 
-    /// Calls `each` with the queries of each of some texts, ascending. `spans` are the words of all texts in `folded`, and `ends` tells
-    /// after how many of them each text ends. [`SHORT`] bytes follow on every beginning.
+    /// Calls `each` with the queries of each of some texts, ascending.
     ///
     /// Each step touches what it needs for all words, without a branch that depends on what stands there: so the processor waits for
     /// many places of the tables at once, and the next step finds them near. The steps are functions so that each keeps its few values
     /// in registers.
-    pub(super) fn find(
-        &self,
-        folded: &[u8],
-        spans: &[(usize, usize)],
-        ends: &[usize],
-        steps: &mut Steps,
-        mut each: impl FnMut(&[u32]),
-    ) {
-        steps.keys.clear();
-        steps.keys.extend(spans.iter().map(|(start, end)| {
-            let key = key_of(folded, *start, *end);
-            (key, hash_key(key))
-        }));
-        self.look_up_words(steps);
-        self.look_further(folded, spans, steps);
-        self.look_up_edges(ends, steps);
-        let Steps { words, pairs, edges, found, .. } = steps;
-        let (mut start, mut edges) = (0, pairs.iter().zip(edges.iter()).peekable());
-        for end in ends {
+    pub(super) fn find(&self, folded: &Folded, steps: &mut Steps, mut each: impl FnMut(&[u32])) {
+        self.look_up_words(folded, steps);
+        self.look_up_edges(folded.ends(), steps);
+        let Steps { words, pairs, edges, pair_ends, found, further, .. } = steps;
+        let (mut start, mut pair) = (0, 0);
+        for (end, pair_end) in folded.ends().iter().zip(pair_ends) {
             let words = &words[start..*end];
-            found.resize(words.len().max(found.len()), 0);
+            let most = words.len() * 2;
+            if found.len() < most {
+                found.resize(most, 0);
+            }
             let mut n = 0;
             for word in words {
                 found[n] = word.query;
                 n += usize::from(word.query != NO_QUERY);
             }
-            found.truncate(n);
-            while let Some(((i, hash), edge)) = edges.next_if(|((i, _), _)| i < end) {
-                self.follow(&words[i - start..], *hash, *edge, found);
+            further.clear();
+            for ((i, hash), edge) in pairs[pair..*pair_end].iter().zip(&edges[pair..*pair_end]) {
+                let words = &words[i - start..];
+                let is_it = edge.from == words[0].node && edge.next == words[1].node;
+                found[n] = edge.query;
+                n += usize::from(is_it & (edge.query != NO_QUERY));
+                if !is_it || edge.to & GOES_ON != 0 {
+                    self.follow(words, *hash, is_it.then_some(*edge), further);
+                }
             }
-            found.sort_unstable();
-            found.dedup();
-            each(found);
-            start = *end;
+            if !further.is_empty() {
+                found.truncate(n);
+                found.append(further);
+                n = found.len();
+            }
+            let kept = sort_once(&mut found[..n]);
+            each(&found[..kept]);
+            (start, pair) = (*end, *pair_end);
         }
     }
 
-    /// The entry of each word, if it stands where it should.
+    /// What is known of each word.
     #[inline(never)]
-    fn look_up_words(&self, steps: &mut Steps) {
-        let Steps { keys, numbers, words, .. } = steps;
+    fn look_up_words(&self, folded: &Folded, steps: &mut Steps) {
+        let Steps { keys, numbers, words, others, .. } = steps;
+        let (text, spans) = (folded.bytes(), folded.words());
+        keys.clear();
+        keys.extend(spans.iter().map(|[start, end]| {
+            let key = key_of(text, *start as usize, *end as usize);
+            (key, hash_key(key))
+        }));
         numbers.clear();
         numbers.extend(keys.iter().map(|(_, hash)| self.word_places.first(*hash)));
+        others.resize(keys.len().max(others.len()), 0);
+        let mut n = 0;
         words.clear();
-        words.extend(numbers.iter().map(|number| self.words[*number as usize]));
-    }
-
-    /// The entries of the other words.
-    #[inline(never)]
-    fn look_further(&self, folded: &[u8], spans: &[(usize, usize)], steps: &mut Steps) {
-        for ((word, (start, end)), (key, hash)) in steps.words.iter_mut().zip(spans).zip(&steps.keys) {
-            let text = &folded[*start..*end];
-            if !self.is_word(word, *key, text) {
-                *word = self.word(*key, *hash, text);
-            }
+        words.extend(numbers.iter().zip(keys.iter()).zip(0..).map(|((number, (key, _)), i)| {
+            let Word { key: found, node, query } = self.words[*number as usize];
+            others[n] = i;
+            n += usize::from((found != *key) | (key[1] >= LONG));
+            Known { node, query }
+        }));
+        for i in &others[..n] {
+            let (i, [start, end]) = (*i as usize, spans[*i as usize]);
+            let (key, hash) = keys[i];
+            let Word { node, query, .. } = self.word(key, hash, &text[start as usize..end as usize]);
+            words[i] = Known { node, query };
         }
     }
 
     /// The edge of each two words that may have one, if it stands where it should.
     #[inline(never)]
     fn look_up_edges(&self, ends: &[usize], steps: &mut Steps) {
-        let Steps { words, numbers, pairs, edges, .. } = steps;
+        let Steps { words, numbers, pairs, edges, pair_ends, .. } = steps;
+        pair_ends.clear();
         pairs.resize(words.len().max(pairs.len()), (0, 0));
         let (mut n, mut start) = (0, 0);
         for end in ends {
@@ -160,6 +183,7 @@ impl Index {
                 pairs[n] = (start + i, hash);
                 n += usize::from(self.may_be_edge(pair[0].node, pair[1].node, hash));
             }
+            pair_ends.push(n);
             start = *end;
         }
         pairs.truncate(n);
@@ -169,27 +193,27 @@ impl Index {
         edges.extend(numbers.iter().map(|number| self.edges[*number as usize]));
     }
 
-    /// The queries that begin with the first two of some words, whose edge may be `edge`.
-    fn follow(&self, words: &[Word], hash: u64, edge: Edge, found: &mut Vec<u32>) {
-        let is_it = edge.from == words[0].node && edge.next == words[1].node;
-        let mut edge = if is_it { edge } else { self.edge(words[0].node, words[1].node, hash) };
-        let mut rest = words[2..].iter();
-        loop {
-            if edge.query != NO_QUERY {
-                found.push(edge.query);
-            }
+    /// The queries that begin with the first two of some words and go on; of these two too if their edge is not `known`.
+    fn follow(&self, words: &[Known], hash: u64, known: Option<Edge>, found: &mut Vec<u32>) {
+        let mut edge = known.unwrap_or_else(|| self.edge(words[0].node, words[1].node, hash));
+        if known.is_none() && edge.query != NO_QUERY {
+            found.push(edge.query);
+        }
+        for next in &words[2..] {
             if edge.to & GOES_ON == 0 {
                 return;
             }
-            let Some(next) = rest.next() else { return };
             edge = self.edge(edge.to, next.node, hash_edge(edge.to, next.node));
+            if edge.query != NO_QUERY {
+                found.push(edge.query);
+            }
         }
     }
 
     /// Whether an entry is that of a word.
     #[inline]
     fn is_word(&self, entry: &Word, key: Key, text: &[u8]) -> bool {
-        if entry.key != key || (text.len() > SHORT) != (entry.node & LONG != 0) {
+        if entry.key != key {
             return false;
         }
         let number = (entry.node & NUMBER) as usize;
@@ -333,9 +357,8 @@ impl Builder {
             let mut padded = text.to_vec();
             padded.resize(text.len() + SHORT, b' ');
             let key = key_of(&padded, 0, text.len());
-            let mut node = number | if word.goes_on { GOES_ON } else { 0 };
+            let node = number | if word.goes_on { GOES_ON } else { 0 };
             if text.len() > SHORT {
-                node |= LONG;
                 long.extend_from_slice(text);
             }
             long_ends.push(long.len() as u32);
@@ -392,7 +415,7 @@ fn hash_long(word: &[u8]) -> Key {
     let mut last = [0; 8];
     last[..rest.len()].copy_from_slice(rest);
     let hash = whole.iter().fold(0, |hash, eight| mix(hash ^ u64::from_le_bytes(*eight), ODD));
-    [mix(hash ^ u64::from_le_bytes(last), ODD), word.len() as u64]
+    [mix(hash ^ u64::from_le_bytes(last), ODD), word.len() as u64 | LONG]
 }
 
 const fn hash_key(key: Key) -> u64 {

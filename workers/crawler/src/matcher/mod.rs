@@ -5,6 +5,7 @@
 //! then a trie over these numbers is walked from each word on (`index.rs`). That finds all queries, overlapping ones too.
 
 mod index;
+mod sort;
 mod words;
 
 use crate::{CrawlError, QueryList};
@@ -22,10 +23,7 @@ pub struct Matcher {
 /// Memory that [`Matcher::find`] uses again from text to text; each thread has its own.
 #[derive(Default, Debug)]
 pub struct Scratch {
-    /// Some texts, one after the other, where their words begin and end, and after how many words each text ends.
-    folded: String,
-    words: Vec<(usize, usize)>,
-    ends: Vec<usize>,
+    folded: words::Folded,
     steps: index::Steps,
 }
 
@@ -75,19 +73,15 @@ impl Matcher {
         let mut texts = texts.into_iter().peekable();
         let mut done = 0;
         while texts.peek().is_some() {
-            let Scratch { folded, words, ends, steps } = scratch;
+            let Scratch { folded, steps } = scratch;
             folded.clear();
-            words.clear();
-            ends.clear();
             while folded.len() < BLOCK
                 && let Some(text) = texts.next()
             {
-                let start = folded.len();
-                words::fold_padded(text, folded);
-                words::words(folded.as_bytes(), start, words);
-                ends.push(words.len());
+                folded.add(text);
             }
-            self.index.find(folded.as_bytes(), words, ends, steps, |queries| {
+            folded.find_words();
+            self.index.find(folded, steps, |queries| {
                 each(done, queries);
                 done += 1;
             });

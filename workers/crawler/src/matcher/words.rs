@@ -12,7 +12,7 @@ use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfkc_quick};
 
 use super::index::SHORT;
 
-/// Bytes that [`words`] looks at in one step.
+/// Bytes that are looked at in one step.
 const STEP: usize = 64;
 const BLANKS: &str = match std::str::from_utf8(&[b' '; STEP + SHORT]) {
     Ok(blanks) => blanks,
@@ -31,35 +31,84 @@ pub(crate) fn words_of(text: &str, out: &mut String) {
     }
 }
 
-/// Appends `text`, folded, as [`words`] wants it: between words stands ASCII that is neither letter nor digit; blanks follow, at least
-/// [`SHORT`], up to a multiple of [`STEP`].
-pub(super) fn fold_padded(text: &str, out: &mut String) {
-    fold(text, out);
-    out.push_str(&BLANKS[..SHORT + (STEP - (out.len() + SHORT) % STEP) % STEP]);
+/// Texts, folded, one after the other, and where their words are.
+#[derive(Default, Debug)]
+pub(super) struct Folded {
+    /// Between words stands ASCII that is neither letter nor digit. After the last word at least [`SHORT`] blanks, up to a multiple of
+    /// [`STEP`].
+    text: String,
+    /// Where each text ends, in bytes.
+    text_ends: Vec<usize>,
+    /// Where each word begins, and where it ends.
+    turns: Vec<u32>,
+    /// For each step which of its bytes begin a word, and how many words begin before it.
+    begins: Vec<(u64, usize)>,
+    /// After how many words each text ends.
+    ends: Vec<usize>,
 }
 
-/// Appends the beginnings and ends of the words of what [`fold_padded`] has appended from `from` on.
-pub(super) fn words(folded: &[u8], from: usize, out: &mut Vec<(usize, usize)>) {
-    let (mut start, mut inside) = (0, 0_u64);
-    for (step, bytes) in folded[from..].chunks_exact(STEP).enumerate() {
-        let mut in_word = 0_u64;
-        for (i, eight) in bytes.as_chunks::<8>().0.iter().enumerate() {
-            in_word |= word_bytes(u64::from_le_bytes(*eight)) << (i * 8);
+impl Folded {
+    pub(super) fn clear(&mut self) {
+        self.text.clear();
+        self.text_ends.clear();
+    }
+
+    pub(super) const fn len(&self) -> usize {
+        self.text.len()
+    }
+
+    pub(super) fn add(&mut self, text: &str) {
+        if text.is_ascii() {
+            // `find_words` does the rest.
+            self.text.push_str(text);
+        } else {
+            fold(text, &mut self.text);
         }
-        // A bit for each byte that is in a word where the one before it is not, or the other way round.
-        let mut turns = in_word ^ (in_word << 1 | inside);
-        let mut begins = inside == 0;
-        inside = in_word >> 63;
-        while turns != 0 {
-            let at = from + step * STEP + turns.trailing_zeros() as usize;
-            turns &= turns - 1;
-            if begins {
-                start = at;
-            } else {
-                out.push((start, at));
+        self.text_ends.push(self.text.len());
+        self.text.push(' ');
+    }
+
+    /// Finds the words of all texts. [`SHORT`] bytes follow on the beginning of each.
+    pub(super) fn find_words(&mut self) {
+        let Self { text, text_ends, turns, begins, ends } = self;
+        text.push_str(&BLANKS[..SHORT + (STEP - (text.len() + SHORT) % STEP) % STEP]);
+        text.make_ascii_lowercase();
+        turns.clear();
+        begins.clear();
+        let mut inside = 0_u64;
+        for (step, bytes) in text.as_bytes().chunks_exact(STEP).enumerate() {
+            let mut in_word = 0_u64;
+            for (i, eight) in bytes.as_chunks::<8>().0.iter().enumerate() {
+                in_word |= word_bytes(u64::from_le_bytes(*eight)) << (i * 8);
             }
-            begins = !begins;
+            // A bit for each byte that is in a word where the one before it is not, or the other way round.
+            let mut here = in_word ^ (in_word << 1 | inside);
+            begins.push((here & in_word, turns.len().div_ceil(2)));
+            inside = in_word >> 63;
+            while here != 0 {
+                turns.push((step * STEP) as u32 + here.trailing_zeros());
+                here &= here - 1;
+            }
         }
+        ends.clear();
+        ends.extend(text_ends.iter().map(|end| {
+            let (bits, before) = begins[end / STEP];
+            before + (bits & ((1 << (end % STEP)) - 1)).count_ones() as usize
+        }));
+    }
+
+    pub(super) const fn bytes(&self) -> &[u8] {
+        self.text.as_bytes()
+    }
+
+    /// Where the words begin and end.
+    pub(super) fn words(&self) -> &[[u32; 2]] {
+        self.turns.as_chunks().0
+    }
+
+    /// After how many words each text ends.
+    pub(super) fn ends(&self) -> &[usize] {
+        &self.ends
     }
 }
 
@@ -267,14 +316,19 @@ mod tests {
         }
 
         #[test]
-        fn steps_find_the_same_words(text in "([ -~]{0,80}|[a-z]{0,80}|\\PC{0,3}){0,6}") {
-            let (mut folded, mut spans) = ("=".repeat(STEP), Vec::new());
-            fold_padded(&text, &mut folded);
-            prop_assert!(folded.len() % STEP == 0 && folded.ends_with(&BLANKS[..SHORT]));
-            words(folded.as_bytes(), STEP, &mut spans);
-            let found: Vec<&str> = spans.into_iter().map(|(start, end)| &folded[start..end]).collect();
-            let wanted = slowly(&text);
-            prop_assert_eq!(found, wanted.split_whitespace().collect::<Vec<_>>());
+        fn steps_find_the_same_words(texts in proptest::collection::vec("([ -~]{0,80}|[a-z]{0,80}|\\PC{0,3}){0,6}", 0..5)) {
+            let mut folded = Folded::default();
+            texts.iter().for_each(|text| folded.add(text));
+            folded.find_words();
+            prop_assert!(folded.len() % STEP == 0 && folded.text.ends_with(&BLANKS[..SHORT]));
+            let found: Vec<&str> = folded.words().iter().map(|[start, end]| &folded.text[*start as usize..*end as usize]).collect();
+            let mut from = 0;
+            for (text, end) in texts.iter().zip(folded.ends()) {
+                let wanted = slowly(text);
+                prop_assert_eq!(&found[from..*end], wanted.split_whitespace().collect::<Vec<_>>());
+                from = *end;
+            }
+            prop_assert_eq!(from, found.len());
         }
     }
 }
