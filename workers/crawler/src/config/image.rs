@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::bad;
-use crate::{CrawlError, units};
+use crate::CrawlError;
 
 /// Pixels of an image, where nothing else is said.
 const MAX_PIXELS: u64 = 50_000_000;

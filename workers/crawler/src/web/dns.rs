@@ -324,7 +324,7 @@ impl Cache {
 }
 
 /// Whether the process or the machine, not the server, is at its end: `EMFILE`, `ENFILE`.
-pub(super) fn is_out_of_files(error: &io::Error) -> bool {
+pub(super) fn is_out_of_files(error: &std::io::Error) -> bool {
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     matches!(error.raw_os_error(), Some(ENFILE | EMFILE))
