@@ -45,8 +45,8 @@ pub(crate) struct RunConfig {
     /// Pairs on which models are judged and which never get into a dataset.
     #[serde(default)]
     pub(crate) heldout: AnnotateConfig,
-    /// The models of the first round.
-    pub(crate) models: ModelsSection,
+    /// The models of the first round; a run without rounds needs none.
+    pub(crate) models: Option<ModelsSection>,
     #[serde(default)]
     pub(crate) caption: CaptionConfig,
     #[serde(default)]
@@ -79,7 +79,7 @@ pub(crate) struct RunSection {
     pub(crate) dataset: Option<String>,
     /// Which state of the web is meant: under the same name nothing is downloaded twice.
     pub(crate) snapshot: String,
-    /// Rounds of caption, score, build and retrain.
+    /// Rounds of caption, score, build and retrain. With 0 the run ends with the download: its `samples` shards are what was gathered.
     #[serde(default = "one")]
     pub(crate) rounds: u32,
 }
@@ -225,7 +225,7 @@ impl RunConfig {
         if !self.run.store.contains(':') {
             text(&mut self.run.store);
         }
-        for model in [&mut self.models.captioner, &mut self.models.filter] {
+        for model in self.models.iter_mut().flat_map(|models| [&mut models.captioner, &mut models.filter]) {
             if *model != "promoted" {
                 text(model);
             }
@@ -246,8 +246,12 @@ impl RunConfig {
         self.worker.sql.validate().map_err(|e| usage(&e))?;
         self.worker.crawler.check().map_err(|e| usage(&e))?;
         self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
-        if self.run.rounds == 0 {
-            return Err(Failure::Usage("`run.rounds` is 0; ask for at least one".to_owned()));
+        if self.discover.sources.is_empty() && self.annotated.sources.is_empty() {
+            return Err(Failure::Usage("nothing says where pairs come from; add [[discover.sources]]".to_owned()));
+        }
+        if self.models.is_none() && self.run.rounds > 0 {
+            let what = "[models] with `captioner` and `filter` is missing; to gather only, set `run.rounds = 0`";
+            return Err(Failure::Usage(what.to_owned()));
         }
         if self.retrain.enabled && self.train.is_empty() {
             let roles = capfilt_store::ROLES.join("] or [train.");
@@ -311,7 +315,7 @@ impl RunConfig {
     }
 
     /// What the planner needs.
-    pub(crate) fn plan(&self, inputs: &Inputs, models: &Models) -> Result<PlanConfig, Failure> {
+    pub(crate) fn plan(&self, inputs: &Inputs, models: Option<&Models>) -> Result<PlanConfig, Failure> {
         let stages = StageParams {
             discover: inputs.discover.iter().map(json).collect::<Result<_, _>>()?,
             balance: json(&self.balance)?,
@@ -339,8 +343,7 @@ impl RunConfig {
             run: self.run.name.clone(),
             dataset: self.dataset(),
             rounds: self.run.rounds,
-            captioner: models.captioner,
-            filter: models.filter,
+            models: models.map(|m| (m.captioner, m.filter)),
             stages,
             retrain: self.retrain.clone(),
             max_attempts: self.worker.runtime.max_attempts,

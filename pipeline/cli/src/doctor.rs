@@ -80,7 +80,10 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
                         disk("store's disk", &folder, &mut findings);
                     }
                     let models = models::of_run(&config, &store, false).await;
-                    let says = models.map(|m| format!("captioner {}, filter {}", m.captioner.short(), m.filter.short()));
+                    let says = models.map(|m| match m {
+                        Some(m) => format!("captioner {}, filter {}", m.captioner.short(), m.filter.short()),
+                        None => "none are needed without rounds".to_owned(),
+                    });
                     findings.note("models", says.map_err(|e| e.text()));
                 }
             }

@@ -78,10 +78,12 @@ fn before_last(events: &[AliasEvent]) -> Option<&AliasEvent> {
     in_force.iter().rev().nth(1).copied()
 }
 
-/// The models of the first round: checkpoint folders, put into the store if `write`, or whatever plays the role there.
-pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Result<Models, Failure> {
+/// The models of the first round: checkpoint folders, put into the store if `write`, or whatever plays the role there. None if the run
+/// has no rounds.
+pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Result<Option<Models>, Failure> {
+    let Some(named) = config.models.as_ref().filter(|_| config.run.rounds > 0) else { return Ok(None) };
     let mut digests = Vec::new();
-    for (role, model) in ROLES.iter().zip([&config.models.captioner, &config.models.filter]) {
+    for (role, model) in ROLES.iter().zip([&named.captioner, &named.filter]) {
         if model == "promoted" {
             let event = store.model_in_role(role).await?;
             let event =
@@ -96,17 +98,16 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
         }
         digests.push(digest);
     }
-    Ok(Models { captioner: digests[0], filter: digests[1] })
+    Ok(Some(Models { captioner: digests[0], filter: digests[1] }))
 }
 
 /// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
-pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: &Models) -> Result<(), Failure> {
+pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: Option<&Models>) -> Result<(), Failure> {
+    let (Some(named), Some(models)) = (&config.models, models) else { return Ok(()) };
     let rounds = store.rounds(&config.run.name).await?;
     let Some(first) = rounds.iter().find(|record| record.round == 1) else { return Ok(()) };
-    let pairs = [
-        (&config.models.captioner, models.captioner, first.captioner, ROLES[0]),
-        (&config.models.filter, models.filter, first.filter, ROLES[1]),
-    ];
+    let pairs =
+        [(&named.captioner, models.captioner, first.captioner, ROLES[0]), (&named.filter, models.filter, first.filter, ROLES[1])];
     for (named, now, then, role) in pairs {
         if named != "promoted" && now != then {
             let (run, now, then) = (&config.run.name, now.short(), then.short());

@@ -23,8 +23,8 @@ pub(crate) async fn show_plan(config: &RunConfig, as_json: bool) -> Result<ExitC
     let inputs = config.inputs()?;
     let store = Store::open(&config.run.store).await?;
     let models = models::of_run(config, &store, false).await?;
-    models::same_as_begun(config, &store, &models).await?;
-    let planned = config.plan(&inputs, &models)?;
+    models::same_as_begun(config, &store, models.as_ref()).await?;
+    let planned = config.plan(&inputs, models.as_ref())?;
     let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
     if as_json {
         let tasks: Vec<_> = now.tasks.iter().map(|t| json!({"id": t.id(), "task": t})).collect();
@@ -67,7 +67,7 @@ pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
     let run = &config.run.name;
     let (rounds, results, events) = (store.rounds(run).await?, store.round_results(run).await?, store.events(run).await?);
     let failures: Vec<_> = store.all_failures().await?.into_iter().filter(|f| f.run == *run).collect();
-    let planned = config.plan(&config.inputs()?, &models::of_run(&config, &store, false).await?)?;
+    let planned = config.plan(&config.inputs()?, models::of_run(&config, &store, false).await?.as_ref())?;
     let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
     if args.json {
         say_json(&json!({
@@ -77,8 +77,14 @@ pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
         }))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let state = if now.complete { "complete".to_owned() } else { format!("in round {} of {}", now.round, config.run.rounds) };
-    say(&format!("run {run}: {state}"));
+    let state = match (&now.stuck, now.complete, now.round) {
+        (Some(why), ..) => format!("cannot go on: {why}"),
+        (None, true, _) => "complete".to_owned(),
+        (None, false, 0) => "gathering".to_owned(),
+        (None, false, round) => format!("in round {round} of {}", config.run.rounds),
+    };
+    let given_up = if now.dead.is_empty() { String::new() } else { format!(", {} tasks given up", count(now.dead.len() as u64)) };
+    say(&format!("run {run}: {state}{given_up}"));
     say("");
     say(&stages(&now));
     if !now.downloads.statuses.is_empty() {

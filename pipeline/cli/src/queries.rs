@@ -66,16 +66,17 @@ async fn build(args: QueriesBuildArgs) -> Result<ExitCode, Failure> {
         let built = settings.run(Box::new(move |read, of| shown.set(read / 1_000_000, of / 1_000_000)));
         bar.finish();
         let built = built?;
-        if !dry_run {
+        if !dry_run && !built.rows.is_empty() {
             built.write(&out, overwrite)?;
         }
         Ok::<_, CrawlError>(built)
     };
     let built = tokio::task::spawn_blocking(work).await.map_err(anyhow::Error::from)??;
-    if built.rows.is_empty() {
-        complain("no text reaches its threshold: the list is empty");
-    }
     built.notes.iter().for_each(|note| complain(note));
+    if built.rows.is_empty() {
+        let what = "no text of the sources reaches its threshold, so nothing was written; look at the files that were named, and at --help";
+        return Err(Failure::Usage(what.to_owned()));
+    }
     if args.json {
         say_json(&Built::new(&built, &args.out, args.dry_run, started.elapsed().as_secs_f64()))?;
         return Ok(ExitCode::SUCCESS);

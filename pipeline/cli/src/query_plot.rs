@@ -14,7 +14,7 @@ const LINES: usize = 14;
 /// Points of a curve in the SVG.
 const POINTS: usize = 300;
 
-/// Texts of a query by its rank, both axes logarithmic: `o` as found, `x` as taken.
+/// Texts of a query by its rank, both axes logarithmic: `o` as found, `x` as drawn by balancing.
 pub(crate) fn terminal(m: &Marginals) -> String {
     let curves = [(Some(m.before.ranked()), 'o'), (m.after.as_ref().map(Side::ranked), 'x')];
     let longest = curves.iter().filter_map(|(c, _)| c.as_ref().map(Vec::len)).max().unwrap_or(0).max(2);
@@ -32,7 +32,7 @@ pub(crate) fn terminal(m: &Marginals) -> String {
         }
     }
     let width = count(highest).len();
-    let mut text = String::from("texts of a query by its rank, o found, x taken, both axes logarithmic\n");
+    let mut text = String::from("texts of a query by its rank, o found, x drawn, both axes logarithmic\n");
     for (i, line) in grid.iter().enumerate() {
         let label = match i {
             0 => count(highest),
@@ -159,7 +159,7 @@ fn svg(m: &Marginals, listed: Option<usize>) -> String {
          <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>{}{}",
         ranks.svg, sums.svg
     );
-    let legend = [("found", FOUND), ("taken", TAKEN)];
+    let legend = [("found", FOUND), ("drawn", TAKEN)];
     for (i, (name, colour)) in legend.iter().take(sides.len()).enumerate() {
         let x = LEFT + i as f64 * 90.0;
         let y = height - 14.0;

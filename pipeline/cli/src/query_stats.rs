@@ -127,22 +127,25 @@ fn text(m: &Marginals, listed: Option<usize>, name: impl Fn(u32) -> Option<Strin
     }
     lines.push(String::new());
     let after = |of: &dyn Fn(&Side) -> String| m.after.as_ref().map_or_else(|| "-".to_owned(), of);
-    let mut rows = vec![vec![String::new(), "found".to_owned(), "taken".to_owned()]];
+    let mut rows = vec![vec![String::new(), "found".to_owned(), "drawn".to_owned()]];
     let mut row = |what: String, of: &dyn Fn(&Side) -> String| rows.push(vec![what, of(&m.before), after(of)]);
     row("texts".to_owned(), &|s| count(s.texts));
-    row("entries (queries of all texts)".to_owned(), &|s| count(s.entries));
+    row("entries (a query with a text)".to_owned(), &|s| count(s.entries));
     row("entries per text".to_owned(), &|s| format!("{:.2}", s.entries_per_text));
     row("queries with a text".to_owned(), &|s| count(s.queries));
     row(format!("head: queries above {}", count(m.threshold)), &|s| count(s.head_queries));
     row("head's share of entries".to_owned(), &|s| percent(s.head_share));
     row("tail's share of entries".to_owned(), &|s| percent(s.tail_share));
     lines.push(table(&rows));
+    if m.after.is_some() {
+        lines.push("drawn: the texts that each query took; a text that another query took may hold it as well".to_owned());
+    }
     if m.after.is_none() {
         lines.push("not balanced yet: only what was found so far is shown".to_owned());
     }
     if !m.top.is_empty() {
         lines.push(String::new());
-        let mut rows = vec![["query", "texts found", "share", "taken"].map(str::to_owned).to_vec()];
+        let mut rows = vec![["query", "texts found", "share", "drawn"].map(str::to_owned).to_vec()];
         for t in &m.top {
             let text = name(t.query).unwrap_or_else(|| format!("#{}", t.query));
             let share = t.before as f64 / m.before.entries.max(1) as f64;

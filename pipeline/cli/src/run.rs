@@ -14,7 +14,7 @@ use capfilt_coordinator::reconcile::{Observer, RunOutcome, TaskSink, reconcile};
 use capfilt_coordinator::report::{self, ReportInput};
 use capfilt_crawler::{Discover, Fetch, Matcher, Traffic, Web};
 use capfilt_runtime::{MemoryQueue, Stage, Telemetry, WorkQueue, Worker};
-use capfilt_schemas::{DatasetVersion, Task};
+use capfilt_schemas::{DatasetVersion, StageKind, Task};
 use capfilt_store::Store;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -79,8 +79,8 @@ impl Job {
     async fn open(config: RunConfig, inputs: Inputs, alone: Option<File>) -> Result<Self, Failure> {
         let store = Store::open(&config.run.store).await?;
         let models = models::of_run(&config, &store, alone.is_some()).await?;
-        models::same_as_begun(&config, &store, &models).await?;
-        let planned = config.plan(&inputs, &models)?;
+        models::same_as_begun(&config, &store, models.as_ref()).await?;
+        let planned = config.plan(&inputs, models.as_ref())?;
         Ok(Self { config, store, planned, inputs, began: Instant::now(), _alone: alone })
     }
 
@@ -242,7 +242,7 @@ async fn conclude(
             "seconds": began.elapsed().as_secs_f64(),
         }))?;
     } else {
-        if outcome.tasks_done == 0 {
+        if outcome.tasks_done == 0 && given_up == 0 && outcome.plan.stuck.is_none() {
             say("nothing to do: everything that this config asks for is done already");
         }
         if let Some(summary) = retry.and_then(|r| r.summary(&outcome.plan.downloads.statuses)) {
@@ -272,6 +272,9 @@ async fn conclude(
         say(&format!("report  {}", report_path.display()));
         say(&format!("{} tasks done in {}", count(outcome.tasks_done), duration(began.elapsed().as_secs())));
     }
+    for (fact, n) in lost(store, &outcome.plan).await? {
+        output::complain(&format!("{} {fact}", count(n)));
+    }
     if let Some(stuck) = &outcome.plan.stuck {
         let why = last_failure(store, outcome).await?;
         return Err(Failure::Other(anyhow::anyhow!("the run cannot go on: {stuck}{why}")));
@@ -283,6 +286,22 @@ async fn conclude(
         return Ok(ExitCode::from(output::INCOMPLETE));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the sources of a plan held that could not be read, in words.
+async fn lost(store: &Store, plan: &Plan) -> Result<Vec<(&'static str, u64)>, Failure> {
+    const FACTS: [(&str, &str); 3] = [
+        ("records_bad", "records of archives were cut or damaged; nothing was found in them"),
+        ("records_too_long", "records of archives were too long to be read"),
+        ("rows_unreadable", "rows of lists could not be read"),
+    ];
+    let mut lost = FACTS.map(|(_, words)| (words, 0));
+    for commit in store.commits(StageKind::Discover).await?.iter().filter(|c| plan.found.contains(&c.task_id)) {
+        for ((fact, _), (_, n)) in FACTS.iter().zip(&mut lost) {
+            *n += commit.facts[*fact].as_u64().unwrap_or(0);
+        }
+    }
+    Ok(lost.into_iter().filter(|(_, n)| *n > 0).collect())
 }
 
 async fn last_failure(store: &Store, outcome: &RunOutcome) -> Result<String, Failure> {

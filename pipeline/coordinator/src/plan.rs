@@ -50,12 +50,10 @@ pub struct PlanConfig {
     pub run: RunId,
     /// The name under which dataset versions are kept.
     pub dataset: String,
-    /// Rounds of caption, score, build and retrain.
+    /// Rounds of caption, score, build and retrain. Without any the run ends with the download.
     pub rounds: u32,
-    /// The captioner of the first round.
-    pub captioner: Digest,
-    /// The filter of the first round.
-    pub filter: Digest,
+    /// The captioner and the filter of the first round; a run without rounds needs none.
+    pub models: Option<(Digest, Digest)>,
     /// Stage settings.
     pub stages: StageParams,
     /// When to train and when to promote.
@@ -162,6 +160,8 @@ pub struct Plan {
     pub complete: bool,
     /// Set when the run cannot go on: what failed.
     pub stuck: Option<String>,
+    /// The discover tasks that are done, once none is left.
+    pub found: BTreeSet<TaskId>,
 }
 
 /// Some tasks, seen together.
@@ -214,18 +214,34 @@ impl<'a> Planner<'a> {
         if !found.all {
             return;
         }
+        self.plan.found = found.commits.iter().map(|c| c.task_id).collect();
         let mut candidates: Vec<Input> = found.commits.iter().flat_map(|c| c.as_inputs()).collect();
         candidates.sort_unstable();
         candidates.dedup();
         let balance = self.task(StageKind::Balance, stages.balance.clone(), None, candidates);
         let Some(balance) = self.own(balance) else { return };
+        let selected: u64 = balance.outputs.iter().map(|o| o.rows).sum();
+        if selected == 0 && stages.annotated.is_empty() {
+            // A dataset version without a pair would pass for one.
+            let rows: u64 = found.commits.iter().flat_map(|c| &c.outputs).map(|o| o.rows).sum();
+            self.plan.stuck = Some(match rows {
+                0 => "the sources gave no pair whose text holds a query".to_owned(),
+                n => format!("balancing selected none of {n} candidates"),
+            });
+            return;
+        }
         let samples = self.samples(balance);
+        if self.config.rounds == 0 {
+            self.plan.complete = samples.all;
+            return;
+        }
         for round in 1..=self.config.rounds {
             self.plan.round = round;
             let Some(record) = self.seen.rounds.iter().find(|r| r.round == round) else {
                 // Later rounds are started by the end of the one before.
-                if round == 1 {
-                    let (captioner, filter) = (self.config.captioner, self.config.filter);
+                if round == 1
+                    && let Some((captioner, filter)) = self.config.models
+                {
                     self.plan.actions.push(Action::StartRound(RoundRecord { round, captioner, filter }));
                 }
                 return;

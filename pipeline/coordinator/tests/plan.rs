@@ -19,8 +19,7 @@ fn config() -> PlanConfig {
         run: RunId::new("test").unwrap(),
         dataset: "test".to_owned(),
         rounds: 2,
-        captioner: Digest::of(b"captioner"),
-        filter: Digest::of(b"filter"),
+        models: Some((Digest::of(b"captioner"), Digest::of(b"filter"))),
         stages: StageParams {
             discover: vec![json!({"source": 1}), json!({"source": 2})],
             balance: json!({}),

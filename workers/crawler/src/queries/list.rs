@@ -167,6 +167,10 @@ fn read_lines(path: &Path, file: impl Read, list: &mut Builder) -> Result<(), Cr
         if number == 1 && text == "text" && source == "source" {
             continue;
         }
+        if number == 1 && (text.starts_with("[\"") || text.trim() == "[" || text.starts_with('{')) {
+            let what = "it looks like JSON; write one query a line: jq -r '.[]' metadata.json > queries.txt";
+            return Err(CrawlError::format(path, what));
+        }
         list.push(text, source);
     }
 }

@@ -23,6 +23,8 @@ use tokio::sync::mpsc;
 
 use super::{Found, FoundStream, Sender};
 use crate::CrawlError;
+use url::Url;
+
 use crate::config::{ListConfig, ListFormat};
 use crate::html::clean;
 use crate::params::file_digest;
@@ -263,13 +265,24 @@ fn usable(batch: &RecordBatch, max_text: usize) -> Vec<Found> {
     let found = (0..batch.num_rows()).map(|row| {
         let (url, text) = (value(0, row).trim(), clean(value(1, row), max_text));
         (!url.is_empty() && !text.is_empty()).then(|| Found {
-            url: url.to_owned(),
+            url: normal(url),
             text,
             text_source: TextSource::List,
             page_url: None,
         })
     });
     found.flatten().collect()
+}
+
+/// An address as found ones are written, so that the same ones are known for the same; what is no address stays as it is.
+fn normal(url: &str) -> String {
+    match Url::parse(url) {
+        Ok(mut url) => {
+            url.set_fragment(None);
+            url.into()
+        }
+        Err(_) => url.to_owned(),
+    }
 }
 
 impl ListFormat {
