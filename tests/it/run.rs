@@ -62,6 +62,53 @@ fn the_whole_loop_and_then_nothing_again() {
 }
 
 #[test]
+fn without_rounds_it_gathers_and_needs_no_models() {
+    let world = World::new(20);
+    let gather = |models: &str| {
+        let config = format!(
+            "[run]\nname = 'gather'\nstore = 'gathered'\nsnapshot = '1'\nrounds = 0\n[queries]\npath = 'queries.txt'\n\
+             [[discover.sources]]\nkind = 'pages'\nseeds = ['{}/']\n{models}\n[report]\npath = 'gathered.html'\n[worker.runtime]\n\
+             work_dir = 'gathering'\n[worker.crawler]\nrequests_per_second = 10000.0\nallow_networks = ['127.0.0.0/8']\n",
+            world.site
+        );
+        std::fs::write(world.path("gather.toml"), config).unwrap();
+    };
+    gather("");
+    let run = world.json(&["run", "gather.toml", "--json"]);
+    assert_eq!((&run["complete"], &run["dataset"], rows(&run, "caption")), (&Value::from(true), &Value::Null, 0));
+    assert_eq!(rows(&run, "fetch"), rows(&run, "balance"));
+    assert!(rows(&run, "fetch") > 20);
+    assert_eq!(world.json(&["run", "gather.toml", "--json"])["tasks_done"], 0);
+    let status = world.capfilt(&["status", "gather.toml"]);
+    assert!(String::from_utf8_lossy(&status.stdout).contains("run gather: complete"), "{status:?}");
+    let (code, said) = world.refuse(&["run", "gather.toml", "--set", "run.rounds=1"]);
+    assert!(code == 2 && said.contains("[models]") && said.contains("run.rounds = 0"), "{said}");
+
+    // A list that fits nothing ends in words, not in an empty version.
+    std::fs::write(world.path("queries.txt"), "zebra\n").unwrap();
+    let (code, said) = world.refuse(&["run", "gather.toml", "--set", "run.store=nothing"]);
+    assert!(code != 0 && said.contains("cannot go on"), "{said}");
+    let status = world.capfilt(&["status", "gather.toml", "--set", "run.store=nothing"]);
+    assert!(String::from_utf8_lossy(&status.stdout).contains("cannot go on"), "{status:?}");
+
+    // What of an archive could not be read is said.
+    let record = |html: &str| {
+        let block = format!("HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n{html}");
+        let length = block.len();
+        format!(
+            "WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {}/\r\nContent-Type: application/http\r\nContent-Length: {length}\r\n\r\n{block}\r\n\r\n",
+            world.site
+        )
+    };
+    std::fs::write(world.path("queries.txt"), "red\n").unwrap();
+    let whole = record("<img src='/img/0.png' alt='a red square'>") + &record("<img src='/img/1.png' alt='a red circle'>");
+    std::fs::write(world.path("cut.warc"), &whole[..whole.len() - 30]).unwrap();
+    gather("[[discover.sources]]\nkind = 'archive'\npaths = ['cut.warc']");
+    let out = world.capfilt(&["run", "gather.toml", "--set", "run.name=cut"]);
+    assert!(out.status.success() && String::from_utf8_lossy(&out.stderr).contains("1 records of archives were cut"), "{out:?}");
+}
+
+#[test]
 fn a_surplus_is_downloaded_and_the_cap_holds_all_the_same() {
     let world = World::new(40);
     let small = ["retrain.enabled=false", "run.rounds=1", "balance.per_query=3"];

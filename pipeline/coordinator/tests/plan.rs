@@ -258,6 +258,35 @@ fn where_every_caption_was_given_up_nothing_is_built() {
 }
 
 #[test]
+fn without_rounds_the_run_ends_with_the_download() {
+    let (config, mut world) = (PlanConfig { rounds: 0, models: None, ..config() }, World::default());
+    let end = world.run(&config, || true);
+    assert!(end.complete && end.stuck.is_none() && end.downloads.fetched);
+    assert_eq!((world.of_stage(StageKind::Fetch).len(), end.found.len()), (3, 2));
+    assert!(world.seen.rounds.is_empty() && world.of_stage(StageKind::Caption).is_empty());
+}
+
+#[test]
+fn where_nothing_was_selected_nothing_is_built() {
+    let (mut config, mut world) = (config(), World::default());
+    let mut stuck = |config: &PlanConfig, world: &mut World| loop {
+        let now = plan(config, &world.seen);
+        if now.stuck.is_some() || world.datasets().len() > 0 {
+            break now.stuck;
+        }
+        now.tasks.iter().for_each(|task| world.work(task));
+        for action in &now.actions {
+            world.act(action);
+        }
+        let empty = world.seen.commits.values_mut().filter(|c| c.task.stage == StageKind::Balance);
+        empty.for_each(|balance| balance.outputs.clear());
+    };
+    assert_eq!(stuck(&config, &mut world), None, "there are pairs that people wrote");
+    config.stages.annotated.clear();
+    assert_eq!(stuck(&config, &mut World::default()).as_deref(), Some("balancing selected none of 20 candidates"));
+}
+
+#[test]
 fn a_task_that_was_given_up_does_not_stop_the_rest() {
     let (config, mut world) = (config(), World::default());
     loop {

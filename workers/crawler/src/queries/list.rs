@@ -252,6 +252,9 @@ mod tests {
         };
         assert!(say("empty.txt", b"\n\n").ends_with("it holds no query"));
         assert!(say("latin.txt", b"ok\nma\xeftre\n").ends_with("line 2 is not UTF-8"));
+        for json in [&b"[\"dog\", \"cat\"]"[..], b"[\n\"dog\"\n]", b"{\"dog\": 1}"] {
+            assert!(say("metadata.json", json).contains("it looks like JSON"));
+        }
         assert!(say("no.parquet", b"PAR1").contains("not readable Parquet"));
         assert!(matches!(QueryList::load(&folder.path().join("none")), Err(CrawlError::Read { .. })));
     }

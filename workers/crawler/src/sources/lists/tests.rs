@@ -45,7 +45,7 @@ fn parquet(rows: usize) -> Vec<u8> {
 
 #[tokio::test]
 async fn every_format_gives_its_rows_in_order() {
-    let csv = "caption,url,x\n\"a, red\ncar\",http://a.test/1,9\n,http://a.test/2\nshort\nword,not an address\n";
+    let csv = "caption,url,x\n\"a, red\ncar\",HTTP://A.test:80/x/../1#top,9\n,http://a.test/2\nshort\nword,not an address\n";
     let wanted = ["http://a.test/1 a, red car", "not an address word"];
     let tsv = "url\tcaption\nhttp://a.test/1\ta, red car\nnot an address\tword\nhttp://a.test/2\t\n";
     let jsonl = "{\"url\": \"http://a.test/1\", \"caption\": \"a, red car\"}\n\n{broken\n[1]\n{\"url\": null, \"caption\": \"x\"}\n\
