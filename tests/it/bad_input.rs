@@ -22,7 +22,7 @@ fn a_config_is_read_strictly() {
     for (wrong, right, needle) in [
         ("min_itmm = 0.02", "min_itm = 0.02", "min_itmm"),
         ("[bild]\nmin_itm", "[build]\nmin_itm", "bild"),
-        ("rounds = 0", "rounds = 2", "rounds"),
+        ("rounds = -1", "rounds = 2", "rounds"),
         ("rounds = \"two\"", "rounds = 2", "line"),
         ("name = \"../up\"", "name = \"test\"", "cannot name a run"),
         ("kind = \"gopher\"", "kind = \"pages\"", "gopher"),

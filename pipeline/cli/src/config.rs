@@ -412,6 +412,7 @@ fn clean(path: &Path) -> PathBuf {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use capfilt_crawler::{ImageConfig, PagesConfig, SitemapsConfig, WebConfig};
 
     fn after(text: &str, change: &str) -> Result<toml::Table, String> {
         let mut table: toml::Table = text.parse().unwrap();
@@ -430,6 +431,32 @@ mod tests {
         assert_eq!(listed["discover"]["sources"][0]["url_col"].as_str(), Some("u"));
         for bad in ["build", "=1", "build..x=1", "build.min_itm.deep=1", "discover.sources.7.kind=x"] {
             assert!(after(text, bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_reference_of_gathering_tells_the_defaults() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/gather.toml");
+        let config = RunConfig::load(&path, &[]).map_err(|f| f.text()).unwrap();
+        let (fetch, usual) = (config.fetch, FetchConfig::default());
+        let web = WebConfig { agent: usual.web.agent.clone(), ..fetch.web };
+        let image = ImageConfig { quality: None, ..fetch.image };
+        assert_eq!(
+            (config.balance, web, image, fetch.max_body),
+            (BalanceConfig::default(), usual.web, usual.image, usual.max_body)
+        );
+        assert_eq!(
+            (config.worker.crawler, config.discover.max_text),
+            (CrawlerWorkerConfig::default(), DiscoverConfig::default().max_text)
+        );
+        for source in config.discover.sources {
+            match source {
+                SourceConfig::Pages(p) => assert_eq!(p, PagesConfig { seeds: p.seeds.clone(), ..PagesConfig::default() }),
+                SourceConfig::Sitemaps(s) => {
+                    assert_eq!(s, SitemapsConfig { sitemaps: s.sitemaps.clone(), ..SitemapsConfig::default() });
+                }
+                SourceConfig::Archive(_) | SourceConfig::List(_) | SourceConfig::Search(_) => {}
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capfilt_crawler::{CrawlError, DownloadProgress, DownloadSummary, download};
+use capfilt_schemas::FetchStatus;
 use tokio_util::sync::CancellationToken;
 
 use crate::output::{self, Failure, count, duration, say, say_json};
@@ -48,6 +49,14 @@ pub(crate) async fn run(args: DownloadArgs) -> Result<ExitCode, Failure> {
             say(&format!("{}\n", led_to.trim_start()));
         }
         say(&words(&folder.display().to_string(), &summary));
+    }
+    let forbidden = progress.traffic().totals().by_status.get(&FetchStatus::ForbiddenAddress).copied().unwrap_or(0);
+    if forbidden > 0 {
+        output::complain(&format!(
+            "{} addresses are of private networks, which are not asked; `--set 'crawler.allow_networks=[\"10.0.0.0/8\"]'` opens one, and \
+             `--retry_status forbidden_address` asks again",
+            count(forbidden)
+        ));
     }
     if summary.stopped {
         output::complain("interrupted; finished shards stay, run the same command to go on");

@@ -84,7 +84,7 @@ pub(crate) fn summary(traffic: &Traffic, hourly_price: Option<f64>) -> Option<St
         text.push_str(&format!("\n  {:<18} {:>5.1}%  {}", status.as_str(), share * 100.0, count(totals.by_status[&status])));
     }
     let mut rows =
-        vec![["host", "downloads", "ok", "bytes", "seconds each", "most frequent failure"].map(str::to_owned).to_vec()];
+        vec![["host", "downloads", "ok", "bytes", "seconds with waits", "most frequent failure"].map(str::to_owned).to_vec()];
     for (host, d) in traffic.hosts(HOSTS) {
         let failure = d.failures().first().map_or_else(String::new, |(s, share)| format!("{s} {:.0}%", share * 100.0));
         #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]

@@ -269,9 +269,9 @@ fn without_rounds_the_run_ends_with_the_download() {
 #[test]
 fn where_nothing_was_selected_nothing_is_built() {
     let (mut config, mut world) = (config(), World::default());
-    let mut stuck = |config: &PlanConfig, world: &mut World| loop {
+    let stuck = |config: &PlanConfig, world: &mut World| loop {
         let now = plan(config, &world.seen);
-        if now.stuck.is_some() || world.datasets().len() > 0 {
+        if now.stuck.is_some() || !world.datasets().is_empty() {
             break now.stuck;
         }
         now.tasks.iter().for_each(|task| world.work(task));
