@@ -110,7 +110,8 @@ pub struct CrawlerWorkerConfig {
     /// Most bytes of finished images that wait for an earlier one, in a fetch task.
     #[serde(with = "units::size")]
     pub buffer: usize,
-    /// An HTTP proxy for all requests: `http://127.0.0.1:3128`.
+    /// An HTTP proxy for all requests: `http://127.0.0.1:3128`. Names are resolved by it, and it has to refuse those that lead into private
+    /// networks: only addresses that are written as such are refused here.
     pub proxy: Option<String>,
     /// Addresses of host names, in place of DNS; `*` stands for every name without its own. A port here replaces 80 or 443.
     pub resolve: BTreeMap<String, SocketAddr>,

@@ -84,17 +84,9 @@ impl Route {
         both().map_err(|e: reqwest::Error| CrawlError::Client(e.to_string()))
     }
 
-    /// Whether an address may be asked, as far as it can be told here. Behind a proxy no name is resolved later, so it is looked at now;
-    /// one that only the proxy can resolve is left to the proxy.
-    pub(super) async fn admits(&self, url: &Url) -> bool {
-        let may_be_asked = |ip| guard::admits(&self.config.allow_networks, ip);
-        match (guard::literal(url), url.host_str()) {
-            (Some(ip), _) => may_be_asked(ip),
-            (None, Some(name)) if self.config.proxy.is_some() => {
-                self.dns().addresses(name).await.map_or(true, |found| found.iter().any(|ip| may_be_asked(*ip)))
-            }
-            _ => true,
-        }
+    /// Whether an address may be asked, as far as it can be told before its name is resolved.
+    pub(super) fn admits(&self, url: &Url) -> bool {
+        guard::literal(url).is_none_or(|ip| guard::admits(&self.config.allow_networks, ip))
     }
 
     pub(super) fn dns(&self) -> &Dns {

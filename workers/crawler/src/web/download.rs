@@ -138,7 +138,7 @@ impl Download {
         // Without a size the bytes may be unpacked ones, to which a range does not apply.
         let range = (self.at > 0 && self.size.is_some()).then(|| format!("bytes={}-", self.at));
         for _ in 0..=self.config.max_redirects {
-            if !self.web.inner.route.admits(&url).await {
+            if !self.web.inner.route.admits(&url) {
                 return Err(Failure::new(FetchStatus::ForbiddenAddress, "the host is not on the public internet"));
             }
             let (slot, _, connection) = self.web.turn(&url, Duration::ZERO, None, &Clock::new(LONGEST_WAIT)).await?;

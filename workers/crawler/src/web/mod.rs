@@ -244,7 +244,7 @@ impl Web {
             if self.taken_down.covers_url(url.as_str()) {
                 return Err(Failure::new(FetchStatus::TakenDown, "the address was taken down"));
             }
-            if !self.inner.route.admits(&url).await {
+            if !self.inner.route.admits(&url) {
                 return Err(Failure::new(FetchStatus::ForbiddenAddress, "the host is not on the public internet"));
             }
             let delay = if robots { self.permission(&url, config).await? } else { delay };

@@ -29,7 +29,7 @@ impl Web {
     /// # Errors
     /// A sentence that says what failed.
     pub async fn probe(&self, url: &Url, agent: &str, within: Duration, max_bytes: u64) -> Result<Probe, String> {
-        if !self.inner.route.admits(url).await {
+        if !self.inner.route.admits(url) {
             return Err("the host is not on the public internet; worker.crawler.allow_networks can allow it".to_owned());
         }
         let clients = self.clients(&WebConfig::default()).map_err(|failure| failure.reason)?;
