@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the benches, or those named: scripts/bench.sh [fetch|wat|matching|balance|models|rebuild ...], each beside its peer where there is
 # one. Prints a line for a person and a line of JSON for each figure; the JSON is kept in target/bench/<name>.jsonl. Built with all
-# optimisations, each for itself: the first three need neither DataFusion nor candle. `balance` makes some 20 GB of temporary files;
-# BALANCE_ROWS=5000000 makes it a tenth of that.
+# optimisations, each for itself: the first three need neither DataFusion nor candle. `balance` makes some 20 GB of temporary
+# files, and its peer more than twice that again; BALANCE_ROWS=20000000 is a size that both get through with 28 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v cargo >/dev/null || export PATH="$HOME/.cargo/bin:$PATH"

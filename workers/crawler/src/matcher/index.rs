@@ -54,7 +54,7 @@ struct Known {
 
 /// The bytes of a word, if they are [`SHORT`] or fewer, else a hash and the length with [`LONG`].
 type Key = [u64; 2];
-/// A byte that no text has.
+/// In the last byte of a key: a byte that no text has, so that no short word has the key of a long one.
 const LONG: u64 = 0xff << 56;
 
 /// `next` follows on `from`, which leads to `to`; `query` ends there.
