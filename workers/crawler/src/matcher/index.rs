@@ -7,8 +7,11 @@
 use std::collections::HashMap;
 use std::collections::hash_map;
 
-use super::sort::sort_once;
+use prefetch_index::prefetch_index;
+
+use super::sort::sort_each;
 use super::words::Folded;
+use super::{at_least, vectorized};
 
 /// A word or the beginning of a query of several words: its number among the words or the edges, and these flags.
 type Node = u32;
@@ -46,7 +49,7 @@ struct Word {
 }
 
 /// What is to be known of a word of a text.
-#[derive(Clone, Copy, Debug)]
+#[derive(Default, Clone, Copy, Debug)]
 struct Known {
     node: Node,
     query: u32,
@@ -58,7 +61,7 @@ type Key = [u64; 2];
 const LONG: u64 = 0xff << 56;
 
 /// `next` follows on `from`, which leads to `to`; `query` ends there.
-#[derive(Clone, Copy, Debug)]
+#[derive(Default, Clone, Copy, Debug)]
 struct Edge {
     from: Node,
     next: Node,
@@ -66,7 +69,14 @@ struct Edge {
     query: u32,
 }
 
+/// The numbers of no entry: there is none, and there may be one farther on.
+const NOWHERE: u32 = 0;
+const ELSEWHERE: u32 = 1;
+/// The number of the first entry.
+const FIRST: u32 = 2;
 const NO_WORD: Word = Word { key: [0; 2], node: UNKNOWN, query: NO_QUERY };
+/// No word has its key.
+const ANY_WORD: Word = Word { key: [u64::MAX; 2], ..NO_WORD };
 const NO_EDGE: Edge = Edge { from: UNKNOWN, next: UNKNOWN, to: UNKNOWN, query: NO_QUERY };
 
 /// What [`Index::find`] keeps between its steps; it is there to be used again.
@@ -83,7 +93,10 @@ pub(super) struct Steps {
     edges: Vec<Edge>,
     /// After how many pairs each text ends.
     pair_ends: Vec<usize>,
+    /// The queries of all texts, in no order and some more than once; then sorted; and where those of each text end.
     found: Vec<u32>,
+    sorted: Vec<u32>,
+    found_ends: Vec<usize>,
     further: Vec<u32>,
 }
 
@@ -101,26 +114,121 @@ impl Index {
 
     /// Calls `each` with the queries of each of some texts, ascending.
     ///
-    /// Each step touches what it needs for all words, without a branch that depends on what stands there: so the processor waits for
-    /// many places of the tables at once, and the next step finds them near. The steps are functions so that each keeps its few values
-    /// in registers.
+    /// Each step does one thing for all words, without a branch that depends on what stands there, and fetches what the next one needs
+    /// into the near caches: so the processor waits for many places of the tables at once.
     pub(super) fn find(&self, folded: &Folded, steps: &mut Steps, mut each: impl FnMut(&[u32])) {
-        self.look_up_words(folded, steps);
-        self.look_up_edges(folded.ends(), steps);
-        let Steps { words, pairs, edges, pair_ends, found, further, .. } = steps;
-        let (mut start, mut pair) = (0, 0);
-        for (end, pair_end) in folded.ends().iter().zip(pair_ends) {
+        vectorized(
+            #[inline(always)]
+            || self.look_up_words(folded, steps),
+        );
+        vectorized(
+            #[inline(always)]
+            || self.look_up_edges(folded.ends(), steps),
+        );
+        vectorized(
+            #[inline(always)]
+            || self.gather(folded.ends(), steps),
+        );
+        let Steps { found, found_ends, sorted, .. } = steps;
+        sort_each(found, found_ends, sorted);
+        let mut start = 0;
+        for end in found_ends {
+            each(&sorted[start..*end]);
+            start = *end;
+        }
+    }
+
+    /// What is known of each word.
+    #[inline(always)]
+    fn look_up_words(&self, folded: &Folded, steps: &mut Steps) {
+        let Steps { keys, numbers, words, others, .. } = steps;
+        let (text, spans, table) = (folded.bytes(), folded.words(), &*self.words);
+        words.clear();
+        words.resize(spans.len(), Known::default());
+        at_least(keys, spans.len());
+        at_least(numbers, spans.len());
+        at_least(others, spans.len());
+        for ([start, end], to) in spans.iter().zip(&mut *keys) {
+            let key = key_of(text, *start as usize, *end as usize);
+            let hash = hash_key(key);
+            self.word_places.prefetch(hash);
+            *to = (key, hash);
+        }
+        for ((_, hash), number) in keys[..spans.len()].iter().zip(&mut *numbers) {
+            *number = self.word_places.first(*hash);
+            prefetch_index(table, *number as usize);
+        }
+        let mut n = 0;
+        for (((word, number), (key, _)), i) in words.iter_mut().zip(&*numbers).zip(&*keys).zip(0..) {
+            let Word { key: found, node, query } = table[*number as usize];
+            *word = Known { node, query };
+            others[n] = i;
+            n += usize::from(((found != *key) & (*number != NOWHERE)) | (key[1] >= LONG));
+        }
+        for i in &others[..n] {
+            let (i, [start, end]) = (*i as usize, spans[*i as usize]);
+            let (key, hash) = keys[i];
+            let Word { node, query, .. } = self.word(key, hash, &text[start as usize..end as usize]);
+            words[i] = Known { node, query };
+        }
+    }
+
+    /// The edge of each two words that may have one, if it stands where it should.
+    #[inline(always)]
+    fn look_up_edges(&self, ends: &[usize], steps: &mut Steps) {
+        let Steps { words, numbers, pairs, edges, pair_ends, .. } = steps;
+        let (filter, table) = (&*self.filter, &*self.edges);
+        pair_ends.clear();
+        at_least(pairs, words.len());
+        let (mut n, mut start) = (0, 0);
+        for end in ends {
+            for (i, pair) in words[start..*end].windows(2).enumerate() {
+                let hash = hash_edge(pair[0].node, pair[1].node);
+                prefetch_index(filter, scale(hash, filter.len()));
+                pairs[n] = (start + i, hash);
+                n += usize::from(may_go_on(pair[0].node, pair[1].node));
+            }
+            pair_ends.push(n);
+            start = *end;
+        }
+        (n, start) = (0, 0);
+        for end in pair_ends {
+            for i in start..*end {
+                let (_, hash) = pairs[i];
+                self.edge_places.prefetch(hash);
+                pairs[n] = pairs[i];
+                n += usize::from(self.passes_filter(hash));
+            }
+            start = *end;
+            *end = n;
+        }
+        at_least(numbers, n);
+        at_least(edges, n);
+        for ((_, hash), number) in pairs[..n].iter().zip(&mut *numbers) {
+            *number = self.edge_places.first(*hash);
+            prefetch_index(table, *number as usize);
+        }
+        for (number, edge) in numbers[..n].iter().zip(edges) {
+            *edge = table[*number as usize];
+        }
+    }
+
+    /// The queries of each text, in no order, some more than once.
+    #[inline(always)]
+    fn gather(&self, ends: &[usize], steps: &mut Steps) {
+        let Steps { words, pairs, edges, pair_ends, found, found_ends, further, .. } = steps;
+        found_ends.clear();
+        let (mut start, mut pair, mut n) = (0, 0, 0);
+        for (end, pair_end) in ends.iter().zip(pair_ends) {
             let words = &words[start..*end];
-            let most = words.len() * 2;
+            let most = n + words.len() * 2;
             if found.len() < most {
                 found.resize(most, 0);
             }
-            let mut n = 0;
             for word in words {
                 found[n] = word.query;
                 n += usize::from(word.query != NO_QUERY);
             }
-            further.clear();
             for ((i, hash), edge) in pairs[pair..*pair_end].iter().zip(&edges[pair..*pair_end]) {
                 let words = &words[i - start..];
                 let is_it = edge.from == words[0].node && edge.next == words[1].node;
@@ -135,62 +243,9 @@ impl Index {
                 found.append(further);
                 n = found.len();
             }
-            let kept = sort_once(&mut found[..n]);
-            each(&found[..kept]);
+            found_ends.push(n);
             (start, pair) = (*end, *pair_end);
         }
-    }
-
-    /// What is known of each word.
-    #[inline(never)]
-    fn look_up_words(&self, folded: &Folded, steps: &mut Steps) {
-        let Steps { keys, numbers, words, others, .. } = steps;
-        let (text, spans) = (folded.bytes(), folded.words());
-        keys.clear();
-        keys.extend(spans.iter().map(|[start, end]| {
-            let key = key_of(text, *start as usize, *end as usize);
-            (key, hash_key(key))
-        }));
-        numbers.clear();
-        numbers.extend(keys.iter().map(|(_, hash)| self.word_places.first(*hash)));
-        others.resize(keys.len().max(others.len()), 0);
-        let mut n = 0;
-        words.clear();
-        words.extend(numbers.iter().zip(keys.iter()).zip(0..).map(|((number, (key, _)), i)| {
-            let Word { key: found, node, query } = self.words[*number as usize];
-            others[n] = i;
-            n += usize::from((found != *key) | (key[1] >= LONG));
-            Known { node, query }
-        }));
-        for i in &others[..n] {
-            let (i, [start, end]) = (*i as usize, spans[*i as usize]);
-            let (key, hash) = keys[i];
-            let Word { node, query, .. } = self.word(key, hash, &text[start as usize..end as usize]);
-            words[i] = Known { node, query };
-        }
-    }
-
-    /// The edge of each two words that may have one, if it stands where it should.
-    #[inline(never)]
-    fn look_up_edges(&self, ends: &[usize], steps: &mut Steps) {
-        let Steps { words, numbers, pairs, edges, pair_ends, .. } = steps;
-        pair_ends.clear();
-        pairs.resize(words.len().max(pairs.len()), (0, 0));
-        let (mut n, mut start) = (0, 0);
-        for end in ends {
-            for (i, pair) in words[start..*end].windows(2).enumerate() {
-                let hash = hash_edge(pair[0].node, pair[1].node);
-                pairs[n] = (start + i, hash);
-                n += usize::from(self.may_be_edge(pair[0].node, pair[1].node, hash));
-            }
-            pair_ends.push(n);
-            start = *end;
-        }
-        pairs.truncate(n);
-        numbers.clear();
-        numbers.extend(pairs.iter().map(|(_, hash)| self.edge_places.first(*hash)));
-        edges.clear();
-        edges.extend(numbers.iter().map(|number| self.edges[*number as usize]));
     }
 
     /// The queries that begin with the first two of some words and go on; of these two too if their edge is not `known`.
@@ -200,10 +255,11 @@ impl Index {
             found.push(edge.query);
         }
         for next in &words[2..] {
-            if edge.to & GOES_ON == 0 {
+            let hash = hash_edge(edge.to, next.node);
+            if !may_go_on(edge.to, next.node) || !self.passes_filter(hash) {
                 return;
             }
-            edge = self.edge(edge.to, next.node, hash_edge(edge.to, next.node));
+            edge = self.edge(edge.to, next.node, hash);
             if edge.query != NO_QUERY {
                 found.push(edge.query);
             }
@@ -211,7 +267,7 @@ impl Index {
     }
 
     /// Whether an entry is that of a word.
-    #[inline]
+    #[inline(always)]
     fn is_word(&self, entry: &Word, key: Key, text: &[u8]) -> bool {
         if entry.key != key {
             return false;
@@ -225,11 +281,11 @@ impl Index {
         self.words[self.word_places.find(hash, is_it) as usize]
     }
 
-    /// Whether some query may go on from `from` with `next`; if not, none does.
-    #[inline]
-    fn may_be_edge(&self, from: Node, next: Node, hash: u64) -> bool {
+    /// Whether the hash may be that of an edge.
+    #[inline(always)]
+    fn passes_filter(&self, hash: u64) -> bool {
         let bits = filter_bits(hash);
-        (self.filter[scale(hash, self.filter.len())] & bits == bits) & (from & GOES_ON != 0) & (next != UNKNOWN)
+        self.filter[scale(hash, self.filter.len())] & bits == bits
     }
 
     fn edge(&self, from: Node, next: Node, hash: u64) -> Edge {
@@ -263,14 +319,21 @@ impl Places {
         self.0[at] = mark(hash) | number;
     }
 
-    /// The number of a hash at the first two places where it may stand, or 0; perhaps that of another hash.
-    #[inline]
+    #[inline(always)]
+    fn prefetch(&self, hash: u64) {
+        prefetch_index(&self.0, scale(hash, self.0.len()));
+    }
+
+    /// The number of a hash at the first two places where it may stand, perhaps that of another hash; [`NOWHERE`] if it stands in none.
+    #[inline(always)]
     fn first(&self, hash: u64) -> u32 {
         let at = scale(hash, self.0.len());
         let next = if at + 1 == self.0.len() { 0 } else { at + 1 };
-        let (first, second) = (self.0[at] ^ mark(hash), self.0[next] ^ mark(hash));
-        let place = if first <= NUMBER { first } else { second };
-        if place <= NUMBER { place } else { 0 }
+        let (first, second) = (self.0[at], self.0[next]);
+        let is = |place: u32| (place ^ mark(hash)) <= NUMBER;
+        let none = if (first == 0) | (second == 0) { NOWHERE } else { ELSEWHERE };
+        let place = if is(second) { second & NUMBER } else { none };
+        if is(first) { first & NUMBER } else { place }
     }
 
     /// The number of a hash that `is_it`, or 0.
@@ -316,7 +379,7 @@ impl Builder {
                 None => {
                     self.bytes += text.len();
                     u32::try_from(self.bytes).ok()?;
-                    let node = u32::try_from(self.words.len() + 1).ok().filter(|n| *n <= NUMBER)?;
+                    let node = u32::try_from(self.words.len() + 1).ok().filter(|n| *n < NUMBER)?;
                     self.words.entry(text.into()).or_insert(Added { node, query: NO_QUERY, uses: 0, goes_on: false })
                 }
             };
@@ -325,7 +388,7 @@ impl Builder {
             let at = match from {
                 None => word,
                 Some(from) => {
-                    let number = u32::try_from(self.edges.len() + 1).ok().filter(|n| *n <= NUMBER)?;
+                    let number = u32::try_from(self.edges.len() + 1).ok().filter(|n| *n < NUMBER)?;
                     let edge = match self.edges.entry((from, node)) {
                         hash_map::Entry::Occupied(known) => known.into_mut(),
                         hash_map::Entry::Vacant(free) => {
@@ -350,9 +413,9 @@ impl Builder {
         added.sort_unstable_by_key(|(_, word)| (std::cmp::Reverse(word.uses), word.node));
         // The most used ones come first: they get the lowest numbers, and the places that their hashes name. Half of all stays free.
         let mut word_places = Places::new(added.len() * 2 + 1);
-        let (mut words, mut long, mut long_ends) = (vec![NO_WORD], Vec::new(), vec![0]);
+        let (mut words, mut long, mut long_ends) = (vec![NO_WORD, ANY_WORD], Vec::new(), vec![0, 0]);
         let mut word_nodes = vec![UNKNOWN; added.len() + 1];
-        for (number, (text, word)) in (1..).zip(added) {
+        for (number, (text, word)) in (FIRST..).zip(added) {
             let text = text.as_bytes();
             let mut padded = text.to_vec();
             padded.resize(text.len() + SHORT, b' ');
@@ -369,14 +432,14 @@ impl Builder {
         let mut added: Vec<((Node, Node), Added)> = self.edges.into_iter().collect();
         added.sort_unstable_by_key(|(_, edge)| (std::cmp::Reverse(edge.uses), edge.node));
         let mut edge_nodes = vec![UNKNOWN; added.len() + 1];
-        for (number, (_, edge)) in (1..).zip(&added) {
+        for (number, (_, edge)) in (FIRST..).zip(&added) {
             edge_nodes[(edge.node & !SEVERAL) as usize] = number | SEVERAL | if edge.goes_on { GOES_ON } else { 0 };
         }
         // Half stays free, and the filter has twelve bits for each.
         let mut edge_places = Places::new(added.len() * 2 + 1);
         let mut filter = vec![0_u64; added.len() * 12 / 64 + 1].into_boxed_slice();
-        let mut edges = vec![NO_EDGE];
-        for (number, ((from, next), edge)) in (1..).zip(added) {
+        let mut edges = vec![NO_EDGE; 2];
+        for (number, ((from, next), edge)) in (FIRST..).zip(added) {
             let from = if from & SEVERAL == 0 { word_nodes[from as usize] } else { edge_nodes[(from & !SEVERAL) as usize] };
             let (next, to) = (word_nodes[next as usize], edge_nodes[(edge.node & !SEVERAL) as usize]);
             let hash = hash_edge(from, next);
@@ -397,7 +460,7 @@ impl Builder {
 }
 
 /// The key of the word `text[start..end]`, on whose beginning follow [`SHORT`] bytes.
-#[inline]
+#[inline(always)]
 fn key_of(text: &[u8], start: usize, end: usize) -> Key {
     let bytes = end - start;
     match text[start..].first_chunk() {
@@ -447,4 +510,9 @@ const fn filter_bits(hash: u64) -> u64 {
 /// Eight bits of a hash, where a place has them.
 const fn mark(hash: u64) -> u32 {
     (hash >> 12) as u32 & !NUMBER
+}
+
+/// Whether some query may go on from `from` with `next`; if not, none does.
+const fn may_go_on(from: Node, next: Node) -> bool {
+    (from & GOES_ON != 0) & (next != UNKNOWN)
 }

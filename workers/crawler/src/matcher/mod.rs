@@ -8,11 +8,13 @@ mod index;
 mod sort;
 mod words;
 
+use pulp::Arch;
+
 use crate::{CrawlError, QueryList};
 pub(crate) use words::words_of;
 
-/// Bytes of folded text that are looked up together: some hundred words, whose keys stay in the nearest cache.
-const BLOCK: usize = 4096;
+/// Bytes of folded text that are looked up together: a few hundred words, whose keys stay in the nearest cache.
+const BLOCK: usize = 2048;
 
 /// Finds the queries of a list in texts. It is read-only: all threads share one.
 pub struct Matcher {
@@ -86,6 +88,18 @@ impl Matcher {
                 done += 1;
             });
         }
+    }
+}
+
+/// Runs `step` compiled for the widest instructions that this CPU has; what it calls has to be inlined.
+fn vectorized(step: impl FnOnce()) {
+    Arch::new().dispatch(step);
+}
+
+/// Makes room for `n` values, whatever they are.
+fn at_least<T: Clone + Default>(values: &mut Vec<T>, n: usize) {
+    if values.len() < n {
+        values.resize(n, T::default());
     }
 }
 

@@ -5,15 +5,18 @@
 //! parts them. Scripts that write without spaces (Han, kana, Thai, Lao, Khmer, Burmese) give a word for each character, so that a query
 //! is found inside an unbroken line.
 
+use std::iter;
 use std::sync::LazyLock;
 
-use unicode_normalization::char::is_combining_mark;
+use unicode_normalization::char::{canonical_combining_class, is_combining_mark};
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfkc_quick};
 
 use super::index::SHORT;
+use super::vectorized;
 
 /// Bytes that are looked at in one step.
 const STEP: usize = 64;
+const EIGHT: usize = 8;
 const BLANKS: &str = match std::str::from_utf8(&[b' '; STEP + SHORT]) {
     Ok(blanks) => blanks,
     Err(_) => "",
@@ -23,6 +26,7 @@ const BLANKS: &str = match std::str::from_utf8(&[b' '; STEP + SHORT]) {
 pub(crate) fn words_of(text: &str, out: &mut String) {
     let mut folded = String::with_capacity(text.len() + 8);
     fold(text, &mut folded);
+    folded.make_ascii_lowercase();
     out.clear();
     out.push(' ');
     for word in folded.split(|c: char| c.is_ascii() && !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()) {
@@ -70,31 +74,47 @@ impl Folded {
 
     /// Finds the words of all texts. [`SHORT`] bytes follow on the beginning of each.
     pub(super) fn find_words(&mut self) {
-        let Self { text, text_ends, turns, begins, ends } = self;
-        text.push_str(&BLANKS[..SHORT + (STEP - (text.len() + SHORT) % STEP) % STEP]);
-        text.make_ascii_lowercase();
-        turns.clear();
-        begins.clear();
-        let mut inside = 0_u64;
-        for (step, bytes) in text.as_bytes().chunks_exact(STEP).enumerate() {
-            let mut in_word = 0_u64;
-            for (i, eight) in bytes.as_chunks::<8>().0.iter().enumerate() {
-                in_word |= word_bytes(u64::from_le_bytes(*eight)) << (i * 8);
-            }
-            // A bit for each byte that is in a word where the one before it is not, or the other way round.
-            let mut here = in_word ^ (in_word << 1 | inside);
-            begins.push((here & in_word, turns.len().div_ceil(2)));
-            inside = in_word >> 63;
-            while here != 0 {
-                turns.push((step * STEP) as u32 + here.trailing_zeros());
-                here &= here - 1;
-            }
-        }
+        self.text.push_str(&BLANKS[..SHORT + (STEP - (self.text.len() + SHORT) % STEP) % STEP]);
+        self.text.make_ascii_lowercase();
+        vectorized(
+            #[inline(always)]
+            || self.find_turns(),
+        );
+        let Self { text_ends, begins, ends, .. } = self;
         ends.clear();
         ends.extend(text_ends.iter().map(|end| {
             let (bits, before) = begins[end / STEP];
             before + (bits & ((1 << (end % STEP)) - 1)).count_ones() as usize
         }));
+    }
+
+    #[inline(always)]
+    fn find_turns(&mut self) {
+        let Self { text, turns, begins, .. } = self;
+        begins.clear();
+        turns.resize(text.len() + EIGHT, 0);
+        let (mut inside, mut n) = (0, 0_usize);
+        for (bytes, start) in text.as_bytes().chunks_exact(STEP).zip((0..).step_by(STEP)) {
+            let mut in_word = 0_u64;
+            for (i, eight) in bytes.as_chunks::<EIGHT>().0.iter().enumerate() {
+                in_word |= word_bytes(u64::from_le_bytes(*eight)) << (i * EIGHT);
+            }
+            // A bit for each byte that is in a word where the one before it is not, or the other way round.
+            let mut here = in_word ^ (in_word << 1 | inside);
+            begins.push((here & in_word, n.div_ceil(2)));
+            inside = in_word >> 63;
+            // Eight at a time, without a branch for each; those after the last one are overwritten.
+            let end = n + here.count_ones() as usize;
+            while n < end {
+                for turn in &mut turns[n..n + EIGHT] {
+                    *turn = start + here.trailing_zeros();
+                    here &= here.wrapping_sub(1);
+                }
+                n += EIGHT;
+            }
+            n = end;
+        }
+        turns.truncate(n);
     }
 
     pub(super) const fn bytes(&self) -> &[u8] {
@@ -114,6 +134,7 @@ impl Folded {
 
 /// A bit for each of eight bytes, the first one the lowest: whether it belongs to a word. No capital letters stand in a folded text,
 /// and nothing outside of ASCII parts words.
+#[inline(always)]
 const fn word_bytes(eight: u64) -> u64 {
     const ONES: u64 = 0x0101_0101_0101_0101;
     const HIGH: u64 = 0x80 * ONES;
@@ -126,58 +147,76 @@ const fn word_bytes(eight: u64) -> u64 {
     (word >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
 }
 
-/// Appends `text`, folded.
+/// Appends `text`, folded, but for capital ASCII letters.
 fn fold(text: &str, out: &mut String) {
+    let known = Known::table();
     let mut rest = text;
-    while !rest.is_ascii() {
-        let ascii = rest.bytes().position(|b| !b.is_ascii()).unwrap_or(rest.len());
-        // NFKC joins nothing across the front of an ASCII character. The last one before others goes with them: a mark may stand on it.
-        let (plain, more) = rest.split_at(ascii.saturating_sub(1));
-        fold_ascii(plain, out);
-        let first = usize::from(ascii > 0);
-        let end = more.bytes().skip(first).position(|b| b.is_ascii()).map_or(more.len(), |n| n + first);
-        let (other, more) = more.split_at(end);
-        if is_nfkc_quick(other.chars()) == IsNormalized::Yes {
-            other.chars().for_each(|c| fold_char(c, out));
+    while let Some(ascii) = rest.bytes().position(|b| !b.is_ascii()) {
+        let end = rest.bytes().skip(ascii).position(|b| b.is_ascii()).map_or(rest.len(), |n| ascii + n);
+        if rest[ascii..end].chars().all(|c| known.of(c).is_stable) {
+            fold_ascii(&rest[..ascii], out);
+            rest[ascii..end].chars().for_each(|c| known.fold(c, out));
         } else {
-            other.nfkc().for_each(|c| fold_char(c, out));
+            // NFKC joins nothing across the front of an ASCII character. The last one before others goes with them: a mark may stand on it.
+            let start = ascii.saturating_sub(1);
+            fold_ascii(&rest[..start], out);
+            rest[start..end].nfkc().for_each(|c| known.fold(c, out));
         }
-        rest = more;
+        rest = &rest[end..];
     }
     fold_ascii(rest, out);
 }
 
 fn fold_ascii(text: &str, out: &mut String) {
-    if text.starts_with(|c: char| c.is_ascii_alphanumeric()) && out.ends_with(is_unspaced) {
-        out.push(' ');
+    if text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        end_unspaced(out);
     }
-    let start = out.len();
     out.push_str(text);
-    out[start..].make_ascii_lowercase();
 }
 
-fn fold_char(c: char, out: &mut String) {
-    static KNOWN: LazyLock<Vec<Kind>> =
-        LazyLock::new(|| (0..0x3000).map(|c| char::from_u32(c).map_or(Kind::Other, kind)).collect());
-    match KNOWN.get(c as usize).copied().unwrap_or_else(|| kind(c)) {
-        // A mark belongs to the word it stands on; alone it is nothing.
-        Kind::Mark if in_word(out) => out.push(c),
-        Kind::Mark => {}
-        Kind::Unspaced => {
-            end_word(out);
-            out.push(c);
-        }
-        Kind::Letter(folded) => {
-            if out.ends_with(is_unspaced) {
-                out.push(' ');
-            }
-            match folded {
-                Some(folded) => out.push(folded),
-                None => out.extend(folds(c)),
-            }
-        }
-        Kind::Other => end_word(out),
+/// What is known of the characters up to the ideographs, by their numbers.
+struct Known(Vec<Character>);
+
+impl Known {
+    fn table() -> &'static Self {
+        static TABLE: LazyLock<Known> = LazyLock::new(|| {
+            let all =
+                (0..0x3000).map(|c| char::from_u32(c).map_or(Character { kind: Kind::Other, is_stable: false }, Character::new));
+            Known(all.collect())
+        });
+        &TABLE
     }
+
+    fn of(&self, c: char) -> Character {
+        self.0.get(c as usize).copied().unwrap_or_else(|| Character::new(c))
+    }
+
+    fn fold(&self, c: char, out: &mut String) {
+        match self.of(c).kind {
+            // A mark belongs to the word it stands on; alone it is nothing.
+            Kind::Mark if in_word(out) => out.push(c),
+            Kind::Mark => {}
+            Kind::Unspaced => {
+                end_word(out);
+                out.push(c);
+            }
+            Kind::Letter(folded) => {
+                end_unspaced(out);
+                match folded {
+                    Some(folded) => out.push(folded),
+                    None => out.extend(folds(c)),
+                }
+            }
+            Kind::Other => end_word(out),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Character {
+    kind: Kind,
+    /// Whether NFKC leaves it as it is, whatever stands before it.
+    is_stable: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -189,17 +228,21 @@ enum Kind {
     Other,
 }
 
-fn kind(c: char) -> Kind {
-    if is_combining_mark(c) {
-        Kind::Mark
-    } else if is_unspaced(c) {
-        Kind::Unspaced
-    } else if c.is_alphanumeric() {
-        let mut folded = folds(c);
-        let first = folded.next();
-        Kind::Letter(if folded.next().is_none() { first } else { None })
-    } else {
-        Kind::Other
+impl Character {
+    fn new(c: char) -> Self {
+        let is_stable = is_nfkc_quick(iter::once(c)) == IsNormalized::Yes && canonical_combining_class(c) == 0;
+        let kind = if is_combining_mark(c) {
+            Kind::Mark
+        } else if is_unspaced(c) {
+            Kind::Unspaced
+        } else if c.is_alphanumeric() {
+            let mut folded = folds(c);
+            let first = folded.next();
+            Kind::Letter(if folded.next().is_none() { first } else { None })
+        } else {
+            Kind::Other
+        };
+        Self { kind, is_stable }
     }
 }
 
@@ -215,6 +258,12 @@ fn in_word(out: &str) -> bool {
 
 fn end_word(out: &mut String) {
     if in_word(out) {
+        out.push(' ');
+    }
+}
+
+fn end_unspaced(out: &mut String) {
+    if out.as_bytes().last().is_some_and(|b| !b.is_ascii()) && out.ends_with(is_unspaced) {
         out.push(' ');
     }
 }
