@@ -1,14 +1,14 @@
 //! WAT files from their packed bytes to (url, text), beside cc2dataset: pairs, records and bytes a second on one core.
 //!
 //! `CAPFILT_PAGES` is a folder with real HTML pages; they are put into files of Common Crawl's format, once for each of some made-up
-//! hosts. `CC2DATASET_PYTHON` is a Python in which cc2dataset is installed; without it ours runs alone.
+//! hosts; `CAPFILT_WAT` may name a file of Common Crawl's own instead. `CC2DATASET_PYTHON` is a Python in which cc2dataset is installed; without it ours runs alone.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
 #[path = "../tests/it/archives.rs"]
 mod archives;
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -17,21 +17,31 @@ use capfilt_tests as _;
 
 /// Unpacked size of the file, and measurements.
 const SIZE: usize = 300 << 20;
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 
 fn main() {
     // `cargo test --benches` passes no such argument.
     if !std::env::args().any(|a| a == "--bench") {
         return;
     }
-    let Some(folder) = std::env::var_os("CAPFILT_PAGES") else {
-        println!("wat: set CAPFILT_PAGES to a folder with HTML pages; scripts/bench.sh wat does");
-        return;
-    };
     let scratch = tempfile::tempdir().unwrap();
-    let path = scratch.path().join("CC-MAIN-bench.warc.wat.gz");
-    let (records, unpacked) = write(&pages(Path::new(&folder)), &path);
+    let path = match (std::env::var_os("CAPFILT_WAT"), std::env::var_os("CAPFILT_PAGES")) {
+        (Some(file), _) => PathBuf::from(file),
+        (None, Some(folder)) => {
+            let path = scratch.path().join("CC-MAIN-bench.warc.wat.gz");
+            write(&pages(Path::new(&folder)), &path);
+            path
+        }
+        (None, None) => {
+            println!("wat: set CAPFILT_PAGES to a folder with HTML pages; scripts/bench.sh wat does");
+            return;
+        }
+    };
     let packed = std::fs::read(&path).unwrap();
+    let mut whole = Vec::new();
+    flate2::read::MultiGzDecoder::new(packed.as_slice()).read_to_end(&mut whole).unwrap();
+    let (records, unpacked) = (memchr::memmem::find_iter(&whole, b"WARC/1.0\r\n").count(), whole.len());
+    drop(whole);
     println!("wat: {records} records, {} MB packed, {} MB unpacked", packed.len() / 1_000_000, unpacked / 1_000_000);
     let peer = std::env::var("CC2DATASET_PYTHON").ok().map(|python| {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/cc2dataset_peer.py");
@@ -126,23 +136,22 @@ fn pages(folder: &Path) -> Vec<(String, String)> {
     files.iter().map(page).collect()
 }
 
-/// Writes a packed WAT file; gives its records and its unpacked size.
-fn write(pages: &[(String, String)], path: &Path) -> (usize, usize) {
+/// Writes a packed WAT file.
+fn write(pages: &[(String, String)], path: &Path) {
     let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
-    let (mut records, mut unpacked) = (0, 0);
+    let mut unpacked = 0;
     for host in 0.. {
         for (name, html) in pages {
             let url = format!("http://www.host{host}.test/{name}");
             let of_page = wat(&[Page { url: &url, headers: "X-Powered-By: PHP/5.5.9\r\n", html }]);
-            for record in &of_page[usize::from(records > 0)..] {
+            for record in &of_page[usize::from(unpacked > 0)..] {
                 file.write_all(&member(record)).unwrap();
-                (records, unpacked) = (records + 1, unpacked + record.len());
+                unpacked += record.len();
             }
             if unpacked >= SIZE {
                 file.flush().unwrap();
-                return (records, unpacked);
+                return;
             }
         }
     }
-    (records, unpacked)
 }

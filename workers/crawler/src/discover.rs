@@ -117,7 +117,7 @@ fn candidates(found: &[Found], source: &str, matcher: &Matcher) -> Result<Record
         url.append_value(&f.url);
         text.append_value(&f.text);
         text_source.append_value(f.text_source.as_str());
-        page.append_option(f.page_url.as_ref());
+        page.append_option(f.page_url.as_deref());
         from.append_value(source);
         queries.values().append_slice(ids);
         queries.append(true);

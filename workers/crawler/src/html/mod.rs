@@ -337,7 +337,7 @@ impl State {
 /// What `reference` means on a page at `base`: an absolute http or https address without fragment.
 pub(crate) fn resolve(base: &Url, reference: &str) -> Option<Url> {
     let reference = reference.trim();
-    if reference.is_empty() || reference.len() > MAX_URL {
+    if reference.is_empty() || reference.len() > MAX_URL || reference.starts_with("data:") {
         return None;
     }
     let mut url = base.join(reference).ok()?;
@@ -357,7 +357,8 @@ pub(crate) fn resolve_image(base: &Url, reference: &str) -> Option<String> {
         let is_name = host.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'.' || b == b'-');
         // A last label that begins with a letter is no part of an IPv4 address.
         let top = host.rsplit('.').next().is_some_and(|label| label.starts_with(|c: char| c.is_ascii_lowercase()));
-        (start, if is_name && top && !host.contains("xn--") { rest } else { "" })
+        let is_punycode = host.as_bytes().array_windows().any(|four| four == b"xn--");
+        (start, if is_name && top && !is_punycode { rest } else { "" })
     } else if reference.starts_with('/') {
         (from_base(Position::BeforePath), reference)
     } else if reference.starts_with(|c: char| c.is_ascii_alphanumeric()) && !reference.contains(':') {
@@ -388,12 +389,15 @@ fn is_plain(path: &str) -> bool {
         }
         plain
     };
-    let mut before = b' ';
-    path.bytes().all(|b| {
-        let is_dot = before == b'/' && matches!(b, b'.' | b'%');
-        before = b;
-        PLAIN[usize::from(b)] && !is_dot
-    })
+    let bytes = path.as_bytes();
+    let may_be_dots = |pair: &[u8; 2]| (pair[0] == b'/') & ((pair[1] == b'.') | (pair[1] == b'%'));
+    let is_name = |segment: &str| match segment.as_bytes() {
+        [b'.', second, ..] => second.is_ascii_alphanumeric(),
+        [first, ..] => !matches!(first, b'.' | b'%'),
+        [] => true,
+    };
+    bytes.iter().fold(true, |all, b| all & PLAIN[usize::from(*b)])
+        && (!bytes.array_windows().fold(false, |any, pair| any | may_be_dots(pair)) || path.split('/').skip(1).all(is_name))
 }
 
 /// The texts of an image's own attributes, clean, those that are empty left out.
@@ -424,9 +428,10 @@ pub(crate) fn is_image_file(url: &Url) -> bool {
 /// Whether [`is_image_file`] may be true of what `reference` means: it can be seen of most that it is not.
 pub(crate) fn may_be_image_file(reference: &[u8]) -> bool {
     let path = &reference[..memchr::memchr2(b'?', b'#', reference).unwrap_or(reference.len())];
-    let extension = path.trim_ascii_end().rsplit(|b| matches!(b, b'.' | b'/')).next().unwrap_or(b"");
+    let path = path.trim_ascii_end();
+    let extension = &path[memchr::memrchr2(b'.', b'/', path).map_or(0, |at| at + 1)..];
     // Without a path it is the page; tabs, line ends and blanks of other scripts may be left out.
-    is_image_extension(extension) || path.trim_ascii().is_empty() || path.iter().any(|b| *b < b' ') || !extension.is_ascii()
+    is_image_extension(extension) || path.trim_ascii().is_empty() || path.iter().fold(false, |any, b| any | (*b < b' ')) || !extension.is_ascii()
 }
 
 fn is_image_extension(extension: &[u8]) -> bool {
@@ -436,8 +441,10 @@ fn is_image_extension(extension: &[u8]) -> bool {
 /// The text with single spaces, without control characters, cut after `max` characters.
 pub(crate) fn clean(text: &str, max: usize) -> String {
     let bytes = text.as_bytes();
-    let is_plain = bytes.iter().fold(true, |all, b| all & matches!(b, b' '..=b'~'));
-    if is_plain && bytes.len() <= max && bytes.trim_ascii().len() == bytes.len() && memchr::memmem::find(bytes, b"  ").is_none() {
+    // Blanks and control characters beyond ASCII begin with one of four bytes.
+    let is_plain = bytes.iter().fold(true, |all, b| all & !matches!(b, ..b' ' | 0x7f | 0xc2 | 0xe1..=0xe3));
+    let has_two_blanks = bytes.array_windows().fold(false, |any, two: &[u8; 2]| any | (two == b"  "));
+    if is_plain && bytes.len() <= max && bytes.trim_ascii().len() == bytes.len() && !has_two_blanks {
         return text.to_owned();
     }
     let mut out = String::with_capacity(text.len().min(max));

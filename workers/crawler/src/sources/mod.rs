@@ -8,6 +8,8 @@ mod pages;
 mod search;
 pub(crate) mod sitemap;
 
+use std::sync::Arc;
+
 use capfilt_runtime::StageError;
 use capfilt_schemas::TextSource;
 use futures::StreamExt;
@@ -32,7 +34,7 @@ pub(crate) struct Found {
     pub(crate) url: String,
     pub(crate) text: String,
     pub(crate) text_source: TextSource,
-    pub(crate) page_url: Option<String>,
+    pub(crate) page_url: Option<Arc<str>>,
 }
 
 /// Texts on their way, some at a time.
@@ -60,13 +62,13 @@ fn take(page: Page, headers: Directives, url: &Url, opt_out: bool) -> Taken {
     let wishes = page.directives.and(headers);
     let opted_out = opt_out && wishes.refusal().is_some();
     let links = if opt_out && wishes.nofollow() { Vec::new() } else { page.links };
+    let page_url: Arc<str> = url.as_str().into();
     let mut found: Vec<Found> = Vec::new();
     for image in page.images.into_iter().filter(|_| !opted_out) {
         let first = found.len();
         for (text_source, text) in image.texts {
             if found[first..].iter().all(|f| f.text != text) {
-                let (url, page_url) = (image.url.clone(), Some(url.as_str().to_owned()));
-                found.push(Found { url, text, text_source, page_url });
+                found.push(Found { url: image.url.clone(), text, text_source, page_url: Some(page_url.clone()) });
             }
         }
     }

@@ -245,7 +245,7 @@ impl Searcher {
             usable.then(|| url.to_string())
         };
         let url = absolute(&image.url);
-        let page_url = image.page.as_deref().and_then(absolute);
+        let page_url: Option<Arc<str>> = image.page.as_deref().and_then(absolute).map(Into::into);
         let found = &mut search.found;
         let first = found.len();
         for (text_source, text) in image.texts {

@@ -6,6 +6,7 @@ use std::io::{self, Read};
 
 use flate2::{Decompress, FlushDecompress, Status};
 use libdeflater::{Crc, Decompressor};
+use memchr::memmem::Finder;
 
 /// Bytes asked of the file at a time.
 const READ: usize = 256 << 10;
@@ -47,6 +48,8 @@ pub(super) struct Members<R> {
     crc: Crc,
     in_one_go: Decompressor,
     unpacked: Vec<u8>,
+    /// What a member begins with.
+    magic: Finder<'static>,
     /// Bytes read of the file, and bytes that were unpacked twice in the search for sound members.
     pub(super) read: u64,
     again: u64,
@@ -85,6 +88,7 @@ impl<R: Read> Members<R> {
             crc: Crc::new(),
             in_one_go: Decompressor::new(),
             unpacked: Vec::new(),
+            magic: Finder::new(&[0x1f, 0x8b, 8]),
             read: 0,
             again: 0,
         }
@@ -140,17 +144,8 @@ impl<R: Read> Members<R> {
                 self.at -= self.start;
                 self.start = 0;
             }
-            let old = self.input.len();
-            self.input.resize(old + READ, 0);
-            let read = loop {
-                match self.file.read(&mut self.input[old..]) {
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    read => break read,
-                }
-            };
-            self.input.truncate(old + *read.as_ref().unwrap_or(&0));
-            let read = read?;
-            self.at_end = read == 0;
+            let read = self.file.by_ref().take(READ as u64).read_to_end(&mut self.input)?;
+            self.at_end = read < READ;
             self.read += read as u64;
         }
         Ok(())
@@ -197,12 +192,14 @@ impl<R: Read> Members<R> {
         let packed = &packed[..packed.len().min(WINDOW)];
         let Ok(unpacked) = self.in_one_go.deflate_decompress(packed, &mut self.unpacked) else { return Ok(false) };
         let unpacked = &self.unpacked[..unpacked];
-        // Where the packed bytes ended is not told; there stand their checksum and length.
+        // Where the packed bytes ended is not told; there stand their checksum and length, mostly before another header.
         let sum = libdeflater::crc32(unpacked).to_le_bytes();
         let trailer = [sum, u32::try_from(unpacked.len()).unwrap_or(0).to_le_bytes()].concat();
-        let Some(end) = memchr::memmem::find(packed, &trailer) else { return Ok(false) };
+        let before_next = self.magic.find(packed).filter(|next| packed[..*next].ends_with(&trailer));
+        let found = before_next.or_else(|| Some(memchr::memmem::find(packed, &trailer)? + trailer.len()));
+        let Some(end) = found else { return Ok(false) };
         out.extend_from_slice(unpacked);
-        self.at += length + end + trailer.len();
+        self.at += length + end;
         self.start = self.at;
         Ok(true)
     }
@@ -269,7 +266,7 @@ impl<R: Read> Members<R> {
         let mut trial = Vec::with_capacity(TRIAL);
         loop {
             self.want(3)?;
-            let Some(found) = memchr::memmem::find(self.rest(), &[0x1f, 0x8b, 8]) else {
+            let Some(found) = self.magic.find(self.rest()) else {
                 // A magic number may be cut by the end of what was read.
                 self.at = self.input.len() - self.rest().len().min(2);
                 self.start = self.at;

@@ -8,7 +8,7 @@ use memchr::memmem;
 use super::members::{Members, Step};
 
 /// Unpacked bytes after which records are handed on.
-const BATCH: usize = 2 << 20;
+const BATCH: usize = 256 << 10;
 /// Longest record that is kept. Common Crawl cuts pages at 5 MiB; of such a page the WAT record may be twice as long.
 pub(super) const MAX_RECORD: usize = 16 << 20;
 /// Longest header of a record.
@@ -69,10 +69,19 @@ impl<'a> RecordRef<'a> {
 }
 
 fn field<'a>(head: &'a [u8], name: &str) -> Option<&'a [u8]> {
-    head.split(|b| *b == b'\n').find_map(|line| {
-        let (key, value) = line.split_at(memchr::memchr(b':', line)?);
-        key.trim_ascii().eq_ignore_ascii_case(name.as_bytes()).then(|| value[1..].trim_ascii())
-    })
+    let mut rest = head;
+    while !rest.is_empty() {
+        let line;
+        (line, rest) = rest.split_at(memchr::memchr(b'\n', rest).map_or(rest.len(), |end| end + 1));
+        let line = line.trim_ascii_start();
+        if let Some((key, value)) = line.split_at_checked(name.len())
+            && key.eq_ignore_ascii_case(name.as_bytes())
+            && let Some(value) = value.trim_ascii_start().strip_prefix(b":")
+        {
+            return Some(value.trim_ascii());
+        }
+    }
+    None
 }
 
 /// Reads the records of a file.
@@ -255,13 +264,19 @@ fn head(bytes: &[u8]) -> Head {
     if bytes[..seen] != version[..seen] {
         return Head::Bad;
     }
-    let end = |window: &[u8], sign: &[u8]| memmem::find(window, sign).map(|at| at + sign.len());
-    let window = &bytes[..bytes.len().min(MAX_HEAD)];
     // By the standard lines end with CR LF; some writers leave the CR out.
-    let standard = end(window, b"\r\n\r\n");
-    let Some(length) = end(&window[..standard.unwrap_or(window.len())], b"\n\n").or(standard) else {
-        return if bytes.len() < MAX_HEAD { Head::Cut } else { Head::Bad };
-    };
+    let window = &bytes[..bytes.len().min(MAX_HEAD)];
+    let mut length = 0;
+    loop {
+        let Some(end) = memchr::memchr(b'\n', &window[length..]) else {
+            return if bytes.len() < MAX_HEAD { Head::Cut } else { Head::Bad };
+        };
+        let is_last = matches!(&window[length..length + end], b"" | b"\r");
+        length += end + 1;
+        if is_last {
+            break;
+        }
+    }
     let content = field(&bytes[..length], "content-length").and_then(|v| std::str::from_utf8(v).ok()?.parse().ok());
     content.map_or(Head::Bad, |content| Head::Whole { length, content })
 }

@@ -177,7 +177,7 @@ impl<'de> Visitor<'de> for TextVisitor {
     }
 
     fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Text<'de>, E> {
-        Ok(Text(Cow::Owned(String::from_utf8_lossy(bytes).into_owned())))
+        Ok(Text(Cow::Owned(Text::of(bytes).0.into_owned())))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Text<'de>, A::Error> {
@@ -344,10 +344,10 @@ enum Link<'a> {
 }
 
 impl<'a> Link<'a> {
-    fn new(path: &str, image: Image<'a>, has_text: bool, after_image: bool) -> Self {
+    fn new(path: &[u8], image: Image<'a>, has_text: bool, after_image: bool) -> Self {
         match path {
-            "IMG@/src" => Link::Image(image),
-            "A@/href" if after_image && !has_text => Link::Around(image.src, image.title),
+            b"IMG@/src" => Link::Image(image),
+            b"A@/href" if after_image && !has_text => Link::Around(image.src, image.title),
             _ => Link::Other,
         }
     }
@@ -399,6 +399,6 @@ impl<'de> Visitor<'de> for LinkSeed {
                 }
             }
         }
-        Ok(Link::new(&path.0, image, has_text, self.after_image))
+        Ok(Link::new(path.0.as_bytes(), image, has_text, self.after_image))
     }
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::LazyLock;
 
 use memchr::memmem::Finder;
+use serde::de::IgnoredAny;
 
 use super::{Image, Images, Link, Text};
 use crate::html;
@@ -45,9 +46,9 @@ pub(super) fn split<'a>(json: &'a [u8], token: &str) -> Option<(Vec<u8>, Images<
         }
     }
     if let Some(range) = signs.list(&rest, &signs.metas)
-        && !signs.has_wishes(&rest[range.clone()], token)
+        && let Some(wishes) = signs.wishes(&rest[range.clone()], token)
     {
-        rest.drain(range);
+        rest.splice(range, wishes);
     }
     Some((rest, Images(images)))
 }
@@ -98,21 +99,38 @@ impl Signs {
         Some(start..end)
     }
 
-    /// Whether a `<meta>` of a list may have wishes in it.
-    fn has_wishes(&self, metas: &[u8], token: &str) -> bool {
-        let is_wish = |at: usize| match &metas[at + self.name.needle().len()..] {
-            [b':', b'"', value @ ..] => match memchr::memchr2(b'"', b'\\', value) {
-                Some(end) if value[end] == b'"' => {
+    /// The objects of a list of `<meta>` that may have wishes; `None` if they cannot be told from the others.
+    fn wishes(&self, metas: &[u8], token: &str) -> Option<Vec<u8>> {
+        // A key written with escapes would not be found.
+        if self.escape.find(metas).is_some() {
+            return None;
+        }
+        let mut wishes = Vec::new();
+        let mut done = 0;
+        for at in self.name.find_iter(metas) {
+            let is_wish = match &metas[at + self.name.needle().len()..] {
+                [b':', b'"', value @ ..] => {
+                    let end = memchr::memchr2(b'"', b'\\', value).filter(|end| value[*end] == b'"')?;
                     std::str::from_utf8(&value[..end]).is_ok_and(|name| Directives::is_meta(name, token))
                 }
-                _ => true,
-            },
-            // It is a value itself.
-            [b',' | b'}', ..] => false,
-            _ => true,
-        };
-        // The key may be written with escapes.
-        self.name.find_iter(metas).any(is_wish) || self.escape.find(metas).is_some()
+                // It is a value itself.
+                [b',' | b'}', ..] => false,
+                _ => return None,
+            };
+            if is_wish && at >= done {
+                let begin = metas[..=at].windows(2).rposition(|two| two == b"{\"")?;
+                let mut objects = serde_json::Deserializer::from_slice(&metas[begin..]).into_iter::<IgnoredAny>();
+                objects.next()?.ok()?;
+                done = begin + objects.byte_offset();
+                // Else these were not the first bytes of its object.
+                if done < at {
+                    return None;
+                }
+                wishes.extend_from_slice(if wishes.is_empty() { b"" } else { b"," });
+                wishes.extend_from_slice(&metas[begin..done]);
+            }
+        }
+        Some(wishes)
     }
 }
 
@@ -130,7 +148,7 @@ fn one(json: &[u8]) -> Option<(Link<'_>, usize)> {
 
 /// As [`one`], if all members are texts without escapes.
 fn plain(json: &[u8]) -> Option<(Link<'_>, usize)> {
-    let (mut path, mut image, mut has_text) = (Text::default(), Image::default(), false);
+    let (mut path, mut image, mut has_text) = (&[][..], Image::default(), false);
     let mut rest = json.strip_prefix(b"{")?;
     loop {
         rest = rest.strip_prefix(b"\"")?;
@@ -138,7 +156,7 @@ fn plain(json: &[u8]) -> Option<(Link<'_>, usize)> {
         rest = after.strip_prefix(b"\":\"")?;
         let (value, after) = rest.split_at(memchr::memchr2(b'"', b'\\', rest)?);
         match key {
-            b"path" => path = Text::of(value),
+            b"path" => path = value,
             b"url" => image.src = Text::of(value),
             b"alt" => image.alt = Text::of(value),
             b"title" => image.title = Text::of(value),
@@ -147,7 +165,7 @@ fn plain(json: &[u8]) -> Option<(Link<'_>, usize)> {
         rest = after.strip_prefix(b"\"")?;
         match rest {
             [b',', more @ ..] => rest = more,
-            [b'}', more @ ..] => return Some((Link::new(&path.0, image, has_text, true), json.len() - more.len())),
+            [b'}', more @ ..] => return Some((Link::new(path, image, has_text, true), json.len() - more.len())),
             _ => return None,
         }
     }
