@@ -119,8 +119,8 @@ impl DiscoverConfig {
                     for path in expand(archive)? {
                         let local = (!path.contains("://")).then(|| fingerprint(Path::new(&path))).transpose()?;
                         // Which other files there are does not matter to this one.
-                        let max_page_bytes = archive.max_page_bytes;
-                        let one = ArchiveConfig { paths: vec![path], base: String::new(), count: None, seed: 0, max_page_bytes };
+                        let one =
+                            ArchiveConfig { paths: vec![path], base: String::new(), count: None, seed: 0, ..archive.clone() };
                         task(SourceConfig::Archive(one), local, None);
                     }
                 }

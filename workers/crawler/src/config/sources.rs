@@ -1,12 +1,13 @@
 //! Where candidates come from.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::bad;
-use crate::sources::SearchConfig;
+use crate::sources::{STORES, SearchConfig};
 use crate::{CrawlError, units};
 
 /// One source of candidates.
@@ -143,9 +144,14 @@ fn caption_col() -> String {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ArchiveConfig {
-    /// Files; folders and globs (`crawl/*.warc.gz`); `http:` and `https:` addresses; and local lists of them, an entry a line, such as
-    /// Common Crawl's `wat.paths.gz` (`.paths`, `.txt`, each also with `.gz`). `s3://commoncrawl/` is read from where it is public.
+    /// Files; folders and globs (`crawl/*.warc.gz`); `http:` and `https:` addresses; objects of stores (`s3:`, `gs:`, `az:`, `abfs:`);
+    /// and local lists of them, an entry a line, such as Common Crawl's `wat.paths.gz` (`.paths`, `.txt`, each also with `.gz`).
+    /// `s3://commoncrawl/` is read from where it is public.
     pub paths: Vec<String>,
+    /// How object stores are reached, where the environment does not say (`aws_endpoint`, `aws_region`, `aws_skip_signature`, …): the
+    /// options of `object_store`, never credentials, which come from the environment alone.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub options: BTreeMap<String, String>,
     /// The address or folder that entries of a list start from.
     #[serde(default = "common_crawl")]
     pub base: String,
@@ -176,11 +182,20 @@ impl ArchiveConfig {
         }
         let other = self.paths.iter().chain([&self.base]).find(|path| {
             let scheme = path.split_once("://").map(|(scheme, _)| scheme);
-            scheme.is_some_and(|scheme| !matches!(scheme, "http" | "https")) && !path.starts_with("s3://commoncrawl/")
+            scheme.is_some_and(|scheme| !matches!(scheme, "http" | "https") && !STORES.contains(&scheme))
         });
         if let Some(path) = other {
-            let why = format!("`{path}` cannot be read: name a local path or an http or https address");
+            let why = format!(
+                "`{path}` cannot be read: name a local path, an http or https address, or an object ({}:)",
+                STORES.join(":, ")
+            );
             return Err(bad(&format!("{name}.paths"), &why));
+        }
+        let is_secret =
+            |key: &&String| ["key", "secret", "token", "credential", "password", "sas"].iter().any(|word| key.contains(word));
+        if let Some(key) = self.options.keys().find(is_secret) {
+            let why = format!("`{key}` is a credential, and settings are kept with the data: set it in the environment");
+            return Err(bad(&format!("{name}.options"), &why));
         }
         if self.count == Some(0) {
             return Err(bad(&format!("{name}.count"), "it is 0; ask for at least one file, or leave it out for all"));

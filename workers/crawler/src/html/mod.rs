@@ -431,7 +431,10 @@ pub(crate) fn may_be_image_file(reference: &[u8]) -> bool {
     let path = path.trim_ascii_end();
     let extension = &path[memchr::memrchr2(b'.', b'/', path).map_or(0, |at| at + 1)..];
     // Without a path it is the page; tabs, line ends and blanks of other scripts may be left out.
-    is_image_extension(extension) || path.trim_ascii().is_empty() || path.iter().fold(false, |any, b| any | (*b < b' ')) || !extension.is_ascii()
+    is_image_extension(extension)
+        || path.trim_ascii().is_empty()
+        || path.iter().fold(false, |any, b| any | (*b < b' '))
+        || !extension.is_ascii()
 }
 
 fn is_image_extension(extension: &[u8]) -> bool {

@@ -172,7 +172,7 @@ async fn a_file_without_records_fails_clearly() {
 /// A file server that answers ranges, and breaks off after so many bytes.
 fn broken(file: Vec<u8>, after: usize) -> impl Fn(&Request) -> Reply {
     move |r| {
-        let from = r.head.lines().find_map(|l| l.strip_prefix("range: bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+        let from = r.head.lines().find_map(|l| l.strip_prefix("range: bytes=")?.split('-').next()?.parse::<usize>().ok());
         let (code, place) = match from {
             Some(from) => (206, format!("Content-Range: bytes {from}-{}/{}\r\n", file.len() - 1, file.len())),
             None => (200, String::new()),
@@ -219,6 +219,30 @@ async fn a_broken_download_goes_on_where_it_broke() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_object_is_read_from_its_store() {
+    let of = |server: &Server| {
+        let endpoint = format!("http://{}", server.address);
+        let options = serde_json::json!({
+            "aws_endpoint": endpoint, "aws_allow_http": "true", "aws_skip_signature": "true", "aws_region": "us-east-1",
+        });
+        let source = serde_json::json!({"kind": "archive", "paths": ["s3://bucket/crawl/x.warc.gz"], "options": options});
+        let source = serde_json::from_value(source).unwrap();
+        tasks(&DiscoverConfig { sources: vec![source], web: web(), ..DiscoverConfig::default() }).remove(0)
+    };
+    let file = packed(&warc(&pages()));
+    let third = file.len().div_ceil(3);
+    let server = Server::start(broken(file, third)).await;
+    let (rows, facts) = discover(&server, &of(&server)).await.unwrap();
+    assert_eq!(lines(&rows), WANTED);
+    assert_eq!(facts["records_bad"], 0);
+    assert!(server.asked().iter().all(|asked| asked.ends_with("/bucket/crawl/x.warc.gz")), "{:?}", server.asked());
+
+    let server = Server::start(|_| status(404)).await;
+    let error = discover(&server, &of(&server)).await.unwrap_err();
+    assert!(!error.is_retryable() && error.chain().contains("cannot read `s3://bucket/crawl/x.warc.gz`"), "{}", error.chain());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_download_without_progress_ends() {
     let file = packed(&warc(&pages()));
     let half = file.len() / 2;
@@ -258,7 +282,10 @@ fn settings_that_cannot_be_are_refused() {
     };
     let none = serde_json::json!({});
     assert!(refused(&[], none.clone()).unwrap_err().contains("discover.sources[0].paths"));
-    assert!(refused(&["s3://mine/x.warc.gz"], none).unwrap_err().contains("name a local path or an http"));
+    assert!(refused(&["ftp://mine/x.warc.gz"], none.clone()).unwrap_err().contains("`ftp://mine/x.warc.gz` cannot be read"));
+    assert!(refused(&["s3://mine/x.warc.gz", "gs://mine/x.wat.gz", "az://mine/x.wat"], none).is_ok());
+    let secret = serde_json::json!({"options": {"aws_secret_access_key": "x"}});
+    assert!(refused(&["s3://mine/x.wat"], secret).unwrap_err().contains("set it in the environment"));
     assert!(refused(&["x.warc"], serde_json::json!({"count": 0})).unwrap_err().contains("count"));
     assert!(
         refused(&["s3://commoncrawl/x.wat.gz", "x/*.warc", "http://a.test/x"], serde_json::json!({"count": 3, "seed": 5}))

@@ -22,10 +22,24 @@ const MAX_LINE: u64 = 8 << 10;
 const BLOCKS: u64 = 32;
 const BLOCK: u64 = 4 << 10;
 
+/// Schemes of object stores, of Amazon, Google and Microsoft in this order, as `object_store` reads them.
+pub(crate) const STORES: [&str; 6] = ["s3", "s3a", "gs", "az", "abfs", "abfss"];
+
+/// Where an archive is that is not a local file.
+pub(super) enum Remote {
+    Web(Url),
+    Store(Url),
+}
+
 /// The address of an archive that is not a local file. `s3://commoncrawl/` is what Common Crawl serves under a public address.
-pub(super) fn remote(path: &str) -> Option<Url> {
+pub(super) fn remote(path: &str) -> Option<Remote> {
     let public = path.strip_prefix("s3://commoncrawl/").map(|rest| format!("https://data.commoncrawl.org/{rest}"));
-    Url::parse(public.as_deref().unwrap_or(path)).ok().filter(|url| matches!(url.scheme(), "http" | "https"))
+    let url = Url::parse(public.as_deref().unwrap_or(path)).ok()?;
+    match url.scheme() {
+        "http" | "https" => Some(Remote::Web(url)),
+        scheme if STORES.contains(&scheme) => Some(Remote::Store(url)),
+        _ => None,
+    }
 }
 
 /// The archive files that a source names, each once, in its order: files, all that a folder or a glob holds (by name), and what lists

@@ -16,20 +16,22 @@ mod records;
 mod tests;
 mod wat;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read};
 use std::path::Path;
+use std::pin::pin;
 
 use bytes::{Buf, Bytes};
 use capfilt_runtime::{StageError, Work, on_rayon};
 use capfilt_schemas::Digest;
-use futures::{StreamExt, stream};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
+use object_store::ObjectStoreExt;
 use tokio::sync::mpsc;
 use url::Url;
 
-pub(crate) use files::{expand, fingerprint};
+pub(crate) use files::{STORES, expand, fingerprint};
 
 use super::{Found, FoundStream, take};
 use crate::config::{ArchiveConfig, WebConfig};
@@ -37,6 +39,7 @@ use crate::html;
 use crate::opt_out::Directives;
 use crate::web::Web;
 use crate::{CrawlError, units};
+use files::Remote;
 use http::Answer;
 use records::{Batch, RecordRef, Records};
 use wat::Wat;
@@ -57,7 +60,7 @@ pub(crate) fn read_archive(
 ) -> FoundStream {
     let path = archive.paths.first().cloned().unwrap_or_default();
     let (sender, receiver) = mpsc::channel(AT_ONCE);
-    let opening = open(web, path.clone(), wanted, config.clone());
+    let opening = open(web, path.clone(), archive.options.clone(), wanted, config.clone());
     tokio::spawn(async move {
         let result = match opening.await {
             Ok((file, size)) => {
@@ -104,30 +107,45 @@ pub(crate) fn read_archive(
 
 type Source = Box<dyn Read + Send>;
 
-/// Opens a local file, or a download that is read while it arrives, and tells its size if it is known.
-async fn open(web: Web, path: String, wanted: Option<Digest>, config: WebConfig) -> Result<(Source, u64), StageError> {
-    if let Some(url) = files::remote(&path) {
-        let mut download = web.download(url, config);
-        // The size comes with the first bytes.
-        let first = download.chunk().await?;
-        let size = download.size().unwrap_or(0);
-        let (sender, receiver) = mpsc::channel(16);
-        tokio::spawn(async move {
-            let mut next = first;
-            while let Some(chunk) = next {
-                if sender.send(Ok(chunk)).await.is_err() {
-                    return;
-                }
-                next = match download.chunk().await {
-                    Ok(chunk) => chunk,
-                    Err(e) => {
-                        let _ = sender.send(Err(e)).await;
-                        return;
-                    }
+/// Opens a local file, or what is read while it arrives, and tells its size if it is known.
+async fn open(
+    web: Web,
+    path: String,
+    options: BTreeMap<String, String>,
+    wanted: Option<Digest>,
+    config: WebConfig,
+) -> Result<(Source, u64), StageError> {
+    match files::remote(&path) {
+        Some(Remote::Web(url)) => {
+            let mut download = web.download(url, config);
+            // The size comes with the first bytes.
+            let first = download.chunk().await?;
+            let size = download.size().unwrap_or(0);
+            let others =
+                stream::try_unfold(download, |mut download| async { Ok(download.chunk().await?.map(|chunk| (chunk, download))) });
+            return Ok((Arriving::source(stream::iter(first.map(Ok)).chain(others)), size));
+        }
+        Some(Remote::Store(url)) => {
+            let failed = move |e: object_store::Error| {
+                let kind = if matches!(e, object_store::Error::NotFound { .. }) {
+                    io::ErrorKind::NotFound
+                } else {
+                    io::ErrorKind::Other
                 };
-            }
-        });
-        return Ok((Box::new(Arriving { receiver, chunk: Bytes::new() }), size));
+                CrawlError::read(Path::new(&path), io::Error::new(kind, e))
+            };
+            // The environment holds the credentials, under the names that each store's own tools give them.
+            let environment = std::env::vars_os().filter_map(|(key, value)| {
+                let key = key.into_string().ok()?;
+                let is_ours = ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|start| key.starts_with(start));
+                is_ours.then_some((key, value.into_string().ok()?))
+            });
+            let (store, at) = object_store::parse_url_opts(&url, environment.chain(options)).map_err(&failed)?;
+            let object = store.get(&at).await.map_err(&failed)?;
+            let size = object.meta.size;
+            return Ok((Arriving::source(object.into_stream().map_err(failed)), size));
+        }
+        None => {}
     }
     let local = move || -> Result<(Source, u64), StageError> {
         let path = Path::new(&path);
@@ -144,10 +162,25 @@ async fn open(web: Web, path: String, wanted: Option<Digest>, config: WebConfig)
     tokio::task::spawn_blocking(local).await.map_err(|_| StageError::Cancelled)?
 }
 
-/// A download as a reader, for a thread that may wait.
+/// What arrives as a reader, for a thread that may wait.
 struct Arriving {
     receiver: mpsc::Receiver<Result<Bytes, CrawlError>>,
     chunk: Bytes,
+}
+
+impl Arriving {
+    fn source(chunks: impl Stream<Item = Result<Bytes, CrawlError>> + Send + 'static) -> Source {
+        let (sender, receiver) = mpsc::channel(16);
+        tokio::spawn(async move {
+            let mut chunks = pin!(chunks);
+            while let Some(chunk) = chunks.next().await {
+                if sender.send(chunk).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Box::new(Self { receiver, chunk: Bytes::new() })
+    }
 }
 
 impl Read for Arriving {
