@@ -9,7 +9,6 @@ use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use object_store::prefix::PrefixStore;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use url::Url;
@@ -252,15 +251,13 @@ fn backend(address: &str) -> std::result::Result<(Arc<dyn ObjectStore>, Url), St
             Url::from_directory_path(&path).map_err(|()| format!("`{}` cannot be written as a URL", path.display()))?
         }
     };
-    if url.scheme() == "file" {
-        let folder = url.to_file_path().map_err(|()| "a file URL needs an absolute path".to_owned())?;
-        std::fs::create_dir_all(&folder).map_err(|e| format!("the folder cannot be made ({e})"))?;
-        let local = LocalFileSystem::new_with_prefix(&folder).map_err(|e| e.to_string())?;
-        return Ok((Arc::new(local), url));
+    if url.scheme() != "file" {
+        return Err(format!("stores have no backend for `{}:`; use a folder, `file:` or `memory:`", url.scheme()));
     }
-    let (inner, root) = object_store::parse_url(&url)
-        .map_err(|e| format!("this build has no backend for `{}:` ({e}); use a folder, `file:` or `memory:`", url.scheme()))?;
-    Ok((Arc::new(PrefixStore::new(inner, root)), url))
+    let folder = url.to_file_path().map_err(|()| "a file URL needs an absolute path".to_owned())?;
+    std::fs::create_dir_all(&folder).map_err(|e| format!("the folder cannot be made ({e})"))?;
+    let local = LocalFileSystem::new_with_prefix(&folder).map_err(|e| e.to_string())?;
+    Ok((Arc::new(local), url))
 }
 
 /// Milliseconds since 1970-01-01 UTC.
