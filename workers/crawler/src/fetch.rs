@@ -9,7 +9,7 @@ use capfilt_store::TakenDown;
 use futures::{StreamExt, TryStreamExt, stream};
 use url::Url;
 
-use crate::config::{FetchConfig, ImageConfig, Reencode, ResizeMode, StoredFormat};
+use crate::config::FetchConfig;
 use crate::image::{self, Refused};
 use crate::params::FetchParams;
 use crate::retry::Rows;
@@ -46,7 +46,7 @@ impl Fetch {
         // What was taken down is a fact of the store, as what a server answers is one of the web: it is in the rows, not in the name.
         let taken_down = Arc::new(work.store.taken_down().await?);
         let web = web.without(&config.web, &opt_outs).await?.without_taken_down(Arc::clone(&taken_down));
-        let room = Room::new(web.settings().buffer, largest_result(&config));
+        let room = Room::new(web.settings().buffer);
         let facts = work.facts.clone();
         let rows = input
             .and_then(move |batch| std::future::ready(Rows::new(batch, retry.as_ref()).map(Arc::new)))
@@ -60,8 +60,12 @@ impl Fetch {
             })
             .and_then(|(rows, row, place)| async move {
                 // What is only copied is here already.
-                let taken = if rows.wants(row) { None } else { Some(place.take(rows.held(row)).await) };
-                Ok((rows, row, place, taken))
+                if rows.wants(row) {
+                    return Ok((rows, row, place, None));
+                }
+                place.begin().await;
+                let copied = place.take(rows.held(row));
+                Ok((rows, row, place, Some(copied)))
             })
             .map_ok(move |(rows, row, place, copied)| {
                 let (web, traffic) = (web.clone(), traffic.clone());
@@ -100,22 +104,6 @@ impl Stage for Fetch {
     }
 }
 
-/// The most bytes that a stored image can have: three (PNG) or two a pixel of the largest stored size, or of the largest allowed one;
-/// or those of the largest body that may be kept as it is.
-fn largest_result(config: &FetchConfig) -> usize {
-    let ImageConfig { size, resize, max_aspect, max_pixels, format, reencode, .. } = config.image;
-    let square = f64::from(size) * f64::from(size);
-    let pixels = if resize == ResizeMode::No { max_pixels } else { (square * max_aspect) as u64 };
-    let bytes_a_pixel = if format == StoredFormat::Png { 3 } else { 2 };
-    let encoded =
-        usize::try_from(pixels.min(config.image.max_stored_pixels())).unwrap_or(usize::MAX).saturating_mul(bytes_a_pixel);
-    match reencode {
-        Reencode::Always => encoded,
-        Reencode::IfNeeded => encoded.max(config.max_body),
-        Reencode::Never => config.max_body,
-    }
-}
-
 /// One row's download, and the room that its image takes.
 ///
 /// # Errors
@@ -137,11 +125,25 @@ async fn fetch(
         return Ok((Outcome::refused(refused, None), None));
     };
     address.set_fragment(None);
-    let mut answer = match web.get_into(place, &address, &config.web, Want::Image, config.max_body).await {
+    let answer = match web.get_at(place, &address, &config.web, Want::Image, config.max_body).await {
         Ok(answer) => answer,
         Err(failure) => return Ok((Outcome::refused(Refused::new(failure.status, failure.reason), failure.http_status), None)),
     };
-    let (mut taken, config, taken_down) = (answer.room.take(), Arc::clone(config), Arc::clone(taken_down));
+    let mut taken = place.take(answer.body.len());
+    let (mut answer, most) = {
+        let config = Arc::clone(config);
+        on_rayon(move || {
+            let most = image::largest(&answer.body, &config.image);
+            (answer, most)
+        })
+        .await?
+    };
+    if !taken.try_grow(most) {
+        // The earliest row may need the connection.
+        answer.connection = None;
+        taken.grow(most).await;
+    }
+    let (config, taken_down) = (Arc::clone(config), Arc::clone(taken_down));
     let outcome = on_rayon(move || {
         let http_status = Some(answer.http_status);
         match image::store(&answer.body, &config.image) {
@@ -159,8 +161,6 @@ async fn fetch(
         }
     })
     .await?;
-    if let Some(taken) = &mut taken {
-        taken.shrink(outcome.image.as_ref().map_or(0, |i| i.bytes.len()));
-    }
-    Ok((outcome, taken))
+    taken.shrink(outcome.image.as_ref().map_or(0, |i| i.bytes.len()));
+    Ok((outcome, Some(taken)))
 }

@@ -1,23 +1,22 @@
-//! Memory for results that wait for an earlier one.
+//! Memory for rows that come out in order.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-/// So many bytes for the results of rows that come out in order. Room is taken for the largest result just before a row's work begins,
-/// so that rows that wait for something else hold none; the earliest row always gets room, so it never waits for a later one.
-pub(crate) struct Room {
-    state: Mutex<State>,
-    largest: usize,
-}
+/// So many bytes for rows that come out in order: for bodies on their way to an image, and for images that wait for an earlier row. A
+/// row begins only while there is any room, its body takes what it needs, and its image waits until there is room for it. The earliest
+/// row never waits, so it never waits for a later one.
+pub(crate) struct Room(Mutex<State>);
 
 struct State {
-    /// Below zero if the earliest row took more than there was.
+    /// Below zero if bodies, or the earliest row, took more than there was.
     free: i64,
     earliest: u64,
-    /// Rows that wait, each with its bell. The earliest is rung first, and rings the next when it stops waiting.
-    waiting: BTreeMap<u64, Arc<Notify>>,
+    /// Rows that wait, each with the bytes that it waits for and its bell. The earliest is rung first, and rings the next when it stops
+    /// waiting.
+    waiting: BTreeMap<u64, (usize, Arc<Notify>)>,
 }
 
 /// A row's place in the order, until its result has come out.
@@ -29,14 +28,14 @@ pub(crate) struct Place {
 /// Room that was taken; it is given back when this is dropped.
 pub(crate) struct Taken {
     room: Arc<Room>,
+    row: u64,
     bytes: usize,
 }
 
 impl Room {
-    /// Room for `bytes`, in which no result is larger than `largest`.
-    pub(crate) fn new(bytes: usize, largest: usize) -> Arc<Self> {
-        let state = State { free: signed(bytes), earliest: 0, waiting: BTreeMap::new() };
-        Arc::new(Self { state: Mutex::new(state), largest })
+    /// Room for `bytes`.
+    pub(crate) fn new(bytes: usize) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(State { free: signed(bytes), earliest: 0, waiting: BTreeMap::new() })))
     }
 
     /// The place of row `row`, counted from 0. Places have to be dropped in the order of the rows.
@@ -45,16 +44,35 @@ impl Room {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fits(&self, state: &State, row: u64) -> bool {
-        row <= state.earliest || state.free >= signed(self.largest)
+    /// Waits until there are `bytes` for a row. They may be gone again when this returns.
+    async fn wait(&self, row: u64, bytes: usize) {
+        let _waiting = Waiting { room: self, row };
+        loop {
+            let bell = {
+                let mut state = self.state();
+                if state.fits(row, bytes) {
+                    return;
+                }
+                let (wanted, bell) = state.waiting.entry(row).or_default();
+                *wanted = bytes;
+                Arc::clone(bell)
+            };
+            bell.notified().await;
+        }
+    }
+}
+
+impl State {
+    fn fits(&self, row: u64, bytes: usize) -> bool {
+        row <= self.earliest || self.free >= signed(bytes)
     }
 
-    fn ring(&self, state: &State) {
-        if let Some((row, bell)) = state.waiting.first_key_value()
-            && self.fits(state, *row)
+    fn ring(&self) {
+        if let Some((row, (bytes, bell))) = self.waiting.first_key_value()
+            && self.fits(*row, *bytes)
         {
             bell.notify_one();
         }
@@ -62,64 +80,42 @@ impl Room {
 }
 
 impl Place {
-    /// Takes room for the largest result, if there is any now.
-    pub(crate) fn try_take(&self) -> Option<Taken> {
-        let mut state = self.room.state();
-        self.room.fits(&state, self.row).then(|| {
-            state.free -= signed(self.room.largest);
-            Taken { room: Arc::clone(&self.room), bytes: self.room.largest }
-        })
+    /// Whether the row may begin: there is some room, or no earlier row.
+    pub(crate) fn may_begin(&self) -> bool {
+        self.room.state().fits(self.row, 1)
     }
 
-    /// Waits for room and takes as much of it as `bytes` need, which are no more than the largest result has.
-    pub(crate) async fn take(&self, bytes: usize) -> Taken {
-        loop {
-            if let Some(mut taken) = self.try_take() {
-                taken.shrink(bytes);
-                return taken;
-            }
-            self.wait().await;
-        }
+    /// Waits until the row may begin. That may be over again when this returns.
+    pub(crate) async fn begin(&self) {
+        self.room.wait(self.row, 1).await;
     }
 
-    /// Waits until there is room. It may be gone again when this returns.
-    pub(crate) async fn wait(&self) {
-        let _waiting = Waiting(self);
-        loop {
-            let bell = {
-                let mut state = self.room.state();
-                if self.room.fits(&state, self.row) {
-                    return;
-                }
-                Arc::clone(state.waiting.entry(self.row).or_default())
-            };
-            bell.notified().await;
-        }
-    }
-}
-
-/// A row that may be waiting; when it no longer does, for whatever reason, the next one is rung.
-struct Waiting<'a>(&'a Place);
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        let room = &self.0.room;
-        let mut state = room.state();
-        if state.waiting.remove(&self.0.row).is_some() {
-            room.ring(&state);
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut state = self.room.state();
-        state.earliest = state.earliest.max(self.row + 1);
-        self.room.ring(&state);
+    /// Takes room for bytes that are here already, whether there is any or not.
+    pub(crate) fn take(&self, bytes: usize) -> Taken {
+        self.room.state().free -= signed(bytes);
+        Taken { room: Arc::clone(&self.room), row: self.row, bytes }
     }
 }
 
 impl Taken {
+    /// Takes room for `bytes` more, if there is any now.
+    pub(crate) fn try_grow(&mut self, bytes: usize) -> bool {
+        let mut state = self.room.state();
+        let fits = state.fits(self.row, bytes);
+        if fits {
+            state.free -= signed(bytes);
+            self.bytes += bytes;
+        }
+        fits
+    }
+
+    /// Waits for room for `bytes` more, and takes it.
+    pub(crate) async fn grow(&mut self, bytes: usize) {
+        while !self.try_grow(bytes) {
+            self.room.wait(self.row, bytes).await;
+        }
+    }
+
     /// Keeps room for `bytes` and gives back the rest.
     pub(crate) fn shrink(&mut self, bytes: usize) {
         let rest = self.bytes.saturating_sub(bytes);
@@ -130,13 +126,36 @@ impl Taken {
     fn give_back(&self, bytes: usize) {
         let mut state = self.room.state();
         state.free += signed(bytes);
-        self.room.ring(&state);
+        state.ring();
     }
 }
 
 impl Drop for Taken {
     fn drop(&mut self) {
         self.give_back(self.bytes);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.room.state();
+        state.earliest = state.earliest.max(self.row + 1);
+        state.ring();
+    }
+}
+
+/// A row that may be waiting; when it no longer does, for whatever reason, the next one is rung.
+struct Waiting<'a> {
+    room: &'a Room,
+    row: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut state = self.room.state();
+        if state.waiting.remove(&self.row).is_some() {
+            state.ring();
+        }
     }
 }
 
@@ -152,34 +171,38 @@ mod tests {
 
     #[tokio::test]
     async fn later_rows_wait_and_the_earliest_never_does() {
-        let room = Room::new(25, 10);
+        let room = Room::new(25);
         let places: Vec<Place> = (0..4).map(|row| room.place(row)).collect();
-        let mut later = places[2].try_take().unwrap();
-        let last = places[3].try_take().unwrap();
-        assert!(places[1].try_take().is_none(), "5 bytes are free");
-        let first = places[0].try_take().unwrap();
-        assert_eq!(room.state().free, -5);
-        later.shrink(1);
-        assert!(places[1].try_take().is_none(), "4 bytes are free");
-        drop(last);
-        places[1].wait().await;
-        let second = places[1].try_take().unwrap();
-        drop((first, second, later));
+        let (mut second, mut third) = (places[1].take(10), places[2].take(10));
+        assert!(places[3].may_begin() && third.try_grow(5), "5 bytes are free");
+        assert!(!places[3].may_begin() && !second.try_grow(1), "no byte is free");
+        assert!(places[0].may_begin());
+        let mut first = places[0].take(10);
+        assert!(first.try_grow(100));
+        assert_eq!(room.state().free, -110);
+        first.shrink(1);
+        assert!(!places[3].may_begin(), "1 byte is missing");
+        third.shrink(5);
+        tokio::join!(places[3].begin(), second.grow(9));
+        assert_eq!(room.state().free, 0);
+        drop((first, second, third));
         assert_eq!(room.state().free, 25);
     }
 
     #[tokio::test]
     async fn who_waits_is_woken_one_after_the_other() {
-        let room = Room::new(10, 10);
+        let room = Room::new(10);
         let first = room.place(0);
-        let taken = first.try_take().unwrap();
+        let taken = first.take(10);
         let later: Vec<_> = (1..50)
             .map(|row| {
                 let place = room.place(row);
                 tokio::spawn(async move {
-                    place.wait().await;
+                    place.begin().await;
+                    let mut taken = place.take(1);
+                    taken.grow(row as usize).await;
                     // The places are given back in the order of the rows, by whoever holds them.
-                    (place.try_take(), place)
+                    (taken, place)
                 })
             })
             .collect();
@@ -195,12 +218,12 @@ mod tests {
 
     #[tokio::test]
     async fn who_gives_up_waiting_does_not_keep_the_bell() {
-        let room = Room::new(10, 10);
+        let room = Room::new(10);
         let places: Vec<Place> = (0..3).map(|row| room.place(row)).collect();
-        let taken = places[0].try_take().unwrap();
-        let mut impatient = Box::pin(places[1].wait());
+        let taken = places[0].take(10);
+        let mut impatient = Box::pin(places[1].begin());
         assert!(futures::poll!(&mut impatient).is_pending());
-        let mut patient = Box::pin(places[2].wait());
+        let mut patient = Box::pin(places[2].begin());
         assert!(futures::poll!(&mut patient).is_pending());
         drop(taken);
         drop(impatient);

@@ -107,7 +107,7 @@ pub struct CrawlerWorkerConfig {
     pub per_host: usize,
     /// Most requests a second to one host; a host that answers 429 gets fewer.
     pub requests_per_second: f64,
-    /// Most bytes of finished images that wait for an earlier one, in a fetch task.
+    /// Bytes of bodies, and of finished images that wait for an earlier one, at which a fetch task begins no further request.
     #[serde(with = "units::size")]
     pub buffer: usize,
     /// An HTTP proxy for all requests: `http://127.0.0.1:3128`. Names are resolved by it, and it has to refuse those that lead into private

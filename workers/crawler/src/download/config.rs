@@ -1,10 +1,11 @@
 //! What a download can be told.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 use capfilt_schemas::FetchStatus;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::CrawlError;
 use crate::config::{CrawlerWorkerConfig, FetchConfig, ListFormat, StoredFormat};
@@ -145,6 +146,20 @@ impl DownloadConfig {
         }
         self.fetch.check()?;
         self.crawler.check()
+    }
+
+    /// What a shard's files depend on beside its rows; they are kept in its stats, so that no folder comes to hold shards of two kinds.
+    pub(super) fn settings(&self) -> BTreeMap<String, Value> {
+        let image = serde_json::to_value(&self.fetch.image).unwrap_or_default();
+        let image = image.as_object().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone()));
+        let others = json!({
+            "output_format": self.output_format,
+            "columns": self.columns(),
+            "compute_hash": self.compute_hash.map(HashKind::name),
+            "extract_exif": self.extract_exif,
+        });
+        let others = others.as_object().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone()));
+        image.chain(others).collect()
     }
 
     /// The columns of the list that are wanted, in the order of the output.

@@ -5,6 +5,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{DownloadConfig, IncrementalMode};
@@ -29,7 +30,8 @@ impl Folder {
     /// Makes the folder or looks at it, and removes what a killed run left unfinished.
     ///
     /// # Errors
-    /// [`CrawlError::Write`], and [`CrawlError::Config`] if another process writes into it.
+    /// [`CrawlError::Write`], [`CrawlError::Config`] if another process writes into it, and [`CrawlError::Format`] if its shards were made
+    /// with other settings.
     pub(super) fn open(config: &DownloadConfig) -> Result<Self, CrawlError> {
         let root = config.output_folder.clone();
         let growing = root.join(GROWING);
@@ -51,11 +53,20 @@ impl Folder {
         }
         for entry in entries(&folder.root)? {
             if let Some(shard) = shard_of(&entry).filter(|_| name(&entry).ends_with(STATS)) {
-                let rows = fs::read(&entry).ok().and_then(|json| serde_json::from_slice::<Value>(&json).ok()?["count"].as_u64());
                 // An unreadable file of another program's crash: the shard is made again.
-                if let Some(rows) = rows {
-                    folder.done.insert(shard, rows);
+                let Some(stats) = fs::read(&entry).ok().and_then(|json| serde_json::from_slice::<Stats>(&json).ok()) else { continue };
+                if config.incremental_mode == IncrementalMode::Incremental
+                    && let Some(reason) = difference(&stats.settings, &config.settings())
+                {
+                    remove(&folder.growing)?;
+                    let what = format!(
+                        "shard {} was made with {reason}; use the same settings, another output_folder, or incremental_mode extend \
+                         or overwrite",
+                        config.shard_name(shard)
+                    );
+                    return Err(CrawlError::format(&folder.root, what));
                 }
+                folder.done.insert(shard, stats.count);
             }
         }
         Ok(folder)
@@ -122,6 +133,24 @@ impl Folder {
     }
 }
 
+/// What the stats of a shard are asked for. Those of other programs have no settings.
+#[derive(Deserialize)]
+struct Stats {
+    count: u64,
+    #[serde(default)]
+    settings: BTreeMap<String, Value>,
+}
+
+/// The first setting that two runs do not share, and how they differ in it.
+fn difference(there: &BTreeMap<String, Value>, here: &BTreeMap<String, Value>) -> Option<String> {
+    if there.is_empty() {
+        return None;
+    }
+    let name = here.keys().chain(there.keys()).find(|name| there.get(*name) != here.get(*name))?;
+    let value = |of: &BTreeMap<String, Value>| of.get(name).map_or_else(|| "not set".to_owned(), Value::to_string);
+    Some(format!("another `{name}`: {} there, {} here", value(there), value(here)))
+}
+
 /// The number of the shard that a file or folder belongs to by its name: `00012.tar`, `00012_stats.json`, `00012`.
 fn shard_of(path: &Path) -> Option<u64> {
     let name = name(path);
@@ -137,9 +166,12 @@ fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
+/// What is in a folder, by name.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>, CrawlError> {
     let list = || -> io::Result<Vec<PathBuf>> { fs::read_dir(folder)?.map(|e| Ok(e?.path())).collect() };
-    list().map_err(|e| CrawlError::read(folder, e))
+    let mut entries = list().map_err(|e| CrawlError::read(folder, e))?;
+    entries.sort();
+    Ok(entries)
 }
 
 fn remove(path: &Path) -> Result<(), CrawlError> {

@@ -47,6 +47,7 @@ pub(super) struct Stats {
     start_time: f64,
     end_time: f64,
     status_dict: BTreeMap<String, u64>,
+    settings: BTreeMap<String, Value>,
 }
 
 fn now() -> f64 {
@@ -225,6 +226,7 @@ impl<'a> ShardWriter<'a> {
             start_time: 0.0,
             end_time: 0.0,
             status_dict: BTreeMap::new(),
+            settings: config.settings(),
         };
         Ok(Self {
             shard,

@@ -68,6 +68,23 @@ pub(crate) fn store(body: &[u8], config: &ImageConfig) -> Result<StoredImage, Re
         .unwrap_or_else(|_| Err(Refused::new(FetchStatus::Decode, "the decoder panicked")))
 }
 
+/// The most bytes of the image that [`store`] makes of a body: those of the file where it may be kept, two (PNG: three) a stored pixel
+/// where not. 0 if the header is enough to refuse it.
+pub(crate) fn largest(body: &[u8], config: &ImageConfig) -> usize {
+    let size = || decode::open(body).ok().map(|opened| (opened.width, opened.height));
+    let size = catch_unwind(AssertUnwindSafe(size)).ok().flatten();
+    let Some((width, height)) = size.filter(|(width, height)| check_source(*width, *height, config).is_ok()) else { return 0 };
+    let (width, height) = Plan::of(width, height, config).stored;
+    let pixels = (u64::from(width) * u64::from(height)).min(config.max_stored_pixels());
+    let bytes_a_pixel = if config.format == StoredFormat::Png { 3 } else { 2 };
+    let encoded = usize::try_from(pixels).unwrap_or(usize::MAX).saturating_mul(bytes_a_pixel);
+    match config.reencode {
+        Reencode::Always => encoded,
+        Reencode::IfNeeded => encoded.max(body.len()),
+        Reencode::Never => body.len(),
+    }
+}
+
 /// The TIFF structure of a JPEG's EXIF segment or of another format's EXIF chunk.
 pub(crate) fn exif(body: &[u8]) -> Option<Vec<u8>> {
     catch_unwind(|| decode::exif(body)).ok().flatten()

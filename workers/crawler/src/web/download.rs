@@ -141,7 +141,7 @@ impl Download {
             if !self.web.inner.route.admits(&url) {
                 return Err(Failure::new(FetchStatus::ForbiddenAddress, "the host is not on the public internet"));
             }
-            let (slot, _, connection) = self.web.turn(&url, Duration::ZERO, None, &Clock::new(LONGEST_WAIT)).await?;
+            let (slot, connection) = self.web.turn(&url, Duration::ZERO, None, &Clock::new(LONGEST_WAIT)).await?;
             let (turn, client) = ((slot, connection), self.web.clients(&self.config)?.keeping);
             let mut request = client.get(url.clone()).header(USER_AGENT, &self.config.agent).header(ACCEPT_ENCODING, "identity");
             if let Some(range) = &range {

@@ -14,7 +14,6 @@ use super::failure::{Failure, LATE, classify};
 use crate::config::WebConfig;
 use crate::html;
 use crate::opt_out::Directives;
-use crate::room::Taken;
 
 /// The stretch of time over which a body has to keep its least rate.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
@@ -54,9 +53,7 @@ pub(crate) struct Answer {
     pub(crate) body: Vec<u8>,
     /// The connection's place in the count: given back with the body, so that no more bodies wait for their work than are allowed to
     /// be on the way.
-    pub(super) _connection: Option<OwnedSemaphorePermit>,
-    /// Room for what is made of the body, if it was asked for with a place.
-    pub(crate) room: Option<Taken>,
+    pub(crate) connection: Option<OwnedSemaphorePermit>,
 }
 
 impl Answer {
@@ -138,7 +135,7 @@ async fn receive(
     let headers = std::mem::take(response.headers_mut());
     let answer = |body| {
         let headers = headers.clone();
-        Ok(Reply::Answer(Answer { url: url.clone(), http_status: code, headers, body, _connection: None, room: None }))
+        Ok(Reply::Answer(Answer { url: url.clone(), http_status: code, headers, body, connection: None }))
     };
     if want == Want::Image
         && web.opt_out

@@ -54,6 +54,8 @@ struct Pace {
     next: Instant,
     /// Time between the starts of two requests, as learnt from 429s.
     spacing: Duration,
+    /// When a 429 last changed that.
+    slowed: Instant,
     good_in_a_row: u32,
     limited_in_a_row: u32,
     silent_in_a_row: u32,
@@ -170,6 +172,7 @@ impl Hosts {
         let pace = Pace {
             next: Instant::now(),
             spacing: Duration::ZERO,
+            slowed: Instant::now(),
             good_in_a_row: 0,
             limited_in_a_row: 0,
             silent_in_a_row: 0,
@@ -200,7 +203,12 @@ impl Slot {
     pub(super) fn too_fast(&self, failure: &Failure, pause: Duration, longest: Duration) {
         let mut pace = self.host.pace();
         let now = Instant::now();
-        pace.limited_in_a_row += 1;
+        // What was on its way already when the last 429 came says nothing about the pace since then.
+        if self.granted >= pace.slowed {
+            pace.slowed = now;
+            pace.limited_in_a_row += 1;
+            pace.spacing = (pace.spacing * 2).clamp(FIRST_SPACING, MAX_SPACING);
+        }
         let shut_for = if pace.limited_in_a_row >= GIVE_UP_AFTER {
             pace.limited_in_a_row = 0;
             Some((LEFT_ALONE.max(pause.min(LONGEST_PAUSE)), true))
@@ -210,7 +218,6 @@ impl Slot {
         if let Some((shut_for, given_up)) = shut_for {
             pace.shut = Some(Shut { until: now + shut_for, failure: Failure { may_pass: false, ..failure.clone() }, given_up });
         }
-        pace.spacing = (pace.spacing * 2).clamp(FIRST_SPACING, MAX_SPACING);
         pace.next = pace.next.max(now + pause.min(longest));
         pace.good_in_a_row = 0;
     }
@@ -299,42 +306,47 @@ mod tests {
         assert!(other.elapsed() < Duration::from_millis(250));
     }
 
-    #[tokio::test]
+    /// A request that is granted at once, whatever the pace.
+    fn slot(hosts: &Hosts, host: &str) -> Slot {
+        Slot { host: hosts.host(host), _permit: None, granted: Instant::now(), spacing: Duration::ZERO }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_429_slows_the_host_down_until_it_is_trusted_again() {
         let hosts = Hosts::new(4, 1000.0);
-        let slot = hosts.enter("a", Duration::ZERO, &clock()).await.unwrap();
         let longest = Duration::from_secs(1);
-        slot.too_fast(&limited(), Duration::from_millis(400), longest);
-        slot.too_fast(&limited(), Duration::ZERO, longest);
-        drop(slot);
+        let spacing = || hosts.host("a").pace().spacing;
+        let wave = [(); 4].map(|()| slot(&hosts, "a"));
+        tokio::time::advance(Duration::from_millis(10)).await;
+        wave.iter().for_each(|slot| slot.too_fast(&limited(), Duration::from_millis(400), longest));
+        assert_eq!(spacing(), FIRST_SPACING, "what was begun together is told once");
         let start = Instant::now();
         drop(hosts.enter("a", Duration::ZERO, &clock()).await);
         assert!(start.elapsed() >= Duration::from_millis(400), "nobody comes before the pause is over");
-        let spacing = || hosts.host("a").pace().spacing;
+        slot(&hosts, "a").too_fast(&limited(), Duration::ZERO, longest);
         assert_eq!(spacing(), FIRST_SPACING * 2);
-        let slot = Slot { host: hosts.host("a"), _permit: None, granted: Instant::now(), spacing: Duration::ZERO };
-        (0..TRUST_AFTER - 1).for_each(|_| slot.fine());
+        let good = slot(&hosts, "a");
+        (0..TRUST_AFTER - 1).for_each(|_| good.fine());
         assert_eq!(spacing(), FIRST_SPACING * 2);
-        slot.fine();
+        good.fine();
         assert!(spacing() < FIRST_SPACING * 2);
-        (0..TRUST_AFTER * 100).for_each(|_| slot.fine());
+        (0..TRUST_AFTER * 100).for_each(|_| good.fine());
         assert!(spacing() < Duration::from_millis(1));
-        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(&limited(), Duration::ZERO, longest));
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot(&hosts, "a").too_fast(&limited(), Duration::ZERO, longest));
         assert_eq!(spacing(), MAX_SPACING);
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_host_that_wants_no_more_is_left_alone() {
         let longest = Duration::from_secs(1);
         let hosts = Hosts::new(4, 1000.0);
-        hosts.enter("pause", Duration::ZERO, &clock()).await.unwrap().too_fast(&limited(), Duration::from_secs(1000), longest);
+        slot(&hosts, "pause").too_fast(&limited(), Duration::from_secs(1000), longest);
         assert!(hosts.enter("pause", Duration::ZERO, &clock()).await.is_err());
-        let slot = hosts.enter("never", Duration::ZERO, &clock()).await.unwrap();
-        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(&limited(), Duration::ZERO, longest));
-        slot.fine();
-        (0..GIVE_UP_AFTER - 1).for_each(|_| slot.too_fast(&limited(), Duration::ZERO, longest));
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot(&hosts, "never").too_fast(&limited(), Duration::ZERO, longest));
+        slot(&hosts, "never").fine();
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot(&hosts, "never").too_fast(&limited(), Duration::ZERO, longest));
         assert!(hosts.host("never").pace().shut.is_none(), "a good answer in between");
-        slot.too_fast(&limited(), Duration::ZERO, longest);
+        slot(&hosts, "never").too_fast(&limited(), Duration::ZERO, longest);
         assert!(hosts.enter("never", Duration::ZERO, &clock()).await.is_err());
         assert!(hosts.enter("other", Duration::ZERO, &clock()).await.is_ok());
     }

@@ -36,7 +36,7 @@ pub use probe::Probe;
 use crate::CrawlError;
 use crate::config::{CrawlerWorkerConfig, WebConfig};
 use crate::opt_out::OptOuts;
-use crate::room::{Place, Taken};
+use crate::room::Place;
 use client::{Clients, Route};
 use exchange::{Budget, Reply, exchange};
 pub(crate) use failure::Failure;
@@ -87,7 +87,7 @@ struct Ask<'a> {
     delay: Duration,
     /// Sent to the host of the address, not to those that it redirects to.
     key: Option<&'a Header>,
-    /// Where the result will wait for earlier ones.
+    /// Requests begin only while this one may.
     place: Option<&'a Place>,
 }
 
@@ -180,8 +180,8 @@ impl Web {
         self.within_deadline(url, Ask { robots: false, delay, key, ..Ask::new(config, Want::Json, max_body) }).await
     }
 
-    /// As [`Web::get`]; room for the result is taken when all other waiting is over, and comes with the answer.
-    pub(crate) async fn get_into(
+    /// As [`Web::get`], while the row of `place` may begin.
+    pub(crate) async fn get_at(
         &self,
         place: &Place,
         url: &Url,
@@ -249,7 +249,7 @@ impl Web {
             }
             let delay = if robots { self.permission(&url, config).await? } else { delay };
             let key = key.filter(|_| url.origin() == seen[0].origin());
-            let (slot, room, connection) = self.turn(&url, delay, place, clock).await?;
+            let (slot, connection) = self.turn(&url, delay, place, clock).await?;
             let reply = budget.spend(async |left| exchange(client, &url, config, want, key, max_body, left).await).await;
             match &reply {
                 // Behind a redirect there may have been too little time left for any host.
@@ -262,7 +262,7 @@ impl Web {
             match reply {
                 Ok(Reply::Answer(answer)) => {
                     slot.fine();
-                    return Ok(Answer { _connection: Some(connection), room, ..answer });
+                    return Ok(Answer { connection: Some(connection), ..answer });
                 }
                 Ok(Reply::Redirect(target)) => {
                     if seen.contains(&target) {
@@ -315,7 +315,7 @@ impl Web {
         Ok(clients.entry(config.connect_timeout).or_insert(made).clone())
     }
 
-    /// A turn at the host first, room for the result and a connection then: who waits for a slow host holds up nobody else, and who waits
+    /// Room for the row and a turn at the host first, a connection then: who waits for a slow host holds up nobody else, and who waits
     /// for room holds nothing.
     async fn turn(
         &self,
@@ -323,19 +323,20 @@ impl Web {
         delay: Duration,
         place: Option<&Place>,
         clock: &Clock,
-    ) -> Result<(Slot, Option<Taken>, OwnedSemaphorePermit), Failure> {
+    ) -> Result<(Slot, OwnedSemaphorePermit), Failure> {
         let host = format!("{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default());
-        let (slot, room) = loop {
-            let Some(place) = place else { break (self.inner.hosts.enter(&host, delay, clock).await?, None) };
-            place.wait().await;
+        let slot = loop {
+            if let Some(place) = place {
+                place.begin().await;
+            }
             let slot = self.inner.hosts.enter(&host, delay, clock).await?;
-            if let Some(room) = place.try_take() {
-                break (slot, Some(room));
+            if place.is_none_or(Place::may_begin) {
+                break slot;
             }
         };
         let connection = Arc::clone(&self.inner.connections).acquire_owned().await;
         clock.begin();
-        Ok((slot, room, connection.map_err(|_| Failure::new(FetchStatus::Connect, "the client is closed"))?))
+        Ok((slot, connection.map_err(|_| Failure::new(FetchStatus::Connect, "the client is closed"))?))
     }
 }
 

@@ -162,7 +162,9 @@ async fn webdataset_has_img2datasets_layout() {
     assert!(messages[0].starts_with("not_image: ") && messages[2].starts_with("bad_url: "), "{messages:?}");
     assert_eq!(messages[1], "Use of image disallowed by X-Robots-Tag directive");
     assert!(rows.column_by_name("width").unwrap().as_primitive::<Int32Type>().is_null(0));
-    let stats: Value = serde_json::from_slice(&files["00000_stats.json"]).unwrap();
+    let mut stats: Value = serde_json::from_slice(&files["00000_stats.json"]).unwrap();
+    let settings = stats.as_object_mut().unwrap().remove("settings").unwrap();
+    assert_eq!((&settings["size"], &settings["resize"], &settings["columns"]), (&json!(32), &json!("border"), &json!(["n", "caption", "url"])));
     let wanted = json!({"count": 3, "successes": 2, "failed_to_download": 1, "failed_to_resize": 0,
         "status_dict": {"success": 2, "HTTP Error 404: Not Found": 1}});
     assert_eq!(stats, wanted);
@@ -252,6 +254,12 @@ async fn a_download_goes_on_where_it_ended() {
     let before = server.asked().len();
     let error = run(&DownloadConfig { number_sample_per_shard: 4, ..base.clone() }).await.unwrap_err().to_string();
     assert!(error.contains("shard 00000 has 3 rows, but this list gives it 4"), "{error}");
+    let mut larger = base.clone();
+    larger.fetch.image.size = 64;
+    let error = run(&larger).await.unwrap_err().to_string();
+    assert!(error.contains("shard 00000 was made with another `size`: 32 there, 64 here"), "{error}");
+    let error = run(&DownloadConfig { output_format: OutputFormat::Files, ..base.clone() }).await.unwrap_err().to_string();
+    assert!(error.contains(r#"another `output_format`: "webdataset" there, "files" here"#), "{error}");
     std::fs::write(&base.url_list, "").unwrap();
     let overwrite = DownloadConfig { incremental_mode: IncrementalMode::Overwrite, ..base.clone() };
     assert!(run(&overwrite).await.unwrap_err().to_string().contains("it holds no row"));

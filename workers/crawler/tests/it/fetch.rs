@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use arrow::array::{Array, AsArray};
 use arrow::datatypes::{UInt16Type, UInt32Type, UInt64Type};
-use capfilt_crawler::{CrawlerWorkerConfig, Fetch, FetchConfig, ImageConfig, StoredFormat, Web, WebConfig};
+use capfilt_crawler::{CrawlerWorkerConfig, Fetch, FetchConfig, ImageConfig, ResizeMode, StoredFormat, Web, WebConfig};
 use capfilt_schemas::FetchStatus;
 
 use crate::server::{Reply, Request, Server, ok, redirect, status, with};
@@ -237,6 +237,25 @@ async fn the_same_rows_come_out_whatever_the_speed_and_hosts_are_not_crowded() {
         for host in ["slow.test", "h0.test", "h1.test"] {
             assert!(server.most_at_once(host) <= per_host, "{host}: {}", server.most_at_once(host));
         }
+        outputs.push(rows);
+    }
+    assert!(outputs.windows(2).all(|w| w[0] == w[1]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_in_their_own_size_come_many_at_once_and_wait_where_there_is_no_room() {
+    let urls: Vec<String> = (0..60).map(|i| format!("http://slow.test/{i}")).collect();
+    let image = ImageConfig { resize: ResizeMode::No, ..ImageConfig::default() };
+    let params = FetchConfig { image, ..config() }.params("now").unwrap();
+    let mut outputs = Vec::new();
+    // One of these images may need 6 kB.
+    for (buffer, least) in [(512 << 20, 20), (20_000, 1), (1, 1)] {
+        let server = Server::start(crowd).await;
+        let route = CrawlerWorkerConfig { per_host: 32, buffer, ..worker(server.address) };
+        let stage = Fetch::new(Web::new(&route).unwrap());
+        let (rows, _) = run(&stage, &params, selected(&urls)).await.unwrap();
+        assert_eq!(texts(&rows, "status"), vec!["ok"; 60]);
+        assert!(server.most_at_once("slow.test") >= least, "{buffer}: {}", server.most_at_once("slow.test"));
         outputs.push(rows);
     }
     assert!(outputs.windows(2).all(|w| w[0] == w[1]));
