@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -82,6 +84,46 @@ fn a_killed_download_goes_on_and_python_reads_it() {
         .unwrap();
     let said = format!("{}{}", String::from_utf8_lossy(&check.stdout), String::from_utf8_lossy(&check.stderr));
     assert!(check.status.success(), "{said}");
+}
+
+#[test]
+fn metrics_say_what_the_progress_line_says() {
+    let world = World::new(400);
+    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    // A few seconds, so that there is something to look at.
+    let slowly = |flag: String| if flag == "1000" { "20".to_owned() } else { flag };
+    let mut arguments: Vec<String> = arguments(&world, 400).into_iter().map(slowly).collect();
+    arguments.extend(["--hourly_price", "2.5", "--metrics", &address.to_string()].map(str::to_owned));
+    let mut child = world.command(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    let mut child = child.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let read = || -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(address)?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    let wanted = [
+        r#"capfilt_downloads{status="ok"} "#,
+        r#"capfilt_downloads{status="http_4xx"} "#,
+        "capfilt_download_success_ratio 0.",
+        "capfilt_downloaded_bytes_per_second ",
+        "capfilt_cost_per_million_images ",
+        r#"capfilt_host_downloads{host="h1.test",status="ok"} "#,
+        r#"capfilt_host_bytes{host="h1.test"} "#,
+        r#"capfilt_stage_done{stage="download"} "#,
+        r#"capfilt_stage_expected{stage="download"} 400"#,
+        r#"capfilt_stage_seconds_left{stage="download"} "#,
+    ];
+    let mut missing = wanted.to_vec();
+    while child.try_wait().unwrap().is_none() && !missing.is_empty() {
+        std::thread::sleep(Duration::from_millis(100));
+        let answer = read().unwrap_or_default();
+        missing = wanted.into_iter().filter(|line| !answer.contains(line)).collect();
+    }
+    let _ = child.kill();
+    child.wait().unwrap();
+    assert!(missing.is_empty(), "{missing:?}");
 }
 
 #[test]

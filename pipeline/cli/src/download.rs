@@ -11,7 +11,7 @@ use capfilt_schemas::FetchStatus;
 use tokio_util::sync::CancellationToken;
 
 use crate::output::{self, Failure, count, duration, say, say_json};
-use crate::progress::Bar;
+use crate::progress::{Bar, Pace};
 use crate::traffic;
 pub(crate) use flags::DownloadArgs;
 
@@ -87,26 +87,12 @@ async fn show(progress: Arc<DownloadProgress>, hourly_price: Option<f64>) {
             // The time that the list takes tells nothing about the downloads.
             began = Instant::now();
         }
-        let pace = if rows == 0 { "reading the list".to_owned() } else { pace(done, rows, began.elapsed()) };
-        bar.show(done, rows, &format!("{pace} {}", traffic::line(progress.traffic(), hourly_price)));
-        traffic::publish(progress.traffic());
+        let pace = Pace::of(began.elapsed(), done, rows);
+        let words = if rows == 0 { "reading the list".to_owned() } else { pace.as_ref().map_or_else(String::new, Pace::words) };
+        bar.show(done, rows, &format!("{words}  {}", traffic::line(progress.traffic(), hourly_price)));
+        traffic::publish(progress.traffic(), hourly_price);
+        traffic::publish_stage("download", done, rows, pace.as_ref());
     }
-}
-
-/// Rate and time left.
-#[expect(
-    clippy::cast_precision_loss,
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "three digits are shown"
-)]
-fn pace(done: u64, rows: u64, elapsed: Duration) -> String {
-    let seconds = elapsed.as_secs_f64();
-    if done == 0 || seconds < 0.5 {
-        return String::new();
-    }
-    let rate = done as f64 / seconds;
-    format!("{rate:.0}/s, {} left ", duration((rows.saturating_sub(done) as f64 / rate) as u64))
 }
 
 fn words(folder: &str, summary: &DownloadSummary) -> String {

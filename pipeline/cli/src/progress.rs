@@ -76,7 +76,7 @@ impl Bar {
     }
 
     pub(crate) fn set(&self, done: u64, of: u64) {
-        self.show(done, of, &pace(self.began.elapsed(), done, of));
+        self.show(done, of, &Pace::of(self.began.elapsed(), done, of).map_or_else(String::new, |pace| pace.words()));
     }
 
     /// The same, with other words on how it goes.
@@ -97,20 +97,34 @@ impl Bar {
     }
 }
 
-/// Rate and time left of what has come so far in some time.
-fn pace(elapsed: Duration, done: u64, of: u64) -> String {
-    let seconds = elapsed.as_secs_f64();
-    if seconds < 0.5 || done == 0 || done >= of {
-        return String::new();
-    }
+/// How fast something goes.
+pub(crate) struct Pace {
+    /// Units a second.
+    rate: f64,
+    /// Seconds until it is over.
+    pub(crate) left: u64,
+}
+
+impl Pace {
+    /// Nothing is left.
+    pub(crate) const OVER: Self = Self { rate: 0.0, left: 0 };
+
+    /// That of `done` units of `of` in some time; none while it cannot be told.
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "a few digits are shown"
     )]
-    let (rate, left) = (done as f64 / seconds, ((of - done) as f64 * seconds / done as f64) as u64);
-    format!("{rate:.1}/s, {} left", duration(left))
+    pub(crate) fn of(elapsed: Duration, done: u64, of: u64) -> Option<Self> {
+        let rate = done as f64 / elapsed.as_secs_f64();
+        (elapsed > Duration::from_millis(500) && done > 0)
+            .then(|| Self { rate, left: (of.saturating_sub(done) as f64 / rate) as u64 })
+    }
+
+    pub(crate) fn words(&self) -> String {
+        format!("{:.1}/s, {} left", self.rate, duration(self.left))
+    }
 }
 
 fn style(unit: &str) -> ProgressStyle {
@@ -162,7 +176,7 @@ impl RunProgress {
             let note = if *stage == StageKind::Fetch { traffic::line(&self.traffic, self.hourly_price) } else { String::new() };
             state.stage(*stage, progress, counters.get(stage), &note);
         }
-        traffic::publish(&self.traffic);
+        traffic::publish(&self.traffic, self.hourly_price);
     }
 
     pub(crate) fn finish(&self) {
@@ -209,20 +223,9 @@ impl State {
 impl Shown {
     fn update(&mut self, stage: StageKind, (done, of): (u64, u64), pending: bool, dead: u64, note: &str) {
         let (began, first) = *self.began.get_or_insert_with(|| (Instant::now(), done));
-        let seconds = began.elapsed().as_secs_f64();
-        #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
-        let rate = if done > first && seconds > 0.5 { (done - first) as f64 / seconds } else { 0.0 };
-        let mut message = String::new();
-        if rate > 0.0 && pending {
-            #[expect(
-                clippy::cast_precision_loss,
-                clippy::cast_possible_truncation,
-                clippy::cast_sign_loss,
-                reason = "whole seconds are shown"
-            )]
-            let left = (of.saturating_sub(done) as f64 / rate) as u64;
-            message = format!("{rate:.1}/s, {} left", duration(left));
-        }
+        let pace = Pace::of(began.elapsed(), done.saturating_sub(first), of.saturating_sub(first)).filter(|_| pending);
+        traffic::publish_stage(stage.name(), done, of, if pending { pace.as_ref() } else { Some(&Pace::OVER) });
+        let mut message = pace.map_or_else(String::new, |pace| pace.words());
         if dead > 0 {
             message = format!("{message} ({dead} given up)");
         }

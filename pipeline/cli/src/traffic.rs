@@ -7,6 +7,7 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use serde_json::{Value, json};
 
 use crate::output::{Failure, bytes, count, table};
+use crate::progress::Pace;
 
 /// Failure classes that fit beside a progress bar.
 const CLASSES: usize = 4;
@@ -53,13 +54,36 @@ fn per_second(totals: &Downloads, traffic: &Traffic) -> u64 {
     (totals.bytes as f64 / traffic.span().as_secs_f64().max(1e-3)) as u64
 }
 
-/// Gauges of the hosts with most downloads. Only these, since every host has lines of its own wherever the metrics are kept.
-pub(crate) fn publish(traffic: &Traffic) {
+/// What [`line`] says and the table of hosts, as gauges. Only the hosts with most downloads have some, since each has lines of its own
+/// wherever metrics are kept.
+#[expect(clippy::cast_precision_loss, reason = "gauges")]
+pub(crate) fn publish(traffic: &Traffic, hourly_price: Option<f64>) {
+    let totals = traffic.totals();
+    for (status, n) in &totals.by_status {
+        metrics::gauge!("capfilt_downloads", "status" => status.as_str()).set(*n as f64);
+    }
+    if totals.all() > 0 {
+        metrics::gauge!("capfilt_download_success_ratio").set(totals.success());
+        metrics::gauge!("capfilt_downloaded_bytes_per_second").set(per_second(&totals, traffic) as f64);
+    }
+    if let Some(cost) = cost(traffic, hourly_price) {
+        metrics::gauge!("capfilt_cost_per_million_images").set(cost);
+    }
     for (host, downloads) in traffic.hosts(HOSTS) {
         for (status, n) in &downloads.by_status {
-            #[expect(clippy::cast_precision_loss, reason = "a gauge")]
             metrics::gauge!("capfilt_host_downloads", "host" => host.clone(), "status" => status.as_str()).set(*n as f64);
         }
+        metrics::gauge!("capfilt_host_bytes", "host" => host).set(downloads.bytes as f64);
+    }
+}
+
+/// How far a stage is, and the time that it has left, if that can be told.
+#[expect(clippy::cast_precision_loss, reason = "gauges")]
+pub(crate) fn publish_stage(stage: &'static str, done: u64, of: u64, pace: Option<&Pace>) {
+    metrics::gauge!("capfilt_stage_done", "stage" => stage).set(done as f64);
+    metrics::gauge!("capfilt_stage_expected", "stage" => stage).set(of as f64);
+    if let Some(pace) = pace {
+        metrics::gauge!("capfilt_stage_seconds_left", "stage" => stage).set(pace.left as f64);
     }
 }
 
