@@ -57,9 +57,39 @@ fn missing_files_and_unreachable_stores_are_named() {
     assert_eq!(world.requests(), 0);
     let (code, said) = world.refuse(&["store", "check", "--store", "mistyped"]);
     assert!(code == 2 && said.contains("mistyped") && !world.path("mistyped").exists(), "{said}");
-    let (code, _) = world.refuse(&["doctor", "run.toml", "--set", "queries.path=gone.txt"]);
-    assert_eq!(code, 2);
-    assert!(world.capfilt(&["doctor", "run.toml"]).status.success());
+    for verb in ["status", "queries stats"] {
+        let line: Vec<&str> = verb.split(' ').chain(["run.toml", "--set", "run.store=mistyped"]).collect();
+        let (code, said) = world.refuse(&line);
+        assert!(code == 2 && said.contains("there is no store at") && said.contains("mistyped") && !world.path("mistyped").exists(), "{verb}: {said}");
+    }
+    assert!(world.capfilt(&["plan", "run.toml", "--set", "run.store=later"]).status.success());
+    assert!(!world.path("later").exists());
+}
+
+#[test]
+fn doctor_sees_what_a_run_would_stumble_over() {
+    let world = World::new(5);
+    std::fs::write(world.path("list.csv"), "link,text\nhttp://a.test/1.png,red\n").unwrap();
+    std::fs::write(world.path("opt-outs.txt"), "a.test\nnot a host\n").unwrap();
+    let search =
+        r#"discover.sources.0={kind="search", adapter={name="mine", url="http://a.test/?q={query}", per_page=1, items="/r",
+        image=["/u"], texts={title="/t"}, rate=1.0, key={env="CAPFILT_NO_SUCH_KEY", parameter="k"}}}"#
+            .replace('\n', "");
+    for (set, needle) in [
+        ("queries.path=gone.txt", "gone.txt"),
+        (r#"discover.sources.0={kind="list", path="list.csv"}"#, "source 1: cannot use"),
+        (r#"discover.sources.0={kind="list", path="list.csv", url_col="link"}"#, "no column `caption`"),
+        (&search, "CAPFILT_NO_SUCH_KEY is not set"),
+        (r#"fetch.web.opt_out_lists=["opt-outs.txt"]"#, "opt-outs.txt"),
+    ] {
+        let output = world.capfilt(&["doctor", "run.toml", "--set", set]);
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.code() == Some(2) && said.contains("BAD") && said.contains(needle), "{set}: {said}");
+    }
+    std::fs::write(world.path("opt-outs.txt"), "a.test\n").unwrap();
+    let output = world.capfilt(&["doctor", "run.toml", "--set", r#"fetch.web.opt_out_lists=["opt-outs.txt"]"#]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 entries in [fetch.web]"), "{said}");
 }
 
 #[test]

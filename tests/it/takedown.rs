@@ -206,7 +206,8 @@ fn a_sweep_that_is_killed_is_finished_by_the_next() {
 #[test]
 fn what_cannot_be_taken_down_is_refused_by_name() {
     let world = World::new(5);
-    world.json(&["run", "run.toml", "--dry-run", "--json"]);
+    std::fs::create_dir(world.path("store")).unwrap();
+    std::fs::write(world.path("store/store.json"), r#"{"format": 1}"#).unwrap();
     std::fs::write(world.path("list.txt"), "example.org\nhttp://example.org/x\nnot a host\n").unwrap();
     let down = ["dataset", "takedown", "--store", "store"];
     for (more, needle) in [

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
-use capfilt_crawler::{SourceConfig, Web};
+use capfilt_crawler::{SourceConfig, Web, opt_out_entries};
 use capfilt_store::Store;
 use serde::Serialize;
 use url::{Host, Url};
@@ -71,6 +71,17 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
                 format!("{} queries, {sources} sources, {clean} annotated and {heldout} held-out sets", inputs.queries.len())
             };
             findings.note("inputs", config.inputs().map(says).map_err(|e| e.text()));
+            for (source, number) in config.discover.sources.iter().zip(1..) {
+                if let Err(e) = source.probe() {
+                    findings.add("sources", Level::Bad, format!("source {number}: {}", capfilt_store::chain(&e)));
+                }
+            }
+            for (section, web) in [("discover", &config.discover.web), ("fetch", &config.fetch.web)] {
+                if !web.opt_out_lists.is_empty() {
+                    let says = opt_out_entries(&web.opt_out_lists).map(|n| format!("{n} entries in [{section}.web]"));
+                    findings.note("opt-outs", says.map_err(|e| format!("[{section}.web]: {}", capfilt_store::chain(&e))));
+                }
+            }
             disk("work folder", &config.worker.runtime.work_dir, &mut findings);
             match Store::open(&config.run.store).await {
                 Err(e) => findings.note("store", Err(Failure::from(e).text())),

@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::args::ModelVerb;
 use crate::config::{Models, RunConfig};
 use crate::output::{Failure, bytes, moment, say, say_json, table};
-use crate::store::open;
+use crate::store::{open, open_or_make};
 
 pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
     match verb {
@@ -35,7 +35,7 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
             show(&store, &args.model, args.store.json).await?;
         }
         ModelVerb::Promote(args) => {
-            let store = open(&args.store).await?;
+            let store = open_or_make(&args.store).await?;
             known_role(&args.role)?;
             let folder = Path::new(&args.model);
             let model = if folder.is_dir() {

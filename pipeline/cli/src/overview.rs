@@ -10,8 +10,9 @@ use serde_json::json;
 
 use crate::args::ViewArgs;
 use crate::config::RunConfig;
-use crate::models;
+
 use crate::output::{Failure, count, moment, say, say_json, table};
+use crate::{models, store};
 
 pub(crate) async fn plan(args: ViewArgs) -> Result<ExitCode, Failure> {
     let config = RunConfig::load(&args.config.config, &args.config.set)?;
@@ -21,7 +22,10 @@ pub(crate) async fn plan(args: ViewArgs) -> Result<ExitCode, Failure> {
 /// Shows what is left to do, and changes nothing.
 pub(crate) async fn show_plan(config: &RunConfig, as_json: bool) -> Result<ExitCode, Failure> {
     let inputs = config.inputs()?;
-    let store = Store::open(&config.run.store).await?;
+    let store = match Store::open_existing(&config.run.store).await? {
+        Some(store) => store,
+        None => Store::open("memory:").await?,
+    };
     let models = models::of_run(config, &store, false).await?;
     models::same_as_begun(config, &store, models.as_ref()).await?;
     let planned = config.plan(&inputs, models.as_ref())?;
@@ -63,7 +67,7 @@ fn stages(now: &Plan) -> String {
 
 pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
     let config = RunConfig::load(&args.config.config, &args.config.set)?;
-    let store = Store::open(&config.run.store).await?;
+    let store = store::existing(&config.run.store).await?;
     let run = &config.run.name;
     let (rounds, results, events) = (store.rounds(run).await?, store.round_results(run).await?, store.events(run).await?);
     let failures: Vec<_> = store.all_failures().await?.into_iter().filter(|f| f.run == *run).collect();

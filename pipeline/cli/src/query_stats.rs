@@ -65,7 +65,7 @@ async fn of_config(args: &QueriesStatsArgs) -> Result<Meant, Failure> {
     let sources = config.discover.params(&queries, &config.run.snapshot);
     let sources = sources.map_err(|e| Failure::Usage(capfilt_store::chain(&e)))?;
     let sources = sources.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::from)?;
-    let store = Store::open(&config.run.store).await?;
+    let store = store::existing(&config.run.store).await?;
     let mut found = store.commits(StageKind::Discover).await?;
     found.retain(|c| c.task.stage_version == capfilt_crawler::DISCOVER_VERSION && sources.contains(&c.task.params));
     let mut inputs: Vec<_> = found.iter().flat_map(Commit::as_inputs).collect();

@@ -1,5 +1,6 @@
 //! `capfilt run`: coordinator, queue and workers in one process.
 
+use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -290,17 +291,24 @@ async fn conclude(
 
 /// What the sources of a plan held that could not be read, in words.
 async fn lost(store: &Store, plan: &Plan) -> Result<Vec<(&'static str, u64)>, Failure> {
-    const FACTS: [(&str, &str); 3] = [
-        ("records_bad", "records of archives were cut or damaged; nothing was found in them"),
-        ("records_too_long", "records of archives were too long to be read"),
-        ("rows_unreadable", "rows of lists could not be read"),
-    ];
-    let mut lost = FACTS.map(|(_, words)| (words, 0));
+    let mut facts: BTreeMap<String, u64> = BTreeMap::new();
     for commit in store.commits(StageKind::Discover).await?.iter().filter(|c| plan.found.contains(&c.task_id)) {
-        for ((fact, _), (_, n)) in FACTS.iter().zip(&mut lost) {
-            *n += commit.facts[*fact].as_u64().unwrap_or(0);
+        for (fact, n) in commit.facts.as_object().into_iter().flatten() {
+            *facts.entry(fact.clone()).or_default() += n.as_u64().unwrap_or(0);
         }
     }
+    let n = |fact: &str| facts.get(fact).copied().unwrap_or(0);
+    let (answers, results) = (n("search_pages"), n("search_results"));
+    let lost = [
+        ("records of archives were cut or damaged; nothing was found in them", n("records_bad")),
+        ("records of archives were too long to be read", n("records_too_long")),
+        ("rows of lists could not be read", n("rows_unreadable")),
+        ("answers of search APIs, and no result in any: look at `items` of the adapter", if results == 0 { answers } else { 0 }),
+        (
+            "results of search APIs, and none with an image and a text: look at `image` and `texts` of the adapter",
+            if n("search_results_unusable") == results { results } else { 0 },
+        ),
+    ];
     Ok(lost.into_iter().filter(|(_, n)| *n > 0).collect())
 }
 

@@ -19,14 +19,25 @@ pub(crate) async fn open(args: &StoreArgs) -> Result<Store, Failure> {
     let path = Path::new(&args.store);
     if path.is_file() {
         let config = RunConfig::load(path, &[])?;
-        return Ok(Store::open(&config.run.store).await?);
+        return existing(&config.run.store).await;
     }
-    // A mistyped folder must not become an empty store.
-    let is_folder = !args.store.contains(':');
-    if is_folder && !path.join("store.json").is_file() {
-        return Err(Failure::Usage(format!("`{}` is neither a store nor a config", args.store)));
+    let store = Store::open_existing(&args.store).await?;
+    store.ok_or_else(|| Failure::Usage(format!("`{}` is neither a store nor a config", args.store)))
+}
+
+/// As [`open`]; where a config names a store that is not there yet, it is made.
+pub(crate) async fn open_or_make(args: &StoreArgs) -> Result<Store, Failure> {
+    let path = Path::new(&args.store);
+    if path.is_file() {
+        Store::open(&RunConfig::load(path, &[])?.run.store).await?;
     }
-    Ok(Store::open(&args.store).await?)
+    open(args).await
+}
+
+/// The store at an address, which a run has made: a mistyped one must not become an empty store.
+pub(crate) async fn existing(address: &str) -> Result<Store, Failure> {
+    let store = Store::open_existing(address).await?;
+    store.ok_or_else(|| Failure::Usage(format!("there is no store at `{address}`; `capfilt run` makes it")))
 }
 
 /// Removes what was taken down from the work folder, where a config says which one it is and no run is at work in it.

@@ -37,6 +37,7 @@ pub use download::{DownloadConfig, DownloadProgress, DownloadSummary, HashKind, 
 pub use error::CrawlError;
 pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::{Matcher, Scratch};
+pub use opt_out::opt_out_entries;
 pub use params::{AnnotateParams, DiscoverParams, FetchParams, Part, RetryParams};
 pub use queries::{
     InputFile, OnProgress, Pages, QUERY_TABLE_VERSION, Query, QueryBuild, QueryInputs, QueryList, QueryRow, QuerySource,

@@ -5,6 +5,7 @@ mod lists;
 
 use reqwest::header::HeaderMap;
 
+pub use lists::opt_out_entries;
 pub(crate) use lists::{OptOuts, digests};
 
 /// The wishes that were found. Wishes of several places add up.

@@ -1,5 +1,6 @@
 //! The handle on the store, and the few ways in which bytes go in and out.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -22,6 +23,15 @@ const FORMAT: u32 = 1;
 #[derive(Serialize, Deserialize)]
 struct Marker {
     format: u32,
+}
+
+impl Marker {
+    fn check(&self) -> std::result::Result<(), String> {
+        if self.format == FORMAT {
+            return Ok(());
+        }
+        Err(format!("it has format {}, this program reads format {FORMAT}", self.format))
+    }
 }
 
 /// What came of creating a record.
@@ -47,19 +57,35 @@ impl Store {
     /// [`StoreError::Open`] if the address cannot be understood, reached or written to, or holds another format.
     pub async fn open(address: &str) -> Result<Self> {
         let fail = |reason: String| StoreError::Open { url: address.to_owned(), reason };
-        let (inner, url) = backend(address).map_err(fail)?;
-        let store = Self { inner, url };
+        let place = place(address).map_err(fail)?;
+        if let (_, Some(folder)) = &place {
+            std::fs::create_dir_all(folder).map_err(|e| fail(format!("the folder cannot be made ({e})")))?;
+        }
+        let store = backend(place).map_err(fail)?;
         let marker = store
             .create_json(&layout::marker(), &Marker { format: FORMAT })
             .await
             .map_err(|e| fail(format!("it cannot be reached or written to ({})", chain(&e))))?;
-        match marker {
-            Created::Exists(m) if m.format != FORMAT => Err(StoreError::Open {
-                url: address.to_owned(),
-                reason: format!("it has format {}, this program reads format {FORMAT}", m.format),
-            }),
-            _ => Ok(store),
+        if let Created::Exists(marker) = marker {
+            marker.check().map_err(fail)?;
         }
+        Ok(store)
+    }
+
+    /// Opens the store at `address` if there is one, and changes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] if the address cannot be understood or reached, or holds another format.
+    pub async fn open_existing(address: &str) -> Result<Option<Self>> {
+        let fail = |reason: String| StoreError::Open { url: address.to_owned(), reason };
+        let place = place(address).map_err(fail)?;
+        if place.1.as_ref().is_some_and(|folder| !folder.is_dir()) {
+            return Ok(None);
+        }
+        let store = backend(place).map_err(fail)?;
+        let marker = store.get_json::<Marker>(&layout::marker()).await;
+        let marker = marker.map_err(|e| fail(format!("it cannot be reached ({})", chain(&e))))?;
+        marker.map(|marker| marker.check().map(|()| store).map_err(fail)).transpose()
     }
 
     /// Where the store is.
@@ -238,11 +264,10 @@ impl<T> Created<T> {
     }
 }
 
-/// The backend for an address, rooted at the address's own path.
-fn backend(address: &str) -> std::result::Result<(Arc<dyn ObjectStore>, Url), String> {
+/// The URL of an address, and the folder that it means; none is memory.
+fn place(address: &str) -> std::result::Result<(Url, Option<PathBuf>), String> {
     if address == "memory:" || address == "memory:///" {
-        let url = Url::parse("memory:///").map_err(|e| e.to_string())?;
-        return Ok((Arc::new(InMemory::new()), url));
+        return Ok((Url::parse("memory:///").map_err(|e| e.to_string())?, None));
     }
     let url = match Url::parse(address) {
         Ok(url) if url.scheme().len() > 1 => url,
@@ -255,9 +280,16 @@ fn backend(address: &str) -> std::result::Result<(Arc<dyn ObjectStore>, Url), St
         return Err(format!("stores have no backend for `{}:`; use a folder, `file:` or `memory:`", url.scheme()));
     }
     let folder = url.to_file_path().map_err(|()| "a file URL needs an absolute path".to_owned())?;
-    std::fs::create_dir_all(&folder).map_err(|e| format!("the folder cannot be made ({e})"))?;
-    let local = LocalFileSystem::new_with_prefix(&folder).map_err(|e| e.to_string())?;
-    Ok((Arc::new(local), url))
+    Ok((url, Some(folder)))
+}
+
+/// What is at a [`place`], which is there.
+fn backend((url, folder): (Url, Option<PathBuf>)) -> std::result::Result<Store, String> {
+    let inner: Arc<dyn ObjectStore> = match folder {
+        None => Arc::new(InMemory::new()),
+        Some(folder) => Arc::new(LocalFileSystem::new_with_prefix(folder).map_err(|e| e.to_string())?),
+    };
+    Ok(Store { inner, url })
 }
 
 /// Milliseconds since 1970-01-01 UTC.

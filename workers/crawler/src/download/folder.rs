@@ -54,7 +54,9 @@ impl Folder {
         for entry in entries(&folder.root)? {
             if let Some(shard) = shard_of(&entry).filter(|_| name(&entry).ends_with(STATS)) {
                 // An unreadable file of another program's crash: the shard is made again.
-                let Some(stats) = fs::read(&entry).ok().and_then(|json| serde_json::from_slice::<Stats>(&json).ok()) else { continue };
+                let Some(stats) = fs::read(&entry).ok().and_then(|json| serde_json::from_slice::<Stats>(&json).ok()) else {
+                    continue;
+                };
                 if config.incremental_mode == IncrementalMode::Incremental
                     && let Some(reason) = difference(&stats.settings, &config.settings())
                 {

@@ -75,6 +75,14 @@ impl OptOuts {
     }
 }
 
+/// Reads opt-out lists, and tells how many different entries they have.
+///
+/// # Errors
+/// [`CrawlError::Read`] and [`CrawlError::Format`], which names file and line.
+pub fn opt_out_entries(paths: &[PathBuf]) -> Result<usize, CrawlError> {
+    Ok(OptOuts::load(paths, &digests(paths)?)?.0.len())
+}
+
 /// The digests of lists, for a task's name.
 pub(crate) fn digests(paths: &[PathBuf]) -> Result<Vec<Digest>, CrawlError> {
     paths.iter().map(|path| file_digest(path)).collect()

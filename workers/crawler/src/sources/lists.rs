@@ -216,17 +216,31 @@ fn same_file(list: &ListConfig, wanted: Option<Digest>) -> Result<(), CrawlError
     if found == wanted { Ok(()) } else { Err(CrawlError::WrongFile { what: "list", wanted, found: found.to_string() }) }
 }
 
-fn send_texts(list: &ListConfig, max_text: usize, work: &Work, out: &Sender) -> Result<(), CrawlError> {
+/// The file of a list, and its columns of addresses and texts.
+fn opened(list: &ListConfig) -> Result<(ListFile, SchemaRef), CrawlError> {
     let format = list.format.or_else(|| ListFormat::of_name(&list.path)).ok_or_else(|| {
         CrawlError::format(&list.path, "its name tells no format; set `format` to parquet, csv, tsv, json or jsonl")
     })?;
     if format == ListFormat::Txt {
         return Err(CrawlError::format(&list.path, "a file of addresses alone has no texts to match with queries"));
     }
-    let file = ListFile { path: list.path.clone(), format };
     let fields: Vec<Field> = [&list.url_col, &list.caption_col].map(|n| Field::new(n, DataType::Utf8, true)).into();
+    Ok((ListFile { path: list.path.clone(), format }, Arc::new(Schema::new(fields))))
+}
+
+/// Reads the beginning of a list.
+///
+/// # Errors
+/// [`CrawlError::Read`] and [`CrawlError::Format`], for a missing column as well.
+pub(super) fn probe(list: &ListConfig) -> Result<(), CrawlError> {
+    let (file, schema) = opened(list)?;
+    file.read(&schema, &mut |_| Ok(false)).map(|_| ())
+}
+
+fn send_texts(list: &ListConfig, max_text: usize, work: &Work, out: &Sender) -> Result<(), CrawlError> {
+    let (file, schema) = opened(list)?;
     let (mut read, mut used, mut listened) = (0, 0, true);
-    let unreadable = file.read(&Arc::new(Schema::new(fields)), &mut |batch| {
+    let unreadable = file.read(&schema, &mut |batch| {
         let found = usable(&batch, max_text);
         work.facts.add("rows_read", batch.num_rows() as u64);
         work.facts.add("rows_without_address_or_text", (batch.num_rows() - found.len()) as u64);

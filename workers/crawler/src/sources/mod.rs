@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use url::Url;
 
+use crate::CrawlError;
+use crate::config::SourceConfig;
 use crate::html::Page;
 use crate::opt_out::Directives;
 
@@ -27,6 +29,20 @@ pub(crate) use lists::{ListFile, Wanted, read_list};
 pub(crate) use pages::{crawl, read_sitemaps};
 pub(crate) use search::search;
 pub use search::{Adapter, ApiKey, SearchConfig};
+
+impl SourceConfig {
+    /// Looks for what the source needs on this machine: a readable list with its columns, the key of an API.
+    ///
+    /// # Errors
+    /// [`CrawlError::Config`], [`CrawlError::Read`] and [`CrawlError::Format`].
+    pub fn probe(&self) -> Result<(), CrawlError> {
+        match self {
+            Self::List(list) => lists::probe(list),
+            Self::Search(search) => search.probe(),
+            Self::Pages(_) | Self::Sitemaps(_) | Self::Archive(_) => Ok(()),
+        }
+    }
+}
 
 /// A text that belongs to an image, before it is known whether any query is for it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -66,6 +66,11 @@ impl SearchConfig {
         self.adapter.check(&format!("{name}.adapter"))
     }
 
+    /// Whether the environment has the key that the API wants.
+    pub(super) fn probe(&self) -> Result<(), CrawlError> {
+        self.adapter.key().map(drop)
+    }
+
     /// The parts of a list of so many queries, each for one task, and the settings as they stand in all of them.
     pub(crate) fn tasks(&self, queries: usize) -> (Self, impl Iterator<Item = Part> + use<>) {
         let (all, chunk) = (u32::try_from(queries).unwrap_or(u32::MAX).min(self.queries.unwrap_or(u32::MAX)), self.chunk);
@@ -125,7 +130,9 @@ struct Search {
 
 impl Search {
     fn count(&mut self, fact: &str, n: usize) {
-        *self.facts.entry(fact.to_owned()).or_default() += n as u64;
+        if n > 0 {
+            *self.facts.entry(fact.to_owned()).or_default() += n as u64;
+        }
     }
 
     fn fails(&mut self, why: &str, may_pass: bool) {
@@ -222,6 +229,7 @@ impl Searcher {
             position = adapter.after(&at, &page);
             search.count("search_pages", 1);
             search.count("search_results", page.results);
+            search.count("search_results_unusable", page.results - page.images.len());
             let before = seen.len();
             for image in page.images {
                 if seen.len() < self.config.per_query && seen.insert(image.url.clone()) {

@@ -164,7 +164,10 @@ async fn webdataset_has_img2datasets_layout() {
     assert!(rows.column_by_name("width").unwrap().as_primitive::<Int32Type>().is_null(0));
     let mut stats: Value = serde_json::from_slice(&files["00000_stats.json"]).unwrap();
     let settings = stats.as_object_mut().unwrap().remove("settings").unwrap();
-    assert_eq!((&settings["size"], &settings["resize"], &settings["columns"]), (&json!(32), &json!("border"), &json!(["n", "caption", "url"])));
+    assert_eq!(
+        (&settings["size"], &settings["resize"], &settings["columns"]),
+        (&json!(32), &json!("border"), &json!(["n", "caption", "url"]))
+    );
     let wanted = json!({"count": 3, "successes": 2, "failed_to_download": 1, "failed_to_resize": 0,
         "status_dict": {"success": 2, "HTTP Error 404: Not Found": 1}});
     assert_eq!(stats, wanted);
