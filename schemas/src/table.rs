@@ -14,6 +14,7 @@ pub mod column {
     pub const TEXT: &str = "text";
     pub const TEXT_SOURCE: &str = "text_source";
     pub const SOURCE: &str = "source";
+    pub const EXPECTED_HASH: &str = "expected_hash";
     pub const QUERIES: &str = "queries";
     pub const SELECTED_FOR: &str = "selected_for";
     pub const STATUS: &str = "status";
@@ -178,7 +179,8 @@ fn list(name: &str, item: DataType, nullable: bool) -> Field {
     Field::new(name, DataType::List(Arc::new(Field::new("item", item, false))), nullable)
 }
 
-/// What is known of a pair before the download. `queries`: positions in the query list, ascending, of every query that the text holds.
+/// What is known of a pair before the download. `expected_hash`: that of the image's bytes, if the source knows it, as `sha256:` (or
+/// `md5:`, `sha512:`) and hexadecimal. `queries`: positions in the query list, ascending, of every query that the text holds.
 fn pair_columns() -> Vec<Field> {
     use column as c;
     vec![
@@ -188,6 +190,7 @@ fn pair_columns() -> Vec<Field> {
         text(c::TEXT_SOURCE),
         maybe(c::PAGE_URL, DataType::Utf8),
         text(c::SOURCE),
+        maybe(c::EXPECTED_HASH, DataType::Utf8),
         list(c::QUERIES, DataType::UInt32, false),
     ]
 }

@@ -60,7 +60,10 @@ fn missing_files_and_unreachable_stores_are_named() {
     for verb in ["status", "queries stats"] {
         let line: Vec<&str> = verb.split(' ').chain(["run.toml", "--set", "run.store=mistyped"]).collect();
         let (code, said) = world.refuse(&line);
-        assert!(code == 2 && said.contains("there is no store at") && said.contains("mistyped") && !world.path("mistyped").exists(), "{verb}: {said}");
+        assert!(
+            code == 2 && said.contains("there is no store at") && said.contains("mistyped") && !world.path("mistyped").exists(),
+            "{verb}: {said}"
+        );
     }
     assert!(world.capfilt(&["plan", "run.toml", "--set", "run.store=later"]).status.success());
     assert!(!world.path("later").exists());

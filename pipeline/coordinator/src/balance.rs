@@ -28,7 +28,7 @@ use crate::sql::SqlConfig;
 use crate::{CoordinatorError, Result};
 
 /// Raised whenever the same candidates would give other pairs than before.
-pub const STAGE_VERSION: u32 = 2;
+pub const STAGE_VERSION: u32 = 3;
 
 /// Which candidates count as the same pair. Addresses are compared as they stand: what finds candidates has resolved them, with
 /// scheme and host in lower case, default ports left out and fragments cut off.

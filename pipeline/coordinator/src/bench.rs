@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use arrow::array::{
     ArrayRef, BinaryArray, Float32Array, ListArray, RecordBatch, StringArray, UInt16Array, UInt32Array, UInt64Array,
+    new_null_array,
 };
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field};
@@ -164,6 +165,7 @@ fn candidates(rows: Range<u64>) -> Result<Vec<ArrayRef>> {
         column(|f| f.text_source.as_str()),
         column(|f| &f.page),
         column(|_| "bench"),
+        new_null_array(&DataType::Utf8, rows.len()),
         Arc::new(queries.map_err(|e| scan::encode("made-up candidates", e))?),
     ])
 }

@@ -8,7 +8,7 @@ use arrow::array::{
     UInt16Array, UInt32Array, UInt32Builder, UInt64Array,
 };
 use arrow::datatypes::{DataType, Field, Float32Type, UInt32Type};
-use capfilt_schemas::{DatasetVersion, Digest, Input, Lineage, Output, RunId, Table, TaskId, sample_id};
+use capfilt_schemas::{DatasetVersion, Digest, Input, Lineage, Output, RunId, Table, TaskId, column, sample_id};
 use capfilt_store::{ShardWriter, Store};
 
 use crate::SqlConfig;
@@ -87,6 +87,8 @@ pub(crate) async fn candidates(store: &Store, rows: &[Candidate]) -> Digest {
         texts(rows.iter().map(|r| r.source)),
         Arc::new(StringArray::from_iter(rows.iter().map(|r| (!r.page.is_empty()).then_some(r.page.as_str())))),
         texts(rows.iter().map(|_| "test")),
+        // Any text will do.
+        Arc::new(StringArray::from_iter(rows.iter().map(|r| (!r.page.is_empty()).then_some(r.page.as_str())))),
         numbers(rows.iter().map(|r| r.queries.clone())),
     ];
     write(store, Table::Candidates, columns).await
@@ -191,7 +193,8 @@ pub(crate) async fn selected(store: &Store, shards: &[Output]) -> Vec<(String, V
     let mut rows = Vec::new();
     for shard in shards {
         let batch = store.read_whole(Table::Selected, &shard.digest).await.unwrap();
-        let (ids, takers) = (batch.column(0).as_string::<i32>(), batch.column(7).as_list::<i32>());
+        let (ids, takers) =
+            (batch.column(0).as_string::<i32>(), batch.column_by_name(column::SELECTED_FOR).unwrap().as_list::<i32>());
         let takers = |i| takers.value(i).as_primitive::<UInt32Type>().values().to_vec();
         rows.extend((0..batch.num_rows()).map(|i| (ids.value(i).to_owned(), takers(i))));
     }
@@ -202,7 +205,7 @@ pub(crate) async fn selected(store: &Store, shards: &[Output]) -> Vec<(String, V
 pub(crate) async fn selected_for(store: &Store, shard: &Digest, takers: impl Fn(usize) -> Vec<u32>) -> Digest {
     let rows = store.read_whole(Table::Samples, shard).await.unwrap();
     let mut columns = rows.columns().to_vec();
-    columns[7] = numbers((0..rows.num_rows()).map(takers));
+    columns[Table::Samples.schema().index_of(column::SELECTED_FOR).unwrap()] = numbers((0..rows.num_rows()).map(takers));
     write(store, Table::Samples, columns).await
 }
 

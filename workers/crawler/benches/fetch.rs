@@ -146,7 +146,7 @@ fn selected(urls: &[String]) -> RecordBatch {
     let schema = Table::Selected.schema();
     let queries = || {
         let list = ListArray::from_iter_primitive::<UInt32Type, _, _>(urls.iter().map(|_| Some(vec![Some(0)])));
-        arrow::compute::cast(&list, schema.field(6).data_type()).unwrap()
+        arrow::compute::cast(&list, schema.field(7).data_type()).unwrap()
     };
     let columns = vec![
         text(&|u| sample_id(u, "a picture")),
@@ -155,6 +155,7 @@ fn selected(urls: &[String]) -> RecordBatch {
         text(&|_| "list".to_owned()),
         new_null_array(&DataType::Utf8, urls.len()),
         text(&|_| "bench".to_owned()),
+        new_null_array(&DataType::Utf8, urls.len()),
         queries(),
         queries(),
     ];

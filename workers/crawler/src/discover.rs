@@ -16,7 +16,7 @@ use crate::sources::{Found, FoundStream, crawl, read_archive, read_list, read_si
 use crate::{CrawlError, Matcher, QueryList, Web};
 
 /// Raised whenever the same task would give other rows than before.
-pub const DISCOVER_VERSION: u32 = 2;
+pub const DISCOVER_VERSION: u32 = 3;
 
 /// Reads one source and keeps the texts that some query is for.
 #[derive(Clone)]
@@ -105,20 +105,21 @@ impl Stage for Discover {
 
 /// Rows of `candidates`, one for each text that holds a query, in order.
 fn candidates(found: &[Found], source: &str, matcher: &Matcher) -> Result<RecordBatch, StageError> {
-    let mut texts: [StringBuilder; 6] = Default::default();
+    let mut texts: [StringBuilder; 7] = Default::default();
     let mut queries = list_of(UInt32Builder::new(), DataType::UInt32);
     matcher.find_all(found.iter().map(|f| f.text.as_str()), &mut Scratch::default(), |i, ids| {
         if ids.is_empty() {
             return;
         }
         let f = &found[i];
-        let [sample, url, text, text_source, page, from] = &mut texts;
+        let [sample, url, text, text_source, page, from, hash] = &mut texts;
         sample.append_value(sample_id(&f.url, &f.text));
         url.append_value(&f.url);
         text.append_value(&f.text);
         text_source.append_value(f.text_source.as_str());
         page.append_option(f.page_url.as_deref());
         from.append_value(source);
+        hash.append_option(f.expected_hash.as_deref());
         queries.values().append_slice(ids);
         queries.append(true);
     });

@@ -10,7 +10,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use url::Url;
 
 use crate::config::FetchConfig;
-use crate::image::{self, Refused};
+use crate::image::{self, HashKind, Refused};
 use crate::params::FetchParams;
 use crate::retry::Rows;
 use crate::room::{Place, Room, Taken};
@@ -19,7 +19,7 @@ use crate::traffic::Traffic;
 use crate::web::{AHEAD, Want, Web};
 
 /// Raised whenever the same task would give other rows than before.
-pub const FETCH_VERSION: u32 = 3;
+pub const FETCH_VERSION: u32 = 4;
 
 /// Downloads images. Many requests are at work at once; rows come out in the order in which they came in.
 pub struct Fetch {
@@ -75,7 +75,7 @@ impl Fetch {
                         return Ok((rows, row, None, (copied, place)));
                     }
                     let (url, began) = (rows.url(row), Instant::now());
-                    let (outcome, taken) = fetch(&web, url, &config, &taken_down, &place).await?;
+                    let (outcome, taken) = fetch(&web, url, rows.expected_hash(row), &config, &taken_down, &place).await?;
                     traffic.record(url, outcome.status, outcome.bytes_downloaded.unwrap_or(0), began.elapsed());
                     Ok((rows, row, Some(outcome), (taken, place)))
                 }
@@ -111,6 +111,7 @@ impl Stage for Fetch {
 async fn fetch(
     web: &Web,
     url: &str,
+    expected_hash: Option<&str>,
     config: &Arc<FetchConfig>,
     taken_down: &Arc<TakenDown>,
     place: &Place,
@@ -144,9 +145,11 @@ async fn fetch(
         taken.grow(most).await;
     }
     let (config, taken_down) = (Arc::clone(config), Arc::clone(taken_down));
+    let expected = expected_hash.and_then(HashKind::parse_digest).map(|(kind, digest)| (kind, digest.to_owned()));
     let outcome = on_rayon(move || {
         let http_status = Some(answer.http_status);
-        match image::store(&answer.body, &config.image) {
+        let verified = expected.map_or(Ok(()), |(kind, digest)| image::verify(&answer.body, kind, &digest));
+        match verified.and_then(|()| image::store(&answer.body, &config.image)) {
             Ok(image) if taken_down.covers_bytes(&image.sha256.to_string()) => {
                 Outcome::refused(Refused::new(FetchStatus::TakenDown, "the image was taken down"), None)
             }

@@ -41,6 +41,12 @@ impl Rows {
         self.batch.column_by_name(column::URL).map_or("", |c| c.as_string::<i32>().value(row))
     }
 
+    /// The hash that a row's image is expected to have.
+    pub(crate) fn expected_hash(&self, row: usize) -> Option<&str> {
+        let hashes = self.batch.column_by_name(column::EXPECTED_HASH)?.as_string_opt::<i32>()?;
+        hashes.is_valid(row).then(|| hashes.value(row))
+    }
+
     /// The size of the image that a row has already.
     pub(crate) fn held(&self, row: usize) -> usize {
         let images = self.batch.column_by_name(column::IMAGE).and_then(|c| c.as_binary_opt::<i32>());

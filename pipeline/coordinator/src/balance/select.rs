@@ -15,11 +15,19 @@ use crate::shards::Shards;
 use crate::spill::{Chunks, PARTITIONS, Spill, partition_of};
 use crate::{CoordinatorError, Result};
 
-const COLUMNS: &[&str] =
-    &[column::SAMPLE_ID, column::URL, column::TEXT, column::TEXT_SOURCE, column::PAGE_URL, column::SOURCE, column::QUERIES];
+const COLUMNS: &[&str] = &[
+    column::SAMPLE_ID,
+    column::URL,
+    column::TEXT,
+    column::TEXT_SOURCE,
+    column::PAGE_URL,
+    column::SOURCE,
+    column::EXPECTED_HASH,
+    column::QUERIES,
+];
 
 /// Texts of a row beside its id.
-const TEXTS: usize = 5;
+const TEXTS: usize = 6;
 
 /// Rows of a batch that is written.
 const BATCH_ROWS: usize = 8192;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
-use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use capfilt_schemas::{TextSource, column};
 use futures::{StreamExt, TryStreamExt, stream};
 use siphasher::sip::SipHasher13;
@@ -29,8 +29,15 @@ pub(super) struct Unique {
     pub(super) unique: u64,
 }
 
-const COLUMNS: &[&str] =
-    &[column::SAMPLE_ID, column::URL, column::TEXT_SOURCE, column::PAGE_URL, column::SOURCE, column::QUERIES];
+const COLUMNS: &[&str] = &[
+    column::SAMPLE_ID,
+    column::URL,
+    column::TEXT_SOURCE,
+    column::PAGE_URL,
+    column::SOURCE,
+    column::EXPECTED_HASH,
+    column::QUERIES,
+];
 
 /// One candidate, as far as it matters here.
 struct Record {
@@ -137,6 +144,11 @@ fn best_of(spill: &Spill, partition: usize) -> Result<Vec<u64>> {
     Ok(best.into_values().map(|(_, place)| place).collect())
 }
 
+/// The text in row `i`, if there is one.
+fn known(texts: &StringArray, i: usize) -> Option<&str> {
+    texts.is_valid(i).then(|| texts.value(i))
+}
+
 /// Makes records of rows.
 #[derive(Clone, Copy)]
 struct Reader {
@@ -147,11 +159,12 @@ struct Reader {
 
 impl Reader {
     fn read(self, seen: &mut Seen, readers: &Readers, to: &Spill, part: u32, first: u32, batch: &RecordBatch) -> Result<()> {
-        let [ids, urls, text_sources, pages, sources, queries] = batch.columns() else {
+        let [ids, urls, text_sources, pages, sources, hashes, queries] = batch.columns() else {
             return Err(readers.bad(part, "lacks columns"));
         };
         let (ids, urls, text_sources) = (ids.as_string::<i32>(), urls.as_string::<i32>(), text_sources.as_string::<i32>());
-        let (pages, sources, queries) = (pages.as_string::<i32>(), sources.as_string::<i32>(), queries.as_list::<i32>());
+        let (pages, sources, hashes) = (pages.as_string::<i32>(), sources.as_string::<i32>(), hashes.as_string::<i32>());
+        let queries = queries.as_list::<i32>();
         seen.candidates += batch.num_rows() as u64;
         for (i, row) in (first..).take(batch.num_rows()).enumerate() {
             let rank = rank_of(text_sources.value(i)).map_err(|problem| readers.bad(part, problem))?;
@@ -165,7 +178,7 @@ impl Reader {
                 Dedup::UrlText => id,
             };
             let draw = self.draws.place_of_all(id) >> 64;
-            let found_at = self.found_at(pages.is_valid(i).then(|| pages.value(i)), sources.value(i));
+            let found_at = self.found_at(known(pages, i), sources.value(i), known(hashes, i));
             let order = u128::from(rank) << 120 | draw << 56 | u128::from(found_at >> 8);
             let record = Record { key, order, place: u64::from(part) << 32 | u64::from(row) };
             seen.chunks.push(to, partition_of(key), |chunk| record.write(chunk))?;
@@ -180,12 +193,16 @@ impl Reader {
         hasher.finish128().as_u128()
     }
 
-    fn found_at(self, page: Option<&str>, source: &str) -> u64 {
+    fn found_at(self, page: Option<&str>, source: &str, expected_hash: Option<&str>) -> u64 {
         let mut hasher = SipHasher13::new_with_keys(self.seed, 1);
         hasher.write(source.as_bytes());
         if let Some(page) = page {
             hasher.write(&[0]);
             hasher.write(page.as_bytes());
+        }
+        if let Some(expected_hash) = expected_hash {
+            hasher.write(&[1]);
+            hasher.write(expected_hash.as_bytes());
         }
         hasher.finish()
     }

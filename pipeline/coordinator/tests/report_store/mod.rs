@@ -250,6 +250,7 @@ fn pair_columns(pairs: &[Pair], selected: bool) -> Vec<ArrayRef> {
         texts(pairs.iter().map(|_| "alt".to_owned())),
         texts(pairs.iter().map(|p| p.url.rsplit_once('/').map_or(String::new(), |u| u.0.to_owned()) + "/index.html")),
         texts(pairs.iter().map(|_| "crawl".to_owned())),
+        Arc::new(StringArray::new_null(pairs.len())),
         numbers(pairs.iter().map(|_| vec![0])),
     ];
     if selected {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::bad;
+use crate::image::HashKind;
 use crate::sources::{STORES, SearchConfig};
 use crate::{CrawlError, units};
 
@@ -129,6 +130,10 @@ pub struct ListConfig {
     /// The column of the text.
     #[serde(default = "caption_col")]
     pub caption_col: String,
+    /// The column of the expected hash of the image's bytes, and its kind: `["sha256", "sha256"]`. Other bytes are refused then; rows
+    /// without a value are not verified.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify_hash: Option<(String, HashKind)>,
 }
 
 fn url_col() -> String {

@@ -2,12 +2,14 @@
 
 use capfilt_schemas::FetchStatus;
 use md5::Md5;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256, Sha512};
 
 use super::Refused;
 
 /// A hash function, by img2dataset's names.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum HashKind {
     /// MD5.
     Md5,
@@ -32,6 +34,12 @@ impl HashKind {
             Self::Sha256 => "sha256",
             Self::Sha512 => "sha512",
         }
+    }
+
+    /// The kind and the hexadecimal digits of a text like `sha256:9f86d0…`.
+    pub(crate) fn parse_digest(text: &str) -> Option<(Self, &str)> {
+        let (kind, digest) = text.split_once(':')?;
+        Some((Self::parse(kind)?, digest))
     }
 
     /// The digest of a body, in hexadecimal.

@@ -27,6 +27,7 @@ use url::Url;
 
 use crate::config::{ListConfig, ListFormat};
 use crate::html::clean;
+use crate::image::HashKind;
 use crate::params::file_digest;
 use columns::{Batches, Types};
 
@@ -216,7 +217,7 @@ fn same_file(list: &ListConfig, wanted: Option<Digest>) -> Result<(), CrawlError
     if found == wanted { Ok(()) } else { Err(CrawlError::WrongFile { what: "list", wanted, found: found.to_string() }) }
 }
 
-/// The file of a list, and its columns of addresses and texts.
+/// The file of a list, and its columns of addresses, texts and perhaps hashes.
 fn opened(list: &ListConfig) -> Result<(ListFile, SchemaRef), CrawlError> {
     let format = list.format.or_else(|| ListFormat::of_name(&list.path)).ok_or_else(|| {
         CrawlError::format(&list.path, "its name tells no format; set `format` to parquet, csv, tsv, json or jsonl")
@@ -224,7 +225,9 @@ fn opened(list: &ListConfig) -> Result<(ListFile, SchemaRef), CrawlError> {
     if format == ListFormat::Txt {
         return Err(CrawlError::format(&list.path, "a file of addresses alone has no texts to match with queries"));
     }
-    let fields: Vec<Field> = [&list.url_col, &list.caption_col].map(|n| Field::new(n, DataType::Utf8, true)).into();
+    let hash = list.verify_hash.as_ref().map(|(column, _)| column);
+    let columns = [&list.url_col, &list.caption_col].into_iter().chain(hash);
+    let fields: Vec<Field> = columns.map(|name| Field::new(name, DataType::Utf8, true)).collect();
     Ok((ListFile { path: list.path.clone(), format }, Arc::new(Schema::new(fields))))
 }
 
@@ -241,7 +244,7 @@ fn send_texts(list: &ListConfig, max_text: usize, work: &Work, out: &Sender) -> 
     let (file, schema) = opened(list)?;
     let (mut read, mut used, mut listened) = (0, 0, true);
     let unreadable = file.read(&schema, &mut |batch| {
-        let found = usable(&batch, max_text);
+        let found = usable(&batch, list.verify_hash.as_ref().map(|(_, kind)| *kind), max_text);
         work.facts.add("rows_read", batch.num_rows() as u64);
         work.facts.add("rows_without_address_or_text", (batch.num_rows() - found.len()) as u64);
         read += batch.num_rows() as u64;
@@ -270,11 +273,15 @@ fn send_texts(list: &ListConfig, max_text: usize, work: &Work, out: &Sender) -> 
     ))
 }
 
-/// The rows with an address and a text; the columns are these two.
-fn usable(batch: &RecordBatch, max_text: usize) -> Vec<Found> {
+/// The rows with an address and a text; the columns are these two, and the hashes of a kind if there is one.
+fn usable(batch: &RecordBatch, hash: Option<HashKind>, max_text: usize) -> Vec<Found> {
     let value = |column: usize, row: usize| {
         let texts = batch.column(column).as_string::<i32>();
         if texts.is_valid(row) { texts.value(row) } else { "" }
+    };
+    let expected = |row: usize| {
+        let (kind, digest) = (hash?.name(), value(2, row).trim());
+        (!digest.is_empty()).then(|| format!("{kind}:{}", digest.to_ascii_lowercase()))
     };
     let found = (0..batch.num_rows()).map(|row| {
         let (url, text) = (value(0, row).trim(), clean(value(1, row), max_text));
@@ -283,6 +290,7 @@ fn usable(batch: &RecordBatch, max_text: usize) -> Vec<Found> {
             text,
             text_source: TextSource::List,
             page_url: None,
+            expected_hash: expected(row),
         })
     });
     found.flatten().collect()

@@ -51,6 +51,9 @@ pub(crate) struct Found {
     pub(crate) text: String,
     pub(crate) text_source: TextSource,
     pub(crate) page_url: Option<Arc<str>>,
+    /// As in the column of the same name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) expected_hash: Option<String>,
 }
 
 /// Texts on their way, some at a time.
@@ -84,7 +87,8 @@ fn take(page: Page, headers: Directives, url: &Url, opt_out: bool) -> Taken {
         let first = found.len();
         for (text_source, text) in image.texts {
             if found[first..].iter().all(|f| f.text != text) {
-                found.push(Found { url: image.url.clone(), text, text_source, page_url: Some(page_url.clone()) });
+                let (url, page_url) = (image.url.clone(), Some(page_url.clone()));
+                found.push(Found { url, text, text_source, page_url, expected_hash: None });
             }
         }
     }

@@ -260,7 +260,8 @@ impl Searcher {
             let text = clean(&plain(&text), self.max_text);
             let Some(url) = &url else { break };
             if !text.is_empty() && found[first..].iter().all(|f| f.text != text) {
-                found.push(Found { url: url.clone(), text, text_source, page_url: page_url.clone() });
+                let (url, page_url) = (url.clone(), page_url.clone());
+                found.push(Found { url, text, text_source, page_url, expected_hash: None });
             }
         }
         if found.len() == first {

@@ -196,7 +196,7 @@ async fn lists_are_matched_too() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("urls.csv");
     std::fs::write(&path, "url,caption\nhttp://a.test/1,A cat\nhttp://a.test/2,nothing\nnot an address,dog\n").unwrap();
-    let list = ListConfig { path, format: None, url_col: "url".to_owned(), caption_col: "caption".to_owned() };
+    let list = ListConfig { path, format: None, url_col: "url".to_owned(), caption_col: "caption".to_owned(), verify_hash: None };
     let config = DiscoverConfig { sources: vec![SourceConfig::List(list)], ..DiscoverConfig::default() };
     let server = Server::start(|_| status(404)).await;
     let (rows, facts) = discover(&server, &config, 1).await;

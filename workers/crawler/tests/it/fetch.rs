@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use arrow::array::{Array, AsArray};
+use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{UInt16Type, UInt32Type, UInt64Type};
 use capfilt_crawler::{CrawlerWorkerConfig, Fetch, FetchConfig, ImageConfig, ResizeMode, StoredFormat, Web, WebConfig};
 use capfilt_schemas::FetchStatus;
@@ -283,6 +283,24 @@ async fn a_host_that_limits_its_rate_gives_all_its_images() {
     let (rows, _) = run(&stage, &config.params("now").unwrap(), selected(&urls)).await.unwrap();
     assert_eq!(texts(&rows, "status"), vec!["ok"; 12]);
     assert!(server.asked().len() < 40, "it slows down instead of knocking: {}", server.asked().len());
+}
+
+#[tokio::test]
+async fn bytes_that_are_not_the_expected_ones_are_refused() {
+    let server = Server::start(hostile).await;
+    let digest = capfilt_schemas::Digest::of(&png(1)).to_string();
+    let other = digest.replace(|c: char| c.is_ascii_digit(), "0");
+    let expected = [Some(format!("sha256:{digest}")), Some(format!("sha256:{other}")), None];
+    let urls: Vec<String> = (0..3).map(|i| format!("http://a.test/{i}.png")).collect();
+    let rows = selected(&urls).remove(0);
+    let mut columns = rows.columns().to_vec();
+    columns[rows.schema().index_of("expected_hash").unwrap()] = std::sync::Arc::new(StringArray::from(expected.to_vec()));
+    let rows = RecordBatch::try_new(rows.schema(), columns).unwrap();
+    let stage = Fetch::new(Web::new(&worker(server.address)).unwrap());
+    let (rows, _) = run(&stage, &config().params("now").unwrap(), vec![rows]).await.unwrap();
+    assert_eq!(texts(&rows, "status"), ["ok", "hash_mismatch", "ok"]);
+    assert_eq!(texts(&rows, "expected_hash")[1], format!("sha256:{other}"));
+    assert!(rows.column_by_name("image").unwrap().is_null(1));
 }
 
 #[tokio::test]

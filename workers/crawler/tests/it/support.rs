@@ -82,6 +82,7 @@ pub(crate) fn selected(urls: &[String]) -> Vec<RecordBatch> {
             texts(vec!["alt".to_owned(); n]),
             Arc::new(StringArray::from(vec![None::<&str>; n])) as ArrayRef,
             texts(vec!["test".to_owned(); n]),
+            Arc::new(StringArray::new_null(n)) as ArrayRef,
             Arc::clone(&list),
             list,
         ];

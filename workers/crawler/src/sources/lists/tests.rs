@@ -25,7 +25,8 @@ async fn read_as(name: &str, bytes: &[u8], columns: (&str, &str)) -> Result<(Vec
     let path = folder.path().join(name);
     std::fs::write(&path, bytes).unwrap();
     let work = work(folder.path()).await;
-    let list = ListConfig { path, format: None, url_col: columns.0.to_owned(), caption_col: columns.1.to_owned() };
+    let list =
+        ListConfig { path, format: None, url_col: columns.0.to_owned(), caption_col: columns.1.to_owned(), verify_hash: None };
     let found: Vec<Vec<Found>> = read_list(list, None, 50, work.clone()).try_collect().await?;
     Ok((found.into_iter().flatten().map(|f| format!("{} {}", f.url, f.text)).collect(), work.facts.to_value()))
 }
@@ -69,6 +70,17 @@ async fn every_format_gives_its_rows_in_order() {
 }
 
 #[tokio::test]
+async fn hashes_come_along() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("l.csv");
+    std::fs::write(&path, "url,caption,h\nhttp://a.test/1,a car, 0AB1 \nhttp://a.test/2,a bus,\n").unwrap();
+    let list: ListConfig = serde_json::from_value(serde_json::json!({"path": path, "verify_hash": ["h", "md5"]})).unwrap();
+    let found: Vec<Vec<Found>> = read_list(list, None, 50, work(folder.path()).await).try_collect().await.unwrap();
+    let hashes: Vec<Option<String>> = found.into_iter().flatten().map(|f| f.expected_hash).collect();
+    assert_eq!(hashes, [Some("md5:0ab1".to_owned()), None]);
+}
+
+#[tokio::test]
 async fn a_file_that_is_no_list_fails_the_task_with_its_reason() {
     let say = async |name: &str, bytes: &[u8]| {
         let e = read_as(name, bytes, ("url", "caption")).await.unwrap_err();
@@ -85,7 +97,13 @@ async fn a_file_that_is_no_list_fails_the_task_with_its_reason() {
     assert!(say("l.dat", b"x").await.contains("its name tells no format"));
     assert!(say("l.txt", b"x").await.contains("has no texts"));
     assert!(say("l.csv.gz", &gzip(&b"url,caption\n".repeat(9000))[..50]).await.contains("breaks off"));
-    let gone = ListConfig { path: "/nowhere/l.csv".into(), format: None, url_col: "a".into(), caption_col: "b".into() };
+    let gone = ListConfig {
+        path: "/nowhere/l.csv".into(),
+        format: None,
+        url_col: "a".into(),
+        caption_col: "b".into(),
+        verify_hash: None,
+    };
     let folder = tempfile::tempdir().unwrap();
     let found: Result<Vec<_>, _> = read_list(gone, None, 50, work(folder.path()).await).try_collect().await;
     assert_eq!(found.unwrap_err().to_string(), "cannot read `/nowhere/l.csv`");
