@@ -5,35 +5,27 @@ use std::process::ExitCode;
 use capfilt_coordinator::plan::{Action, Plan, plan as make_plan};
 use capfilt_coordinator::reconcile::Observer;
 use capfilt_schemas::StageKind;
-use capfilt_store::Store;
 use serde_json::json;
 
 use crate::args::ViewArgs;
 use crate::config::RunConfig;
-
 use crate::output::{Failure, count, moment, say, say_json, table};
+use crate::run::Job;
 use crate::{models, store};
 
 pub(crate) async fn plan(args: ViewArgs) -> Result<ExitCode, Failure> {
     let config = RunConfig::load(&args.config.config, &args.config.set)?;
-    show_plan(&config, args.json).await
+    show_plan(config, args.json).await
 }
 
 /// Shows what is left to do, and changes nothing.
-pub(crate) async fn show_plan(config: &RunConfig, as_json: bool) -> Result<ExitCode, Failure> {
-    let inputs = config.inputs()?;
-    let store = match Store::open_existing(&config.run.store).await? {
-        Some(store) => store,
-        None => Store::open("memory:").await?,
-    };
-    let models = models::of_run(config, &store, false).await?;
-    models::same_as_begun(config, &store, models.as_ref()).await?;
-    let planned = config.plan(&inputs, models.as_ref())?;
-    let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
+pub(crate) async fn show_plan(config: RunConfig, as_json: bool) -> Result<ExitCode, Failure> {
+    let job = Job::look(config).await?;
+    let now = job.plan().await?;
     if as_json {
         let tasks: Vec<_> = now.tasks.iter().map(|t| json!({"id": t.id(), "task": t})).collect();
         say_json(&json!({
-            "run": config.run.name, "round": now.round, "complete": now.complete, "stuck": now.stuck,
+            "run": job.config.run.name, "round": now.round, "complete": now.complete, "stuck": now.stuck,
             "progress": now.progress, "tasks": tasks, "given_up": now.dead,
         }))?;
         return Ok(ExitCode::SUCCESS);

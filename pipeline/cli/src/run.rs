@@ -41,7 +41,7 @@ impl TaskSink for Sink {
 pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let config = RunConfig::load(&args.config.config, &args.config.set)?;
     if args.dry_run {
-        return show_plan(&config, args.json).await;
+        return show_plan(config, args.json).await;
     }
     let job = Job::prepare(config).await?;
     if args.retry_failed {
@@ -68,17 +68,21 @@ impl Job {
         // Before anything is written.
         let inputs = config.inputs()?;
         let alone = lock_work_dir(&config)?;
-        Self::open(config, inputs, Some(alone)).await
+        let store = Store::open(&config.run.store).await?;
+        Self::open(config, store, inputs, Some(alone)).await
     }
 
-    /// As [`prepare`](Self::prepare), to look only.
+    /// As [`prepare`](Self::prepare), to look only: nothing is written, not even a store.
     pub(crate) async fn look(config: RunConfig) -> Result<Self, Failure> {
         let inputs = config.inputs()?;
-        Self::open(config, inputs, None).await
+        let store = match Store::open_existing(&config.run.store).await? {
+            Some(store) => store,
+            None => Store::open("memory:").await?,
+        };
+        Self::open(config, store, inputs, None).await
     }
 
-    async fn open(config: RunConfig, inputs: Inputs, alone: Option<File>) -> Result<Self, Failure> {
-        let store = Store::open(&config.run.store).await?;
+    async fn open(config: RunConfig, store: Store, inputs: Inputs, alone: Option<File>) -> Result<Self, Failure> {
         let models = models::of_run(&config, &store, alone.is_some()).await?;
         models::same_as_begun(&config, &store, models.as_ref()).await?;
         let planned = config.plan(&inputs, models.as_ref())?;

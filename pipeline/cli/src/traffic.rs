@@ -54,7 +54,7 @@ fn per_second(totals: &Downloads, traffic: &Traffic) -> u64 {
     (totals.bytes as f64 / traffic.span().as_secs_f64().max(1e-3)) as u64
 }
 
-/// What [`line`] says and the table of hosts, as gauges. Only the hosts with most downloads have some, since each has lines of its own
+/// What [`line()`] says and the table of hosts, as gauges. Only the hosts with most downloads have some, since each has lines of its own
 /// wherever metrics are kept.
 #[expect(clippy::cast_precision_loss, reason = "gauges")]
 pub(crate) fn publish(traffic: &Traffic, hourly_price: Option<f64>) {

@@ -94,6 +94,7 @@ fn samples(rows: &[u64], image_bytes: usize) -> Vec<ArrayRef> {
         same(rows, TextSource::Alt.as_str()),
         none(rows),
         same(rows, "bench"),
+        none(rows),
         query(),
         query(),
         same(rows, FetchStatus::Ok.as_str()),

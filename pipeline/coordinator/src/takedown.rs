@@ -260,7 +260,7 @@ async fn rewritten(store: &Store, table: Table, from: Digest, rows: &[u32], take
         Ok(shard)
     };
     let shard = tokio::task::spawn_blocking(write).await;
-    let shard = shard.map_err(|e| CoordinatorError::Encode { what: "a shard".to_owned(), source: Box::new(e) })??;
+    let shard = shard.map_err(|e| CoordinatorError::Task(format!("writing a shard failed: {e}")))??;
     let to = shard.finish(store).await?;
     let redaction = Redaction { table, from, to, rows: rows.to_vec(), takedowns, made_at_ms: now_ms() };
     Ok((redaction.to.digest != from).then_some(redaction))

@@ -101,8 +101,9 @@ pub(crate) async fn triplet(store: &Store, rows: &[Sample]) -> Triplet {
         texts(rows.iter().map(|r| r.url.as_str())),
         texts(rows.iter().map(|r| r.text.as_str())),
         texts(rows.iter().map(|_| "alt")),
-        Arc::new(StringArray::from_iter(rows.iter().map(|_| None::<&str>))),
+        Arc::new(StringArray::new_null(rows.len())),
         texts(rows.iter().map(|_| "test")),
+        Arc::new(StringArray::new_null(rows.len())),
         numbers(rows.iter().map(|_| vec![0])),
         numbers(rows.iter().map(|_| vec![0])),
     ];

@@ -25,6 +25,19 @@ pub async fn on_rayon<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'stat
     }
 }
 
+/// Runs `work`, which may wait for disks or for others, on a thread for such work.
+///
+/// # Errors
+/// [`StageError::Panicked`] if `work` panics; [`StageError::Cancelled`] if the runtime ends.
+pub async fn on_blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> Result<R, StageError> {
+    let span = tracing::Span::current();
+    let done = tokio::task::spawn_blocking(move || span.in_scope(work)).await;
+    done.map_err(|e| match e.try_into_panic() {
+        Ok(panic) => StageError::Panicked(panic_text(&*panic)),
+        Err(_) => StageError::Cancelled,
+    })
+}
+
 type Job<M> = Box<dyn FnOnce(&mut M) + Send>;
 
 /// One OS thread that owns a model (or any state) of one device and does one thing after the other.

@@ -10,7 +10,7 @@ use capfilt_store::Store;
 use futures::{StreamExt, stream};
 use tokio::sync::mpsc;
 
-use crate::{RowStream, StageError};
+use crate::{RowStream, StageError, on_blocking};
 
 /// The rows of the task's inputs, as [`Stage`](crate::Stage) describes them. Decoding is done on a blocking thread, one batch ahead.
 pub(crate) fn read_inputs(store: Store, task: &Task, batch_rows: usize) -> RowStream {
@@ -61,7 +61,7 @@ async fn send_rows(store: &Store, tables: &[(Table, Vec<Digest>)], batch_rows: u
                 }
             }
         };
-        tokio::task::spawn_blocking(read).await.map_err(|_| StageError::Cancelled)??;
+        on_blocking(read).await??;
     }
     Ok(())
 }

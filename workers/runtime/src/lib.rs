@@ -14,7 +14,7 @@ mod stage;
 mod telemetry;
 mod worker;
 
-pub use compute::{ModelThread, on_rayon};
+pub use compute::{ModelThread, on_blocking, on_rayon};
 pub use context::{Facts, Work};
 pub use error::StageError;
 pub use memory::MemoryQueue;

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::compute::panic_text;
+use crate::compute::{on_blocking, panic_text};
 use crate::lease::Lease;
 use crate::{Delivery, Facts, QueueError, Stage, StageError, Telemetry, Work, WorkQueue, input};
 
@@ -216,7 +216,7 @@ impl Worker {
             let here = count_by_status(&batch);
             // Encoding is CPU work: it runs on a blocking thread and takes the writer along.
             let encode = move || shard.write(&batch).map(|()| shard);
-            shard = tokio::task::spawn_blocking(encode).await.map_err(|e| StageError::Panicked(e.to_string()))??;
+            shard = on_blocking(encode).await??;
             self.telemetry.rows(stage, &here);
             for (status, n) in here {
                 *counts.entry(status).or_default() += n;

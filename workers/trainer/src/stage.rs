@@ -7,7 +7,7 @@ use std::sync::Arc;
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray};
 use arrow::datatypes::UInt32Type;
 use capfilt_models::checkpoint::Checkpoint;
-use capfilt_runtime::{RowStream, Stage, StageError, Work, rows};
+use capfilt_runtime::{RowStream, Stage, StageError, Work, on_blocking, rows};
 use capfilt_schemas::{Digest, FetchStatus, Origin, StageKind, Table, column};
 use capfilt_store::{Store, model_rows};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -64,8 +64,7 @@ impl Stage for TrainStage {
                     if progress.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
                 })
             };
-            let files =
-                tokio::task::spawn_blocking(run).await.map_err(|e| StageError::Panicked(e.to_string()))?.map_err(caused)?;
+            let files = on_blocking(run).await?.map_err(caused)?;
             let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
             Ok::<_, StageError>(stream::iter(parts.into_iter().map(Ok)))
         };
@@ -86,8 +85,7 @@ impl Stage for EvaluateStage {
             let side = checkpoint.preprocessor().map_err(fail)?.side();
             let pairs = heldout_pairs(input, side).await?;
             let judge = move || evaluate(&checkpoint, &pairs, &config);
-            let metrics =
-                tokio::task::spawn_blocking(judge).await.map_err(|e| StageError::Panicked(e.to_string()))?.map_err(caused)?;
+            let metrics = on_blocking(judge).await?.map_err(caused)?;
             // A checkpoint may hold both roles; only the one that is asked about counts.
             let of_role = |name: &str| name.split('/').next() == Some(params.role.as_str());
             let (names, values): (Vec<_>, Vec<_>) = metrics.into_iter().filter(|(name, _)| of_role(name)).unzip();

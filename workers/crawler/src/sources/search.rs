@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use capfilt_runtime::{StageError, Work, on_rayon};
+use capfilt_runtime::{StageError, Work, on_blocking, on_rayon};
 use futures::{StreamExt, stream};
 use lol_html::html_content::TextType;
 use lol_html::{HtmlRewriter, MemorySettings, Settings, doc_text, element};
@@ -16,7 +16,7 @@ use url::Url;
 
 use super::{Found, FoundStream, Sender};
 use crate::config::WebConfig;
-use crate::html::{MAX_URL, clean};
+use crate::html::{clean, resolve};
 use crate::params::Part;
 use crate::web::Web;
 use crate::{CrawlError, QueryList};
@@ -188,14 +188,14 @@ impl Searcher {
     /// no more than these, and comes to its end even if some fail each time.
     async fn once(&self, query: String, kept: PathBuf) -> Result<Search, StageError> {
         let (path, read) = (kept.clone(), move || Search::read(&kept));
-        if let Some(search) = blocking(read).await? {
+        if let Some(search) = on_blocking(read).await? {
             return Ok(search);
         }
         let search = self.search(query).await?;
         if search.failure.is_some() {
             return Ok(search);
         }
-        Ok(blocking(move || search.keep(&path).map(|()| search)).await??)
+        Ok(on_blocking(move || search.keep(&path).map(|()| search)).await??)
     }
 
     /// Asks for one query, page by page, until there is no further one, enough was found, or something is wrong.
@@ -246,21 +246,19 @@ impl Searcher {
 
     /// Adds the texts of an image; of equal ones the preferred source counts.
     fn take(&self, image: Image, api: &Url, search: &mut Search) {
-        let absolute = |url: &str| {
-            let mut url = api.join(url.trim()).ok()?;
-            url.set_fragment(None);
-            let usable = matches!(url.scheme(), "http" | "https") && url.has_host() && url.as_str().len() <= MAX_URL;
-            usable.then(|| url.to_string())
-        };
-        let url = absolute(&image.url);
-        let page_url: Option<Arc<str>> = image.page.as_deref().and_then(absolute).map(Into::into);
+        // The key may be in the query, which an address that is empty or only a fragment would take along.
+        let mut base = api.clone();
+        base.set_query(None);
+        let url = resolve(&base, &image.url);
+        let page_url: Option<Arc<str>> =
+            image.page.as_deref().and_then(|page| resolve(&base, page)).map(|page| page.as_str().into());
         let found = &mut search.found;
         let first = found.len();
         for (text_source, text) in image.texts {
             let text = clean(&plain(&text), self.max_text);
             let Some(url) = &url else { break };
             if !text.is_empty() && found[first..].iter().all(|f| f.text != text) {
-                let (url, page_url) = (url.clone(), page_url.clone());
+                let (url, page_url) = (url.to_string(), page_url.clone());
                 found.push(Found { url, text, text_source, page_url, expected_hash: None });
             }
         }
@@ -268,10 +266,6 @@ impl Searcher {
             search.count("search_results_unusable", 1);
         }
     }
-}
-
-async fn blocking<T: Send + 'static>(read_or_write: impl FnOnce() -> T + Send + 'static) -> Result<T, StageError> {
-    tokio::task::spawn_blocking(read_or_write).await.map_err(|e| StageError::Panicked(e.to_string()))
 }
 
 /// A text without HTML, if there is any in it.

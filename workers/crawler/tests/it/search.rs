@@ -259,12 +259,16 @@ async fn a_key_comes_from_the_environment_and_goes_to_its_host_only() {
     // Cargo sets this one for every test.
     const SET: &str = "CARGO_PKG_NAME";
     let secret = std::env::var(SET).unwrap();
-    let bearer = format!("authorization: bearer {secret}");
+    let (bearer, key) = (format!("authorization: bearer {secret}"), secret.clone());
     let server = Server::start(move |r| {
-        let told = r.head.to_ascii_lowercase().contains(&bearer) || parameter(r, "key") == secret;
+        let told = r.head.to_ascii_lowercase().contains(&bearer) || parameter(r, "key") == key;
         match (r.host.as_str(), parameter(r, "q").as_str(), told) {
             ("api.openverse.org", "dog", true) => redirect("http://thief.test/?q=dog"),
-            ("api.openverse.org", _, true) => answer(&json!({"page_count": 1, "results": [image(1, "cat")]})),
+            ("api.openverse.org", _, true) => {
+                let mut at_the_api = image(1, "cat");
+                (at_the_api["url"], at_the_api["foreign_landing_url"]) = ("#".into(), "".into());
+                answer(&json!({"page_count": 1, "results": [at_the_api]}))
+            }
             ("thief.test", _, false) => answer(&json!({"page_count": 1, "results": [image(2, "dog")]})),
             ("thief.test", _, true) => status(500),
             _ => status(401),
@@ -279,7 +283,8 @@ async fn a_key_comes_from_the_environment_and_goes_to_its_host_only() {
         (key.env, key.header, key.parameter) = (SET.to_owned(), None, Some("key".to_owned()));
     });
     let (rows, facts) = discover(&server, &parameter, 0).await.unwrap();
-    assert!(rows.num_rows() > 0);
+    assert_eq!(rows.num_rows(), 6, "{:?}", lines(&rows));
+    assert!(!lines(&rows).concat().contains(&secret), "{:?}", lines(&rows));
     let told = format!("{facts} {:?}", serde_json::to_string(&parameter.params(&queries(), "now").unwrap()));
     assert!(!told.contains("capfilt-crawler\"") && told.contains(SET), "{told}");
     let missing = with_key(&|key| (key.env, key.required) = ("NO_SUCH_KEY_HERE".to_owned(), true));

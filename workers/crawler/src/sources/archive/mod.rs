@@ -24,7 +24,7 @@ use std::path::Path;
 use std::pin::pin;
 
 use bytes::{Buf, Bytes};
-use capfilt_runtime::{StageError, Work, on_rayon};
+use capfilt_runtime::{StageError, Work, on_blocking, on_rayon};
 use capfilt_schemas::Digest;
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 use object_store::ObjectStoreExt;
@@ -66,8 +66,7 @@ pub(crate) fn read_archive(
             Ok((file, size)) => {
                 let out = sender.clone();
                 let name = path.clone();
-                let reading = tokio::task::spawn_blocking(move || unpack(&name, file, size, &out, &work));
-                reading.await.unwrap_or(Err(StageError::Cancelled))
+                on_blocking(move || unpack(&name, file, size, &out, &work)).await.flatten()
             }
             Err(e) => Err(e),
         };
@@ -159,7 +158,7 @@ async fn open(
         let size = file.metadata().map_err(|e| CrawlError::read(path, e))?.len();
         Ok((Box::new(file), size))
     };
-    tokio::task::spawn_blocking(local).await.map_err(|_| StageError::Cancelled)?
+    on_blocking(local).await?
 }
 
 /// What arrives as a reader, for a thread that may wait.
