@@ -1,9 +1,11 @@
 //! What the downloads of a run led to, for people and for Prometheus: success by class, bytes, hosts, cost.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use capfilt_crawler::{Downloads, Traffic};
 use metrics_exporter_prometheus::PrometheusBuilder;
+use metrics_util::MetricKindMask;
 use serde_json::{Value, json};
 
 use crate::output::{Failure, bytes, count, table};
@@ -14,12 +16,16 @@ const CLASSES: usize = 4;
 /// Hosts in a table, and hosts that have metrics of their own.
 const HOSTS: usize = 20;
 
+/// How long a gauge that is told no more is shown.
+const IDLE: Duration = Duration::from_secs(600);
+
 /// Serves the process's metrics at `address`, under `/metrics`.
 ///
 /// # Errors
 /// [`Failure::Usage`] if the address cannot be listened on.
 pub(crate) fn serve_metrics(address: SocketAddr) -> Result<(), Failure> {
-    let builder = PrometheusBuilder::new().with_http_listener(address);
+    // What is told no more, as of a host that is among those with most downloads no longer, goes.
+    let builder = PrometheusBuilder::new().with_http_listener(address).idle_timeout(MetricKindMask::GAUGE, Some(IDLE));
     builder.install().map_err(|e| Failure::Usage(format!("cannot serve metrics at {address}: {e}")))
 }
 

@@ -51,7 +51,8 @@ impl Directives {
             let mut rule = part;
             if let Some((bot, rest)) = part.split_once(':') {
                 let bot = bot.trim();
-                if !WITH_VALUE.iter().any(|v| bot.eq_ignore_ascii_case(v)) {
+                // Behind a comma of its own a date of `unavailable_after` has colons too, but no bot's name has blanks.
+                if !WITH_VALUE.iter().any(|v| bot.eq_ignore_ascii_case(v)) && !bot.contains(char::is_whitespace) {
                     for_us = bot == "*" || bot.eq_ignore_ascii_case("robots") || bot.eq_ignore_ascii_case(token);
                     rule = rest;
                 }
@@ -135,6 +136,8 @@ mod tests {
         assert_eq!(refusal("noai, noimageai"), Some("noai"));
         assert_eq!(refusal(" NoImageAI "), Some("noimageai"));
         assert_eq!(refusal("max-snippet: 5, noindex"), Some("noindex"));
+        assert_eq!(refusal("unavailable_after: Wed, 03 Dec 2030 13:09:53 GMT, noai"), Some("noai"));
+        assert_eq!(refusal("unavailable_after: Wednesday, 03-Dec-30 13:09:53 GMT, noai"), Some("noai"));
         assert_eq!(refusal("none"), Some("noindex"));
         assert_eq!(refusal("*: noimageindex"), Some("noimageindex"));
         for harmless in ["", "all", "nofollow", "noaix", "unavailable_after: 25 Jun 2010 15:00:00 PST", "max-image-preview:none"]

@@ -179,7 +179,9 @@ impl Reader {
             };
             let draw = self.draws.place_of_all(id) >> 64;
             let found_at = self.found_at(known(pages, i), sources.value(i), known(hashes, i));
-            let order = u128::from(rank) << 120 | draw << 56 | u128::from(found_at >> 8);
+            // Of the same pair the one with a hash counts: what it leads to can be verified.
+            let unverified = u128::from(hashes.is_null(i));
+            let order = u128::from(rank) << 120 | draw << 56 | unverified << 55 | u128::from(found_at >> 9);
             let record = Record { key, order, place: u64::from(part) << 32 | u64::from(row) };
             seen.chunks.push(to, partition_of(key), |chunk| record.write(chunk))?;
         }

@@ -38,8 +38,8 @@ pub(super) struct Old {
 enum Images {
     /// In files of their own, which stay where they are.
     Files,
-    /// Place and size of the members.
-    Tar(PathBuf, HashMap<String, (u64, u64)>),
+    /// The file, which stays readable when another takes its place, and place and size of its members.
+    Tar(PathBuf, File, HashMap<String, (u64, u64)>),
     Parquet(PathBuf),
 }
 
@@ -81,8 +81,9 @@ pub(super) fn read(id: u64, folder: &Folder, config: &DownloadConfig) -> Result<
         OutputFormat::Parquet => Images::Parquet(path.clone()),
         _ => {
             let tar = folder.path(&format!("{name}.tar"));
-            let members = members(&tar)?;
-            Images::Tar(tar, members)
+            let file = File::open(&tar).map_err(|e| CrawlError::read(&tar, e))?;
+            let members = members(&tar, &file)?;
+            Images::Tar(tar, file, members)
         }
     };
     let listed = rows.schema().index_of(KEY).map_err(|e| fail(&e))?;
@@ -92,9 +93,9 @@ pub(super) fn read(id: u64, folder: &Folder, config: &DownloadConfig) -> Result<
 }
 
 /// The members of a tar file.
-fn members(path: &Path) -> Result<HashMap<String, (u64, u64)>, CrawlError> {
+fn members(path: &Path, file: &File) -> Result<HashMap<String, (u64, u64)>, CrawlError> {
     let read = || -> std::io::Result<_> {
-        let mut archive = tar::Archive::new(std::io::BufReader::new(File::open(path)?));
+        let mut archive = tar::Archive::new(std::io::BufReader::new(file));
         let mut members = HashMap::new();
         for entry in archive.entries()? {
             let entry = entry?;
@@ -123,7 +124,7 @@ impl Old {
     pub(super) fn open<'a>(&'a self, config: &'a DownloadConfig) -> Result<Kept<'a>, CrawlError> {
         let source = match &self.images {
             Images::Files => Source::Files,
-            Images::Tar(path, members) => Source::Tar(path, File::open(path).map_err(|e| CrawlError::read(path, e))?, members),
+            Images::Tar(path, file, members) => Source::Tar(path, file, members),
             Images::Parquet(path) => {
                 let fail = |e: &dyn std::fmt::Display| CrawlError::format(path, e.to_string());
                 let file = File::open(path).map_err(|e| CrawlError::read(path, e))?;
@@ -148,7 +149,7 @@ pub(super) struct Kept<'a> {
 
 enum Source<'a> {
     Files,
-    Tar(&'a Path, File, &'a HashMap<String, (u64, u64)>),
+    Tar(&'a Path, &'a File, &'a HashMap<String, (u64, u64)>),
     /// The images from a row on.
     Parquet(&'a Path, Box<ParquetRecordBatchReader>, Option<(usize, Arc<dyn Array>)>),
 }

@@ -154,7 +154,12 @@ impl DownloadConfig {
         let image = image.as_object().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone()));
         let others = json!({
             "output_format": self.output_format,
-            "columns": self.columns(),
+            "url_col": self.url_col,
+            "caption_col": self.caption_col,
+            "verify_hash": self.verify_hash,
+            "save_additional_columns": self.save_additional_columns,
+            "number_sample_per_shard": self.number_sample_per_shard,
+            "oom_shard_count": self.oom_shard_count,
             "compute_hash": self.compute_hash.map(HashKind::name),
             "extract_exif": self.extract_exif,
         });

@@ -65,7 +65,8 @@ impl Input {
         let mut input = Self { parts: Vec::new(), per_shard: config.number_sample_per_shard, unreadable: 0 };
         let mut next = 0;
         for path in files(config)? {
-            let file = ListFile { path, format: config.input_format };
+            let hash_col = config.verify_hash.as_ref().map(|(column, _)| column.clone());
+            let file = ListFile { path, format: config.input_format, hash_col };
             let survey = file.survey(&wanted)?;
             input.unreadable += survey.unreadable;
             let part = Part { file, schema: survey.schema, rows: survey.rows, first: next };

@@ -67,7 +67,7 @@ pub(super) fn write(
     let start_time = now();
     let mut writer = ShardWriter::create(shard, config, folder)?;
     let mut kept = shard.old.as_ref().map(|old| old.open(config)).transpose()?;
-    let mut waiting = Waiting { results, images: HashMap::new(), in_memory: 0, spool: None };
+    let mut waiting = Waiting { results, images: HashMap::new(), in_memory: 0, spool: None, folder };
     for row in 0..shard.rows.num_rows() {
         let key = config.key(shard.id, row);
         let fetched = match (&shard.old, &mut kept) {
@@ -111,17 +111,19 @@ fn samples_file(format: OutputFormat, shard: &str) -> Option<String> {
 }
 
 /// Rows that came before their turn. Few images wait in memory, the others in a file without a name.
-struct Waiting {
+struct Waiting<'a> {
     results: mpsc::Receiver<Done>,
     images: HashMap<usize, (Fetched, Option<(u64, usize)>)>,
     in_memory: usize,
     spool: Option<(File, u64)>,
+    folder: &'a Folder,
 }
 
-impl Waiting {
+impl Waiting<'_> {
     /// Row `row`; `None` if it will not come.
     fn row(&mut self, row: usize) -> Result<Option<Fetched>, CrawlError> {
-        let spool = |e| CrawlError::write(&std::env::temp_dir(), e);
+        let folder = self.folder.growing("");
+        let spool = |e| CrawlError::write(&folder, e);
         loop {
             if let Some((mut fetched, place)) = self.images.remove(&row) {
                 if let Ok(picture) = &mut fetched.result {
@@ -154,7 +156,7 @@ impl Waiting {
     fn put_aside(&mut self, bytes: &[u8]) -> std::io::Result<(u64, usize)> {
         let (file, end) = match &mut self.spool {
             Some(spool) => spool,
-            none => none.insert((tempfile::tempfile()?, 0)),
+            none => none.insert((tempfile::tempfile_in(self.folder.growing(""))?, 0)),
         };
         let at = *end;
         file.seek(SeekFrom::Start(at))?;

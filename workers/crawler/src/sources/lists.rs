@@ -11,20 +11,20 @@ use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{Array, AsArray, RecordBatch, RecordBatchOptions};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, StringArray};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::error::ArrowError;
 use capfilt_runtime::{StageError, Work};
 use capfilt_schemas::{Digest, TextSource};
 use flate2::read::MultiGzDecoder;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use tokio::sync::mpsc;
+use url::Url;
 
 use super::{Found, FoundStream, Sender};
 use crate::CrawlError;
-use url::Url;
-
 use crate::config::{ListConfig, ListFormat};
 use crate::html::clean;
 use crate::image::HashKind;
@@ -41,6 +41,8 @@ const GZIP: [u8; 2] = [0x1f, 0x8b];
 pub(crate) struct ListFile {
     pub(crate) path: PathBuf,
     pub(crate) format: ListFormat,
+    /// The column of hashes: where Parquet has bytes in it, they are wanted in hexadecimal.
+    pub(crate) hash_col: Option<String>,
 }
 
 /// A column that is wanted of a list.
@@ -177,7 +179,9 @@ impl ListFile {
             let batch = batch.map_err(|e| self.unparquet(&e))?;
             let columns = schema.fields().iter().map(|f| {
                 let values = batch.column_by_name(f.name()).ok_or_else(|| self.unparquet(&"a column is gone"))?;
-                cast(values, f.data_type()).map_err(|e| self.unparquet(&e))
+                let is_hash = self.hash_col.as_ref() == Some(f.name());
+                let values = if is_hash { in_hex(values) } else { Ok(Arc::clone(values)) };
+                values.and_then(|values| cast(&values, f.data_type())).map_err(|e| self.unparquet(&e))
             });
             let columns = columns.collect::<Result<Vec<_>, _>>()?;
             let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
@@ -188,6 +192,21 @@ impl ListFile {
         }
         Ok(0)
     }
+}
+
+/// Hashes in hexadecimal, where they are bytes.
+fn in_hex(hashes: &ArrayRef) -> Result<ArrayRef, ArrowError> {
+    use DataType::{Binary, BinaryView, FixedSizeBinary, LargeBinary};
+    if !matches!(hashes.data_type(), Binary | LargeBinary | BinaryView | FixedSizeBinary(_)) {
+        return Ok(Arc::clone(hashes));
+    }
+    let bytes = cast(hashes, &Binary)?;
+    // The bytes may be hexadecimal digits already.
+    let of = |hash: &[u8]| match std::str::from_utf8(hash) {
+        Ok(text) if text.trim().bytes().all(|b| b.is_ascii_hexdigit()) => text.to_owned(),
+        _ => hex::encode(hash),
+    };
+    Ok(Arc::new(StringArray::from_iter(bytes.as_binary::<i32>().iter().map(|hash| hash.map(of)))))
 }
 
 /// Whether a file begins with these two bytes; it is at its beginning again afterwards.
@@ -228,7 +247,7 @@ fn opened(list: &ListConfig) -> Result<(ListFile, SchemaRef), CrawlError> {
     let hash = list.verify_hash.as_ref().map(|(column, _)| column);
     let columns = [&list.url_col, &list.caption_col].into_iter().chain(hash);
     let fields: Vec<Field> = columns.map(|name| Field::new(name, DataType::Utf8, true)).collect();
-    Ok((ListFile { path: list.path.clone(), format }, Arc::new(Schema::new(fields))))
+    Ok((ListFile { path: list.path.clone(), format, hash_col: hash.cloned() }, Arc::new(Schema::new(fields))))
 }
 
 /// Reads the beginning of a list.

@@ -185,17 +185,20 @@ impl Searcher {
     }
 
     /// One query's search, unless an earlier attempt at the task has its whole answer: a task that fails for some queries costs the API
-    /// no more than these, and comes to its end even if some fail each time.
+    /// no more than these. A query that failed in an earlier attempt already does not make the task fail again, for the others' sake.
     async fn once(&self, query: String, kept: PathBuf) -> Result<Search, StageError> {
-        let (path, read) = (kept.clone(), move || Search::read(&kept));
-        if let Some(search) = on_blocking(read).await? {
-            return Ok(search);
-        }
+        let path = kept.clone();
+        let earlier = on_blocking(move || Search::read(&path)).await?;
+        let failed_before = match earlier {
+            Some(search) if search.failure.is_none() => return Ok(search),
+            earlier => earlier.is_some(),
+        };
         let search = self.search(query).await?;
-        if search.failure.is_some() {
-            return Ok(search);
-        }
-        Ok(on_blocking(move || search.keep(&path).map(|()| search)).await??)
+        let search = on_blocking(move || search.keep(&kept).map(|()| search)).await??;
+        Ok(match search.failure {
+            Some((why, may_pass)) => Search { failure: Some((why, may_pass && !failed_before)), ..search },
+            None => search,
+        })
     }
 
     /// Asks for one query, page by page, until there is no further one, enough was found, or something is wrong.

@@ -79,7 +79,11 @@ impl Download {
                 Err(failure) => failure,
             };
             self.open = None;
-            let wait = failure.retry_after.unwrap_or_else(|| backoff(&self.url, self.failures, self.config.backoff));
+            let backoff = backoff(&self.url, self.failures, self.config.backoff);
+            let wait = match failure.retry_after {
+                Some(wait) if failure.status == FetchStatus::Dns => wait.max(backoff),
+                told => told.unwrap_or(backoff),
+            };
             if !failure.may_pass
                 || self.failures >= self.config.retries
                 || wait > self.config.max_retry_after.max(super::MAX_BACKOFF)

@@ -98,6 +98,11 @@ impl Clock {
         let _ = self.begun.set(Instant::now());
     }
 
+    /// Whether the first request has been on its way.
+    pub(super) fn runs(&self) -> bool {
+        self.begun.initialized()
+    }
+
     /// Waits until time is up.
     pub(super) async fn passed(&self) {
         let begun = *self.begun.wait().await;
@@ -118,7 +123,11 @@ impl Hosts {
     /// everything, or is dead. Then the failure is the one that showed it, so that a row says the same whether it came before or after.
     pub(super) async fn enter(&self, host: &str, delay: Duration, clock: &Clock) -> Result<Slot, Failure> {
         let host = self.host(host);
-        let (came, spent) = (Instant::now(), host.pace().well_spent);
+        // The spacing after the last turn is well spent, and was counted when it was granted.
+        let (came, spent) = {
+            let pace = host.pace();
+            (Instant::now().max(pace.next), pace.well_spent)
+        };
         let until = |pace: &Pace| match clock.begun.get() {
             Some(begun) => *begun + clock.limit,
             None => came + clock.limit + (pace.well_spent - spent),
@@ -166,7 +175,11 @@ impl Hosts {
         }
         if known.hosts.len() >= known.limit {
             let now = Instant::now();
-            known.hosts.retain(|_, host| Arc::strong_count(host) > 1 || host.pace().next + IDLE > now);
+            known.hosts.retain(|_, host| {
+                let pace = host.pace();
+                let is_shut = pace.shut.as_ref().is_some_and(|shut| shut.until > now);
+                Arc::strong_count(host) > 1 || is_shut || pace.next + IDLE > now
+            });
             known.limit = KEPT_HOSTS.max(known.hosts.len() * 2);
         }
         let pace = Pace {
@@ -216,7 +229,11 @@ impl Slot {
             (pause > longest).then(|| (pause.min(LONGEST_PAUSE), false))
         };
         if let Some((shut_for, given_up)) = shut_for {
-            pace.shut = Some(Shut { until: now + shut_for, failure: Failure { may_pass: false, ..failure.clone() }, given_up });
+            let until = now + shut_for;
+            match &mut pace.shut {
+                Some(shut) if shut.until >= until => shut.given_up |= given_up,
+                shut => *shut = Some(Shut { until, failure: Failure { may_pass: false, ..failure.clone() }, given_up }),
+            }
         }
         pace.next = pace.next.max(now + pause.min(longest));
         pace.good_in_a_row = 0;
@@ -276,7 +293,7 @@ mod tests {
         Failure::new(FetchStatus::RateLimited, "http 429")
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn requests_to_one_host_are_spaced_and_few_at_once() {
         let hosts = Hosts::new(2, 100.0);
         let (now, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
@@ -293,7 +310,7 @@ mod tests {
         assert!(start.elapsed() >= Duration::from_millis(160), "{:?}", start.elapsed());
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn hosts_do_not_wait_for_each_other_and_a_crawl_delay_counts() {
         let hosts = Hosts::new(4, 1000.0);
         let start = Instant::now();
@@ -309,6 +326,22 @@ mod tests {
     /// A request that is granted at once, whatever the pace.
     fn slot(hosts: &Hosts, host: &str) -> Slot {
         Slot { host: hosts.host(host), _permit: None, granted: Instant::now(), spacing: Duration::ZERO }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_is_left_alone_is_not_forgotten() {
+        let hosts = Hosts::new(4, 1000.0);
+        let asked = Duration::from_secs(3600);
+        slot(&hosts, "shut").too_fast(&limited(), asked, Duration::from_secs(1));
+        // A shorter wish afterwards does not open it.
+        slot(&hosts, "shut").too_fast(&limited(), Duration::from_secs(5), Duration::from_secs(1));
+        drop(hosts.host("idle"));
+        tokio::time::advance(IDLE * 2).await;
+        hosts.hosts.lock().unwrap().limit = 2;
+        hosts.host("new");
+        let known = hosts.hosts.lock().unwrap().hosts.keys().cloned().collect::<Vec<_>>();
+        assert!(known.contains(&"shut".to_owned()) && !known.contains(&"idle".to_owned()), "{known:?}");
+        assert_eq!(hosts.enter("shut", Duration::ZERO, &clock()).await.err().unwrap().status, FetchStatus::RateLimited);
     }
 
     #[tokio::test(start_paused = true)]

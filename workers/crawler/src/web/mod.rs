@@ -316,7 +316,7 @@ impl Web {
     }
 
     /// Room for the row and a turn at the host first, a connection then: who waits for a slow host holds up nobody else, and who waits
-    /// for room holds nothing.
+    /// for room holds nothing. A row whose time runs already does not wait for room.
     async fn turn(
         &self,
         url: &Url,
@@ -325,6 +325,7 @@ impl Web {
         clock: &Clock,
     ) -> Result<(Slot, OwnedSemaphorePermit), Failure> {
         let host = format!("{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default());
+        let place = place.filter(|_| !clock.runs());
         let slot = loop {
             if let Some(place) = place {
                 place.begin().await;

@@ -16,15 +16,18 @@ const MAX_SITEMAPS: usize = 50;
 /// The rules for one crawler on one site.
 #[derive(Clone, Default, Debug)]
 pub(crate) struct Rules {
-    /// Longest pattern first, `Allow` before `Disallow` of the same length: the first that matches decides.
-    rules: Vec<Rule>,
+    /// All patterns, one after the other.
+    patterns: Box<[u8]>,
+    /// Where the pattern of each rule ends, and whether it allows. Longest pattern first, `Allow` before `Disallow` of the same length:
+    /// the first that matches decides.
+    rules: Box<[(u32, bool)]>,
     /// Least time between two requests.
     pub(crate) delay: Duration,
     /// Addresses of sitemaps, as written.
     pub(crate) sitemaps: Vec<String>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(PartialEq)]
 struct Rule {
     pattern: Vec<u8>,
     allow: bool,
@@ -81,8 +84,20 @@ impl Rules {
             }
         }
         let Group { mut rules, delay, .. } = if ours.named { ours } else { everybody };
-        rules.sort_by_key(|r| (std::cmp::Reverse(r.pattern.len()), !r.allow));
-        Self { rules, delay, sitemaps }
+        rules.sort_by(|a, b| (b.pattern.len(), b.allow, &b.pattern).cmp(&(a.pattern.len(), a.allow, &a.pattern)));
+        rules.dedup();
+        let patterns: Vec<u8> = rules.iter().flat_map(|r| &r.pattern).copied().collect();
+        let ends = rules.iter().scan(0, |end, r| {
+            *end += r.pattern.len() as u32;
+            Some((*end, r.allow))
+        });
+        Self { rules: ends.collect(), patterns: patterns.into(), delay, sitemaps }
+    }
+
+    /// Bytes of memory.
+    pub(super) fn bytes(&self) -> usize {
+        let sitemaps = self.sitemaps.iter().map(|s| s.capacity() + size_of::<String>()).sum::<usize>();
+        size_of::<Self>() + self.patterns.len() + size_of_val(&*self.rules) + sitemaps
     }
 
     /// Whether an address of the site may be asked for.
@@ -94,9 +109,15 @@ impl Rules {
         let target = normal(target.as_bytes(), true);
         let path = target.split(|b| *b == b'?').next().unwrap_or(&target);
         // By the standard `/*.gif$` does not speak of `/x.gif?v=2`, but whoever writes it means the file: to forbid, the path is enough.
-        let speaks_of =
-            |r: &Rule| matches(&r.pattern, &target) || (!r.allow && r.pattern.ends_with(b"$") && matches(&r.pattern, path));
-        self.rules.iter().find(|r| speaks_of(r)).is_none_or(|r| r.allow)
+        let mut start = 0;
+        for (end, allow) in &self.rules {
+            let pattern = &self.patterns[start..*end as usize];
+            start = *end as usize;
+            if matches(pattern, &target) || (!allow && pattern.ends_with(b"$") && matches(pattern, path)) {
+                return *allow;
+            }
+        }
+        true
     }
 }
 
@@ -169,6 +190,15 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn what_is_kept_is_small() {
+        let rules = Rules::parse(format!("User-agent: *\n{}Disallow: /a", "Allow: /\n".repeat(60_000)).as_bytes(), "capfilt");
+        assert!(rules.bytes() < 500, "{}", rules.bytes());
+        assert!(rules.allow(&Url::parse("http://a.test/b").unwrap()) && !rules.allow(&Url::parse("http://a.test/a").unwrap()));
+        let many: String = (0..40_000).map(|n| format!("Disallow: /{n}\n")).collect();
+        assert!(Rules::parse(format!("User-agent: *\n{many}").as_bytes(), "capfilt").bytes() < many.len());
+    }
 
     fn allowed(robots: &str, path: &str) -> bool {
         Rules::parse(robots.as_bytes(), "capfilt").allow(&Url::parse("http://a.test/").unwrap().join(path).unwrap())

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use capfilt_crawler::{
@@ -237,6 +238,29 @@ async fn an_object_is_read_from_its_store() {
     assert_eq!(facts["records_bad"], 0);
     assert!(server.asked().iter().all(|asked| asked.ends_with("/bucket/crawl/x.warc.gz")), "{:?}", server.asked());
 
+    // It stalls, and tells no ETag by which its client could go on by itself.
+    let file = packed(&warc(&pages()));
+    let stalls = move |r: &Request| {
+        let from = r.head.lines().find_map(|l| l.strip_prefix("range: bytes=")?.split('-').next()?.parse::<usize>().ok());
+        let end = file.len();
+        match from {
+            None => {
+                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {end}\r\n\r\n");
+                Reply::Endless([head.as_bytes(), &file[..third]].concat(), Vec::new(), Duration::from_millis(50))
+            }
+            Some(from) => {
+                let head = format!(
+                    "HTTP/1.1 206 x\r\nContent-Range: bytes {from}-{}/{end}\r\nContent-Length: {}\r\n\r\n",
+                    end - 1,
+                    end - from
+                );
+                Reply::Raw([head.as_bytes(), &file[from..]].concat())
+            }
+        }
+    };
+    let server = Server::start(stalls).await;
+    assert_eq!(lines(&discover(&server, &of(&server)).await.unwrap().0), WANTED);
+
     let server = Server::start(|_| status(404)).await;
     let error = discover(&server, &of(&server)).await.unwrap_err();
     assert!(!error.is_retryable() && error.chain().contains("cannot read `s3://bucket/crawl/x.warc.gz`"), "{}", error.chain());
@@ -249,8 +273,7 @@ async fn a_download_without_progress_ends() {
     let params = tasks(&archive(&["http://archive.test/x.warc.gz".to_owned()]));
     let failed = async |answer: Box<dyn Fn(&Request) -> Reply + Send + Sync>| {
         let server = Server::start(answer).await;
-        let error =
-            tokio::time::timeout(std::time::Duration::from_secs(30), discover(&server, &params[0])).await.unwrap().unwrap_err();
+        let error = tokio::time::timeout(Duration::from_secs(30), discover(&server, &params[0])).await.unwrap().unwrap_err();
         (error.is_retryable(), error.chain(), server.asked().len())
     };
     let (retry, why, asked) = failed(Box::new(|_| status(404))).await;

@@ -165,8 +165,8 @@ async fn webdataset_has_img2datasets_layout() {
     let mut stats: Value = serde_json::from_slice(&files["00000_stats.json"]).unwrap();
     let settings = stats.as_object_mut().unwrap().remove("settings").unwrap();
     assert_eq!(
-        (&settings["size"], &settings["resize"], &settings["columns"]),
-        (&json!(32), &json!("border"), &json!(["n", "caption", "url"]))
+        (&settings["size"], &settings["resize"], &settings["caption_col"], &settings["save_additional_columns"]),
+        (&json!(32), &json!("border"), &json!("caption"), &json!(["n"]))
     );
     let wanted = json!({"count": 3, "successes": 2, "failed_to_download": 1, "failed_to_resize": 0,
         "status_dict": {"success": 2, "HTTP Error 404: Not Found": 1}});
@@ -256,7 +256,7 @@ async fn a_download_goes_on_where_it_ended() {
     // Another list, or another size of shards, is refused before anything is asked.
     let before = server.asked().len();
     let error = run(&DownloadConfig { number_sample_per_shard: 4, ..base.clone() }).await.unwrap_err().to_string();
-    assert!(error.contains("shard 00000 has 3 rows, but this list gives it 4"), "{error}");
+    assert!(error.contains("shard 00000 was made with another `number_sample_per_shard`: 3 there, 4 here"), "{error}");
     let mut larger = base.clone();
     larger.fetch.image.size = 64;
     let error = run(&larger).await.unwrap_err().to_string();

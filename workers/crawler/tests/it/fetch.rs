@@ -262,6 +262,26 @@ async fn images_in_their_own_size_come_many_at_once_and_wait_where_there_is_no_r
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_on_its_way_does_not_wait_for_room() {
+    // While the slow host holds up the first rows, a finished image takes all room there is, and redirects come back.
+    let server = Server::start(|r| match (r.host.as_str(), r.path.as_str()) {
+        (_, "/robots.txt") => ok("text/plain", if r.host == "slow.test" { "User-agent: *\nCrawl-delay: 2" } else { "" }),
+        ("fast.test", path) if path.starts_with("/to/") => {
+            Reply::Late(Duration::from_millis(500), Box::new(redirect("/there.png")))
+        }
+        _ => ok("image/png", png(1)),
+    })
+    .await;
+    let slow = (0..3).map(|n| format!("http://slow.test/{n}"));
+    let fast = ["http://fast.test/at-once.png".to_owned()].into_iter().chain((0..4).map(|n| format!("http://fast.test/to/{n}")));
+    let urls: Vec<String> = slow.chain(fast).collect();
+    let stage = Fetch::new(Web::new(&CrawlerWorkerConfig { buffer: 1, ..worker(server.address) }).unwrap());
+    let config = FetchConfig { web: WebConfig { deadline: Duration::from_secs(3), ..web() }, ..config() };
+    let (rows, _) = run(&stage, &config.params("now").unwrap(), selected(&urls)).await.unwrap();
+    assert_eq!(texts(&rows, "status"), vec!["ok"; urls.len()]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_host_that_limits_its_rate_gives_all_its_images() {
     // More than one request in 100 ms is answered 429.
     let last = std::sync::Mutex::new(Instant::now() - Duration::from_secs(1));

@@ -242,6 +242,19 @@ async fn a_further_attempt_asks_only_for_what_is_missing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_query_that_always_fails_does_not_cost_the_others() {
+    let server = Server::start(move |r| match parameter(r, "q").as_str() {
+        "dog" => status(503),
+        _ => answer(&json!({"page_count": 1, "results": [image(1, "a cat")]})),
+    })
+    .await;
+    let (folder, config) = (tempfile::tempdir().unwrap(), ready("openverse", |_| {}));
+    assert!(discover_in(folder.path(), &server, &config, 0).await.unwrap_err().is_retryable());
+    let (rows, facts) = discover_in(folder.path(), &server, &config, 0).await.unwrap();
+    assert!(rows.num_rows() > 0 && facts["queries_http_5xx"] == 1, "{facts}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tasks_are_parts_and_together_the_whole() {
     let server = Server::start(openverse).await;
     let whole = ready("openverse", |search| search.queries = Some(3));

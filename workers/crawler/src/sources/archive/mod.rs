@@ -11,6 +11,7 @@
 mod files;
 mod http;
 mod members;
+mod object;
 mod records;
 #[cfg(test)]
 mod tests;
@@ -26,8 +27,7 @@ use std::pin::pin;
 use bytes::{Buf, Bytes};
 use capfilt_runtime::{StageError, Work, on_blocking, on_rayon};
 use capfilt_schemas::Digest;
-use futures::{Stream, StreamExt, TryStreamExt, stream};
-use object_store::ObjectStoreExt;
+use futures::{Stream, StreamExt, stream};
 use tokio::sync::mpsc;
 use url::Url;
 
@@ -41,6 +41,7 @@ use crate::web::Web;
 use crate::{CrawlError, units};
 use files::Remote;
 use http::Answer;
+use object::Object;
 use records::{Batch, RecordRef, Records};
 use wat::Wat;
 
@@ -125,24 +126,12 @@ async fn open(
             return Ok((Arriving::source(stream::iter(first.map(Ok)).chain(others)), size));
         }
         Some(Remote::Store(url)) => {
-            let failed = move |e: object_store::Error| {
-                let kind = if matches!(e, object_store::Error::NotFound { .. }) {
-                    io::ErrorKind::NotFound
-                } else {
-                    io::ErrorKind::Other
-                };
-                CrawlError::read(Path::new(&path), io::Error::new(kind, e))
-            };
-            // The environment holds the credentials, under the names that each store's own tools give them.
-            let environment = std::env::vars_os().filter_map(|(key, value)| {
-                let key = key.into_string().ok()?;
-                let is_ours = ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|start| key.starts_with(start));
-                is_ours.then_some((key, value.into_string().ok()?))
-            });
-            let (store, at) = object_store::parse_url_opts(&url, environment.chain(options)).map_err(&failed)?;
-            let object = store.get(&at).await.map_err(&failed)?;
-            let size = object.meta.size;
-            return Ok((Arriving::source(object.into_stream().map_err(failed)), size));
+            let mut object = Object::new(path, &url, options, &config)?;
+            let first = object.chunk().await?;
+            let size = object.size().unwrap_or(0);
+            let others =
+                stream::try_unfold(object, |mut object| async { Ok(object.chunk().await?.map(|chunk| (chunk, object))) });
+            return Ok((Arriving::source(stream::iter(first.map(Ok)).chain(others)), size));
         }
         None => {}
     }

@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
-use arrow::array::{ArrayRef, StringArray};
+use arrow::array::{ArrayRef, BinaryArray, StringArray};
 use capfilt_schemas::{RunId, StageKind, Task};
 use capfilt_store::Store;
 use futures::TryStreamExt;
@@ -78,6 +78,24 @@ async fn hashes_come_along() {
     let found: Vec<Vec<Found>> = read_list(list, None, 50, work(folder.path()).await).try_collect().await.unwrap();
     let hashes: Vec<Option<String>> = found.into_iter().flatten().map(|f| f.expected_hash).collect();
     assert_eq!(hashes, [Some("md5:0ab1".to_owned()), None]);
+
+    // Parquet may have bytes for it, which may be digits already.
+    let urls: ArrayRef = Arc::new(StringArray::from(vec!["http://a.test/1", "http://a.test/2", "http://a.test/3"]));
+    let bytes = [Some([0xab; 32].to_vec()), Some(b"00ff".to_vec()), None];
+    for kind in [DataType::Binary, DataType::BinaryView, DataType::LargeBinary] {
+        let hashes: ArrayRef = Arc::new(BinaryArray::from_iter(bytes.iter().map(Option::as_deref)));
+        let hashes = cast(&hashes, &kind).unwrap();
+        let batch =
+            RecordBatch::try_from_iter([("url", Arc::clone(&urls)), ("caption", Arc::clone(&urls)), ("h", hashes)]).unwrap();
+        let path = folder.path().join("l.parquet");
+        let mut writer = parquet::arrow::ArrowWriter::try_new(File::create(&path).unwrap(), batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        let list: ListConfig = serde_json::from_value(serde_json::json!({"path": path, "verify_hash": ["h", "sha256"]})).unwrap();
+        let found: Vec<Vec<Found>> = read_list(list, None, 50, work(folder.path()).await).try_collect().await.unwrap();
+        let hashes: Vec<Option<String>> = found.into_iter().flatten().map(|f| f.expected_hash).collect();
+        assert_eq!(hashes, [Some(format!("sha256:{}", "ab".repeat(32))), Some("sha256:00ff".to_owned()), None], "{kind}");
+    }
 }
 
 #[tokio::test]
@@ -138,7 +156,7 @@ fn survey_and_rows(name: &str, bytes: &[u8], wanted: &[(&str, bool)]) -> Result<
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(name);
     std::fs::write(&path, bytes).unwrap();
-    let file = ListFile { format: ListFormat::of_name(&path).unwrap(), path };
+    let file = ListFile { format: ListFormat::of_name(&path).unwrap(), path, hash_col: None };
     let wanted: Vec<Wanted> = wanted.iter().map(|(name, text)| Wanted { name: (*name).to_owned(), text: *text }).collect();
     let survey = file.survey(&wanted)?;
     let mut lines = Vec::new();
