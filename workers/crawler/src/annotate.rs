@@ -14,10 +14,10 @@ use serde_json::Value;
 
 use crate::CrawlError;
 use crate::config::{AnnotateConfig, AnnotatedSource, ImageConfig};
-use crate::html::clean;
 use crate::image::{self, Refused};
 use crate::params::AnnotateParams;
 use crate::rows::{ImageColumns, Outcome, list_of};
+use crate::text::clean;
 
 /// Raised whenever the same task would give other rows than before.
 pub const ANNOTATE_VERSION: u32 = 2;

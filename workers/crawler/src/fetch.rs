@@ -10,7 +10,8 @@ use futures::{StreamExt, TryStreamExt, stream};
 use url::Url;
 
 use crate::config::FetchConfig;
-use crate::image::{self, HashKind, Refused};
+use crate::digest::HashKind;
+use crate::image::{self, Refused};
 use crate::params::FetchParams;
 use crate::retry::Rows;
 use crate::room::{Place, Room, Taken};

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use url::Url;
 
+use crate::address::{MAX_URL, is_web};
 use crate::config::ImageConfig;
 use crate::download::exif;
-use crate::html::{self, MAX_URL};
+use crate::html;
 use crate::sources::{self, sitemap};
 use crate::web::Rules;
 use crate::{Matcher, QueryList, image, queries};
@@ -44,7 +45,7 @@ fn page(data: &[u8]) {
     let Ok(url) = Url::parse("http://a.test/b/c.html") else { return };
     let page = html::extract(&content, &url, "capfilt", 100);
     for image in &page.images {
-        assert!(image.url.len() <= MAX_URL && Url::parse(&image.url).is_ok_and(|u| matches!(u.scheme(), "http" | "https")));
+        assert!(image.url.len() <= MAX_URL && Url::parse(&image.url).is_ok_and(|u| is_web(&u)));
         assert!(image.texts.iter().all(|(_, text)| !text.is_empty() && text.chars().count() <= 100));
     }
 }

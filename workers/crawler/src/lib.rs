@@ -4,8 +4,10 @@
 //! of, or how tasks are handed out: it gives three stages ([`Discover`], [`Annotate`], [`Fetch`]) to whoever runs them. What a server
 //! or a file of the web does wrong is a row with a status, never an error.
 
+mod address;
 mod annotate;
 mod config;
+mod digest;
 mod discover;
 mod download;
 mod error;
@@ -22,6 +24,7 @@ mod retry;
 mod room;
 mod rows;
 mod sources;
+mod text;
 mod traffic;
 mod units;
 mod web;
@@ -32,8 +35,9 @@ pub use config::{
     Interpolation, ListConfig, ListFormat, PagesConfig, Reencode, ResizeMode, SitemapsConfig, SourceConfig, StoredFormat,
     WebConfig,
 };
+pub use digest::HashKind;
 pub use discover::{DISCOVER_VERSION, Discover};
-pub use download::{DownloadConfig, DownloadProgress, DownloadSummary, HashKind, IncrementalMode, OutputFormat, download};
+pub use download::{DownloadConfig, DownloadProgress, DownloadSummary, IncrementalMode, OutputFormat, download};
 pub use error::CrawlError;
 pub use fetch::{FETCH_VERSION, Fetch};
 pub use matcher::{Matcher, Scratch};

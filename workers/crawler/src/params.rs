@@ -1,13 +1,12 @@
 //! The parameters of tasks: settings, and what they are applied to, named by content.
 
-use std::fs::File;
 use std::path::Path;
 
 use capfilt_schemas::{Digest, FetchStatus};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 use crate::config::{ArchiveConfig, DiscoverConfig, FetchConfig, ImageConfig, SourceConfig, WebConfig};
+use crate::digest::file_digest;
 use crate::sources::{expand, fingerprint};
 use crate::{CrawlError, QueryList, opt_out};
 
@@ -139,14 +138,4 @@ impl FetchConfig {
         let opt_outs = opt_out::digests(&self.web.opt_out_lists)?;
         Ok(FetchParams { fetch: self.clone(), opt_outs, snapshot: snapshot.to_owned(), retry: None })
     }
-}
-
-/// SHA-256 of a file.
-pub(crate) fn file_digest(path: &Path) -> Result<Digest, CrawlError> {
-    let read = || -> std::io::Result<Digest> {
-        let (mut file, mut hash) = (File::open(path)?, Sha256::new());
-        std::io::copy(&mut file, &mut hash)?;
-        Ok(Digest::from_bytes(hash.finalize().into()))
-    };
-    read().map_err(|e| CrawlError::read(path, e))
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::bad;
-use crate::image::HashKind;
+use crate::digest::HashKind;
 use crate::sources::{STORES, SearchConfig};
 use crate::{CrawlError, units};
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::CrawlError;
 use crate::config::{CrawlerWorkerConfig, FetchConfig, ListFormat, StoredFormat};
-use crate::image::HashKind;
+use crate::digest::HashKind;
 
 /// A download of a list of addresses into files for training, as img2dataset does it: its names, its layouts.
 #[derive(Clone, Debug)]

@@ -9,14 +9,14 @@ use std::rc::Rc;
 use capfilt_schemas::TextSource;
 use lol_html::html_content::{Element, TextType};
 use lol_html::{HtmlRewriter, MemorySettings, Settings, element, text};
-use url::{Position, Url};
+use url::Url;
 
 pub(crate) use charset::decode;
 
+use crate::address::{is_image_file, resolve};
 use crate::opt_out::Directives;
+use crate::text::clean;
 
-/// Longest address worth keeping, in bytes. It also bounds what a long `<base>` can blow a short page up to.
-pub(crate) const MAX_URL: usize = 2048;
 /// Most images, links and open figures of a page; what comes later is left.
 const MAX_IMAGES: usize = 5_000;
 const MAX_LINKS: usize = 5_000;
@@ -334,72 +334,6 @@ impl State {
     }
 }
 
-/// What `reference` means on a page at `base`: an absolute http or https address without fragment.
-pub(crate) fn resolve(base: &Url, reference: &str) -> Option<Url> {
-    let reference = reference.trim();
-    if reference.is_empty() || reference.len() > MAX_URL || reference.starts_with("data:") {
-        return None;
-    }
-    let mut url = base.join(reference).ok()?;
-    url.set_fragment(None);
-    let usable = matches!(url.scheme(), "http" | "https") && url.has_host() && url.as_str().len() <= MAX_URL;
-    usable.then_some(url)
-}
-
-/// As [`resolve`], for the address of an image: most are written as they are spelled in the end, or lack only what the page's address
-/// begins with. These need no parser.
-pub(crate) fn resolve_image(base: &Url, reference: &str) -> Option<String> {
-    let from_base = |end| &base[..end];
-    let of_site = [("https://", "https://"), ("http://", "http://"), ("//", from_base(Position::BeforeUsername))];
-    let of_site = of_site.into_iter().find_map(|(sign, start)| Some((start, reference.strip_prefix(sign)?)));
-    let (start, rest) = if let Some((start, rest)) = of_site {
-        let host = &rest[..rest.find('/').unwrap_or(0)];
-        let is_name = host.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'.' || b == b'-');
-        // A last label that begins with a letter is no part of an IPv4 address.
-        let top = host.rsplit('.').next().is_some_and(|label| label.starts_with(|c: char| c.is_ascii_lowercase()));
-        let is_punycode = host.as_bytes().array_windows().any(|four| four == b"xn--");
-        (start, if is_name && top && !is_punycode { rest } else { "" })
-    } else if reference.starts_with('/') {
-        (from_base(Position::BeforePath), reference)
-    } else if reference.starts_with(|c: char| c.is_ascii_alphanumeric()) && !reference.contains(':') {
-        let before_query = from_base(Position::AfterPath);
-        (&before_query[..before_query.rfind('/').map_or(0, |at| at + 1)], reference)
-    } else {
-        ("", "")
-    };
-    if !rest.is_empty() && start.len() + rest.len() <= MAX_URL && is_plain(rest) {
-        return Some([start, rest].concat());
-    }
-    resolve(base, reference).map(Into::into)
-}
-
-/// Whether a path, perhaps with a query, stands for itself. A dot may be a segment of its own, written `%2e` too.
-fn is_plain(path: &str) -> bool {
-    const PLAIN: [bool; 256] = {
-        let (mut plain, others) = ([false; 256], b"/-_.~=&+,;()!*$@:?%");
-        let mut b = 0;
-        while b < 256 {
-            plain[b] = (b as u8).is_ascii_alphanumeric();
-            b += 1;
-        }
-        let mut i = 0;
-        while i < others.len() {
-            plain[others[i] as usize] = true;
-            i += 1;
-        }
-        plain
-    };
-    let bytes = path.as_bytes();
-    let may_be_dots = |pair: &[u8; 2]| (pair[0] == b'/') & ((pair[1] == b'.') | (pair[1] == b'%'));
-    let is_name = |segment: &str| match segment.as_bytes() {
-        [b'.', second, ..] => second.is_ascii_alphanumeric(),
-        [first, ..] => !matches!(first, b'.' | b'%'),
-        [] => true,
-    };
-    bytes.iter().fold(true, |all, b| all & PLAIN[usize::from(*b)])
-        && (!bytes.array_windows().fold(false, |any, pair| any | may_be_dots(pair)) || path.split('/').skip(1).all(is_name))
-}
-
 /// The texts of an image's own attributes, clean, those that are empty left out.
 pub(crate) fn texts_of(alt: &str, title: &str, max_text: usize) -> Vec<(TextSource, String)> {
     let texts = [(TextSource::Alt, alt), (TextSource::Title, title)].map(|(source, text)| (source, clean(text, max_text)));
@@ -416,55 +350,6 @@ pub(crate) fn is_html(content_type: Option<&str>) -> bool {
 /// An attribute without entities; empty if it is not there.
 fn attribute(el: &Element<'_, '_>, name: &str) -> String {
     el.get_attribute(name).map_or_else(String::new, |value| htmlize::unescape_attribute(value.as_str()).into_owned())
-}
-
-/// Whether the address names an image file. `/wiki/File:x.jpg` is a page about one.
-pub(crate) fn is_image_file(url: &Url) -> bool {
-    let name = url.path().rsplit('/').next().unwrap_or("");
-    let Some((stem, extension)) = name.rsplit_once('.') else { return false };
-    is_image_extension(extension.as_bytes()) && !stem.contains(':') && !stem.contains("%3A")
-}
-
-/// Whether [`is_image_file`] may be true of what `reference` means: it can be seen of most that it is not.
-pub(crate) fn may_be_image_file(reference: &[u8]) -> bool {
-    let path = &reference[..memchr::memchr2(b'?', b'#', reference).unwrap_or(reference.len())];
-    let path = path.trim_ascii_end();
-    let extension = &path[memchr::memrchr2(b'.', b'/', path).map_or(0, |at| at + 1)..];
-    // Without a path it is the page; tabs, line ends and blanks of other scripts may be left out.
-    is_image_extension(extension)
-        || path.trim_ascii().is_empty()
-        || path.iter().fold(false, |any, b| any | (*b < b' '))
-        || !extension.is_ascii()
-}
-
-fn is_image_extension(extension: &[u8]) -> bool {
-    ["jpg", "jpeg", "png", "webp", "gif", "bmp"].iter().any(|known| extension.eq_ignore_ascii_case(known.as_bytes()))
-}
-
-/// The text with single spaces, without control characters, cut after `max` characters.
-pub(crate) fn clean(text: &str, max: usize) -> String {
-    let bytes = text.as_bytes();
-    // Blanks and control characters beyond ASCII begin with one of four bytes.
-    let is_plain = bytes.iter().fold(true, |all, b| all & !matches!(b, ..b' ' | 0x7f | 0xc2 | 0xe1..=0xe3));
-    let has_two_blanks = bytes.array_windows().fold(false, |any, two: &[u8; 2]| any | (two == b"  "));
-    if is_plain && bytes.len() <= max && bytes.trim_ascii().len() == bytes.len() && !has_two_blanks {
-        return text.to_owned();
-    }
-    let mut out = String::with_capacity(text.len().min(max));
-    for word in text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|w| !w.is_empty()) {
-        if !out.is_empty() {
-            out.push(' ');
-        }
-        out.push_str(word);
-        if out.len() > max * 4 {
-            break;
-        }
-    }
-    if let Some((end, _)) = out.char_indices().nth(max) {
-        out.truncate(end);
-        out.truncate(out.trim_end().len());
-    }
-    out
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::address::MAX_URL;
 use proptest::prelude::*;
 
 fn page(html: &str) -> Page {
@@ -170,18 +171,6 @@ fn hostile_pages_stay_small() {
 }
 
 proptest! {
-    #[test]
-    fn the_short_way_leads_to_the_same_address(
-        base in "https?://[a-zA-Z.]{1,4}\\.[a-z]{2}(:80)?(/[a-z.%é]{0,3}){0,3}(\\?[a-z/]{0,3})?",
-        reference in "(https?://|//|HTTP://|data:)?[a-zA-Z0-9.é%@-]{0,5}(:[0-9]{0,2})?(/|//|\\\\)?([a-zA-Z0-9 ._~!$&'()*+,;=:@%é|^-]{0,4}(/|/\\.|\\.\\./|/%2e)?){0,3}(\\.(jpg|\tPnG)[ \u{a0}]?)?(\\?[a-z'\"=<]{0,3})?(#x)?",
-    ) {
-        if let Ok(base) = Url::parse(&base) {
-            let resolved = resolve(&base, &reference);
-            prop_assert!(may_be_image_file(reference.as_bytes()) || !resolved.as_ref().is_some_and(is_image_file));
-            prop_assert_eq!(resolve_image(&base, &reference), resolved.map(String::from));
-        }
-    }
-
     #[test]
     fn any_text_is_a_page(html in "(<(/)?(img|a|figure|figcaption|noscript|picture|source|base|meta)( (src|href|alt|srcset|name|content)=['\"a-z&;, ]{0,9}){0,2}>?|[a-z&;<>\"' ]{0,6}){0,25}") {
         for image in page(&html).images {

@@ -8,7 +8,7 @@ use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageResult, Limits};
 
 use super::{Refused, jpeg};
-use crate::html::clean;
+use crate::text::clean;
 
 /// Longest text of a decoder that goes into a row, in characters.
 const MAX_REASON: usize = 200;

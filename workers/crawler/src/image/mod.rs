@@ -2,7 +2,6 @@
 
 mod colour;
 mod decode;
-mod digest;
 mod jpeg;
 mod phash;
 mod resize;
@@ -16,9 +15,7 @@ use image::{DynamicImage, ImageEncoder, RgbImage};
 use resize::Plan;
 
 use crate::config::{ImageConfig, Reencode, ResizeMode, StoredFormat};
-
-pub use digest::HashKind;
-pub(crate) use digest::verify;
+use crate::digest::HashKind;
 
 /// Shorter side of the pixels that are only hashed, since the file is kept as it is.
 const HASHED_SIDE: u32 = 128;
@@ -53,6 +50,18 @@ impl Refused {
     pub(crate) fn new(status: FetchStatus, reason: impl Into<String>) -> Self {
         Self { status, reason: reason.into() }
     }
+}
+
+/// Holds a body against the digest that is expected of it, in hexadecimal of either case.
+///
+/// # Errors
+/// [`FetchStatus::HashMismatch`].
+pub(crate) fn verify(body: &[u8], kind: HashKind, expected: &str) -> Result<(), Refused> {
+    let found = kind.of(body);
+    if found.eq_ignore_ascii_case(expected.trim()) {
+        return Ok(());
+    }
+    Err(Refused::new(FetchStatus::HashMismatch, format!("the body's {} is {found}", kind.name())))
 }
 
 /// Decodes, checks, scales and re-encodes a body.

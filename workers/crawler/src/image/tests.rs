@@ -509,3 +509,11 @@ fn the_hash_knows_colour() {
     assert!((one ^ other).count_ones() > 8);
     assert_eq!(flag([9; 3], [9; 3]), flag([9; 3], [9; 3]));
 }
+
+#[test]
+fn another_body_is_refused() {
+    assert_eq!(verify(b"abc", HashKind::Md5, " 900150983CD24FB0D6963F7D28E17F72\n"), Ok(()));
+    let refused = verify(b"abd", HashKind::Md5, "900150983cd24fb0d6963f7d28e17f72").unwrap_err();
+    assert_eq!(refused.status, FetchStatus::HashMismatch);
+    assert_eq!(refused.reason, "the body's md5 is 4911e516e5aa21d327512e0c8b197616");
+}

@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 use url::{Host, Position, Url};
 
 use crate::CrawlError;
-use crate::params::file_digest;
+use crate::digest::file_digest;
 
 /// A longer line is no entry; the file is none of ours.
 const MAX_LINE: u64 = 64 << 10;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use url::Url;
 
-use super::address::{is_listed, page_address, shape};
+use super::page_address::{is_listed, page_address, shape};
 use crate::config::PagesConfig;
 
 /// The pages seen and the pages to come.

@@ -26,9 +26,8 @@ use url::Url;
 use super::{Found, FoundStream, Sender};
 use crate::CrawlError;
 use crate::config::{ListConfig, ListFormat};
-use crate::html::clean;
-use crate::image::HashKind;
-use crate::params::file_digest;
+use crate::digest::{HashKind, file_digest};
+use crate::text::clean;
 use columns::{Batches, Types};
 
 /// Most rows of a batch.

@@ -1,9 +1,9 @@
 //! Where candidates come from. A source gives texts with image addresses, in an order that is the same every time.
 
-mod address;
 mod archive;
 mod frontier;
 mod lists;
+mod page_address;
 mod pages;
 mod search;
 pub(crate) mod sitemap;

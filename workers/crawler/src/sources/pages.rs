@@ -8,8 +8,8 @@ use futures::{StreamExt, stream};
 use tokio::sync::mpsc;
 use url::Url;
 
-use super::address::page_address;
 use super::frontier::Frontier;
+use super::page_address::page_address;
 use super::sitemap::{self, SitePage, Sitemap};
 use super::{Found, FoundStream, Sender, take};
 use crate::CrawlError;

@@ -15,9 +15,10 @@ use tokio::sync::mpsc;
 use url::Url;
 
 use super::{Found, FoundStream, Sender};
+use crate::address::resolve;
 use crate::config::WebConfig;
-use crate::html::{clean, resolve};
 use crate::params::Part;
+use crate::text::clean;
 use crate::web::Web;
 use crate::{CrawlError, QueryList};
 pub use adapter::{Adapter, ApiKey};

@@ -9,7 +9,9 @@ use quick_xml::Reader;
 use quick_xml::events::Event;
 use url::Url;
 
-use crate::html::{FoundImage, MAX_URL, clean, decode};
+use crate::address;
+use crate::html::{FoundImage, decode};
+use crate::text::clean;
 
 /// The longest sitemap that sitemaps.org allows, with some room. Packed and unpacked; what is longer is cut.
 pub(crate) const MAX_BYTES: usize = 52 << 20;
@@ -49,7 +51,7 @@ pub(crate) fn parse(body: &[u8], max: usize, max_bytes: usize, max_text: usize) 
 }
 
 fn parse_text(content: &str, max: usize) -> Sitemap {
-    let pages = content.lines().filter_map(address).map(|url| SitePage { url, images: Vec::new() });
+    let pages = content.lines().map(str::trim).filter_map(address::parse).map(|url| SitePage { url, images: Vec::new() });
     Sitemap { pages: pages.take(max).collect(), ..Sitemap::default() }
 }
 
@@ -114,11 +116,11 @@ impl State {
         let text = std::mem::take(&mut self.text);
         let text = || htmlize::unescape(text.as_str()).into_owned();
         match name {
-            b"loc" if self.in_image => self.image_loc = address(&text()),
+            b"loc" if self.in_image => self.image_loc = address::parse(text().trim()),
             b"caption" if self.in_image => self.caption = text(),
             b"title" if self.in_image => self.title = text(),
-            b"loc" if self.in_url => self.loc = self.loc.take().or_else(|| address(&text())),
-            b"loc" if self.in_sitemap => sitemap.sitemaps.extend(address(&text())),
+            b"loc" if self.in_url => self.loc = self.loc.take().or_else(|| address::parse(text().trim())),
+            b"loc" if self.in_sitemap => sitemap.sitemaps.extend(address::parse(text().trim())),
             b"image" => self.end_image(max_text),
             b"sitemap" => self.in_sitemap = false,
             b"url" => {
@@ -139,14 +141,6 @@ impl State {
             self.images.push(FoundImage { url: url.into(), texts });
         }
     }
-}
-
-fn address(text: &str) -> Option<Url> {
-    let text = text.trim();
-    let usable = |url: &Url| matches!(url.scheme(), "http" | "https") && url.has_host() && url.as_str().len() <= MAX_URL;
-    let mut url = Url::parse(text).ok().filter(|_| text.len() <= MAX_URL).filter(usable)?;
-    url.set_fragment(None);
-    Some(url)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use url::Url;
 
+use crate::address;
 use crate::html::{self, Page};
 use crate::opt_out::Directives;
 
@@ -64,17 +65,18 @@ fn page(record: Record<'_>, images: Option<&Images<'_>>, token: &str, max_text: 
     for meta in &html.head.metas {
         told.page.directives.add_meta(&meta.name.0, &meta.content.0, token);
     }
-    let base = html::resolve(&told.url, &html.head.base.0);
+    let base = address::resolve(&told.url, &html.head.base.0);
     let base = base.as_ref().unwrap_or(&told.url);
     for image in &images.unwrap_or(&html.links).0 {
-        let around = image.around.as_ref().filter(|(href, _)| html::may_be_image_file(href.0.as_bytes()));
-        let around = around.and_then(|(href, title)| Some((html::resolve(base, &href.0)?, title)));
-        let around = around.filter(|(target, _)| html::is_image_file(target));
+        let around = image.around.as_ref().filter(|(href, _)| address::may_be_image_file(href.0.as_bytes()));
+        let around = around.and_then(|(href, title)| Some((address::resolve(base, &href.0)?, title)));
+        let around = around.filter(|(target, _)| address::is_image_file(target));
         let title = around.as_ref().map(|(_, title)| *title).filter(|_| image.title.0.trim().is_empty()).unwrap_or(&image.title);
         let texts = html::texts_of(&image.alt.0, &title.0, max_text);
         told.page.images_seen += 1;
         if !texts.is_empty()
-            && let Some(url) = around.map(|(target, _)| target.into()).or_else(|| html::resolve_image(base, image.src.0.trim()))
+            && let Some(url) =
+                around.map(|(target, _)| target.into()).or_else(|| address::resolve_image(base, image.src.0.trim()))
         {
             told.page.add_image(url, texts);
         }

@@ -8,7 +8,7 @@ use memchr::memmem::Finder;
 use serde::de::IgnoredAny;
 
 use super::{Image, Images, Link, Text};
-use crate::html;
+use crate::address;
 use crate::opt_out::Directives;
 
 /// Whether there is an image, or some other attribute of one.
@@ -57,7 +57,7 @@ pub(super) fn split<'a>(json: &'a [u8], token: &str) -> Option<(Vec<u8>, Images<
 fn may_lead_to_image(next: &[u8]) -> bool {
     let Some(url) = next.strip_prefix(b",{\"path\":\"A@/href\",\"url\":\"") else { return true };
     let end = memchr::memchr2(b'"', b'\\', url).unwrap_or(url.len());
-    url.get(end) != Some(&b'"') || html::may_be_image_file(&url[..end])
+    url.get(end) != Some(&b'"') || address::may_be_image_file(&url[..end])
 }
 
 /// What is searched for in the bytes of a record.

@@ -2,7 +2,7 @@
 
 use url::Url;
 
-use crate::html::MAX_URL;
+use crate::address::MAX_URL;
 
 /// Query keys that name a visit or a campaign, never a page.
 const SESSION_KEYS: [&str; 17] = [

@@ -1,11 +1,14 @@
-//! Digests that lists bring along for their images.
+//! Digests: of files that tasks are named by, and those that lists bring along for their images.
 
-use capfilt_schemas::FetchStatus;
+use std::fs::File;
+use std::path::Path;
+
+use capfilt_schemas::Digest;
 use md5::Md5;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256, Sha512};
 
-use super::Refused;
+use crate::CrawlError;
 
 /// A hash function, by img2dataset's names.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -53,21 +56,18 @@ impl HashKind {
     }
 }
 
-/// Holds a body against the digest that is expected of it, in hexadecimal of either case.
-///
-/// # Errors
-/// [`FetchStatus::HashMismatch`].
-pub(crate) fn verify(body: &[u8], kind: HashKind, expected: &str) -> Result<(), Refused> {
-    let found = kind.of(body);
-    if found.eq_ignore_ascii_case(expected.trim()) {
-        return Ok(());
-    }
-    Err(Refused::new(FetchStatus::HashMismatch, format!("the body's {} is {found}", kind.name())))
+/// SHA-256 of a file.
+pub(crate) fn file_digest(path: &Path) -> Result<Digest, CrawlError> {
+    let read = || -> std::io::Result<Digest> {
+        let (mut file, mut hash) = (File::open(path)?, Sha256::new());
+        std::io::copy(&mut file, &mut hash)?;
+        Ok(Digest::from_bytes(hash.finalize().into()))
+    };
+    read().map_err(|e| CrawlError::read(path, e))
 }
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -76,13 +76,5 @@ mod tests {
         assert_eq!(HashKind::Sha256.of(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         assert!(HashKind::Sha512.of(b"abc").starts_with("ddaf35a193617abacc417349ae204131"));
         assert_eq!((HashKind::parse("SHA512"), HashKind::parse("crc32")), (Some(HashKind::Sha512), None));
-    }
-
-    #[test]
-    fn another_body_is_refused() {
-        assert_eq!(verify(b"abc", HashKind::Md5, " 900150983CD24FB0D6963F7D28E17F72\n"), Ok(()));
-        let refused = verify(b"abd", HashKind::Md5, "900150983cd24fb0d6963f7d28e17f72").unwrap_err();
-        assert_eq!(refused.status, FetchStatus::HashMismatch);
-        assert_eq!(refused.reason, "the body's md5 is 4911e516e5aa21d327512e0c8b197616");
     }
 }
