@@ -5,6 +5,9 @@ use url::{Position, Url};
 /// Longest address worth keeping, in bytes. It also bounds what a long `<base>` can blow a short page up to.
 pub(crate) const MAX_URL: usize = 2048;
 
+/// Why an address is not asked for, if [`is_web`] is not true of it.
+pub(crate) const NOT_WEB: &str = "not an absolute http or https address";
+
 /// Whether it is an http or https address with a host.
 pub(crate) fn is_web(url: &Url) -> bool {
     matches!(url.scheme(), "http" | "https") && url.has_host()
@@ -14,6 +17,11 @@ pub(crate) fn is_web(url: &Url) -> bool {
 pub(crate) fn parse(text: &str) -> Option<Url> {
     let fits = |url: &Url| is_web(url) && text.len().max(url.as_str().len()) <= MAX_URL;
     Url::parse(text).ok().filter(fits).map(without_fragment)
+}
+
+/// As [`parse`], however long: for what somebody lists.
+pub(crate) fn parse_listed(text: &str) -> Option<Url> {
+    Url::parse(text).ok().filter(is_web).map(without_fragment)
 }
 
 fn without_fragment(mut url: Url) -> Url {
@@ -27,8 +35,7 @@ pub(crate) fn resolve(base: &Url, reference: &str) -> Option<Url> {
     if reference.is_empty() || reference.len() > MAX_URL || reference.starts_with("data:") {
         return None;
     }
-    let mut url = base.join(reference).ok()?;
-    url.set_fragment(None);
+    let url = without_fragment(base.join(reference).ok()?);
     (is_web(&url) && url.as_str().len() <= MAX_URL).then_some(url)
 }
 

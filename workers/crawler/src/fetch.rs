@@ -7,8 +7,8 @@ use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
 use capfilt_schemas::{FetchStatus, StageKind};
 use capfilt_store::TakenDown;
 use futures::{StreamExt, TryStreamExt, stream};
-use url::Url;
 
+use crate::address::{NOT_WEB, parse_listed};
 use crate::config::FetchConfig;
 use crate::digest::HashKind;
 use crate::image::{self, Refused};
@@ -121,12 +121,9 @@ async fn fetch(
     if taken_down.covers_url(url) {
         return Ok((Outcome::refused(Refused::new(FetchStatus::TakenDown, "the address was taken down"), None), None));
     }
-    let parsed = Url::parse(url).ok().filter(|u| matches!(u.scheme(), "http" | "https") && u.has_host());
-    let Some(mut address) = parsed else {
-        let refused = Refused::new(FetchStatus::BadUrl, "not an absolute http or https address");
-        return Ok((Outcome::refused(refused, None), None));
+    let Some(address) = parse_listed(url) else {
+        return Ok((Outcome::refused(Refused::new(FetchStatus::BadUrl, NOT_WEB), None), None));
     };
-    address.set_fragment(None);
     let answer = match web.get_at(place, &address, &config.web, Want::Image, config.max_body).await {
         Ok(answer) => answer,
         Err(failure) => return Ok((Outcome::refused(Refused::new(failure.status, failure.reason), failure.http_status), None)),

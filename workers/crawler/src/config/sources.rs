@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::bad;
+use crate::address::{NOT_WEB, is_web};
 use crate::digest::HashKind;
 use crate::sources::{STORES, SearchConfig};
 use crate::{CrawlError, units};
@@ -239,9 +240,9 @@ fn check_addresses(addresses: &[String], setting: &str, what: &str) -> Result<()
     if addresses.is_empty() {
         return Err(bad(setting, &format!("it is empty; name at least one {what}")));
     }
-    let usable = |address: &&String| Url::parse(address).is_ok_and(|u| matches!(u.scheme(), "http" | "https") && u.has_host());
+    let usable = |address: &&String| Url::parse(address).is_ok_and(|url| is_web(&url));
     match addresses.iter().find(|address| !usable(address)) {
-        Some(address) => Err(bad(setting, &format!("`{address}` is not an absolute http or https address"))),
+        Some(address) => Err(bad(setting, &format!("`{address}` is {NOT_WEB}"))),
         None => Ok(()),
     }
 }

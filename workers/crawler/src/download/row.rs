@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use capfilt_runtime::on_rayon;
 use capfilt_schemas::FetchStatus;
-use url::Url;
 
 use super::exif;
 use super::{DownloadConfig, HashKind};
+use crate::address::{NOT_WEB, parse_listed};
 use crate::image;
 use crate::traffic::Traffic;
 use crate::web::{Answer, Want, Web};
@@ -117,11 +117,9 @@ async fn get(
     config: &Arc<DownloadConfig>,
 ) -> (Fetched, Option<Answer>) {
     let missed = |miss: Missed| (Fetched { result: Err(miss), exif: None, hash: None, downloaded: 0 }, None);
-    let parsed = Url::parse(url.trim()).ok().filter(|u| matches!(u.scheme(), "http" | "https") && u.has_host());
-    let Some(mut address) = parsed else {
-        return missed(Missed::new(FetchStatus::BadUrl, None, "not an absolute http or https address"));
+    let Some(address) = parse_listed(url.trim()) else {
+        return missed(Missed::new(FetchStatus::BadUrl, None, NOT_WEB));
     };
-    address.set_fragment(None);
     let fetch = &config.fetch;
     let mut answer = match web.get(&address, &fetch.web, Want::Image, fetch.max_body).await {
         Ok(answer) => answer,

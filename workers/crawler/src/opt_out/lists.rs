@@ -18,6 +18,7 @@ use sha2::{Digest as _, Sha256};
 use url::{Host, Position, Url};
 
 use crate::CrawlError;
+use crate::address;
 use crate::digest::file_digest;
 
 /// A longer line is no entry; the file is none of ours.
@@ -128,8 +129,7 @@ fn entry(text: &str) -> Option<u128> {
         let beginning = text.strip_suffix("/*").map(|front| format!("{front}/"));
         let address = beginning.as_deref().unwrap_or(text);
         let with_scheme = if has_scheme { address.to_owned() } else { format!("http://{address}") };
-        let mut url = Url::parse(&with_scheme).ok().filter(|u| matches!(u.scheme(), "http" | "https") && u.has_host())?;
-        url.set_fragment(None);
+        let url = address::parse_listed(&with_scheme)?;
         let kind = if beginning.is_some() { "beginning" } else { "address" };
         return Some(key(kind, &without_scheme(&url)));
     }

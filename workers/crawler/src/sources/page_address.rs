@@ -2,7 +2,7 @@
 
 use url::Url;
 
-use crate::address::MAX_URL;
+use crate::address::{MAX_URL, is_web};
 
 /// Query keys that name a visit or a campaign, never a page.
 const SESSION_KEYS: [&str; 17] = [
@@ -31,7 +31,7 @@ const MAX_REPEATS: usize = 3;
 
 /// The address without fragment, session and campaign keys; `None` if it cannot be that of a page worth asking for.
 pub(super) fn page_address(mut url: Url) -> Option<Url> {
-    if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
+    if !is_web(&url) {
         return None;
     }
     url.set_fragment(None);

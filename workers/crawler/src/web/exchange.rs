@@ -11,7 +11,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use url::Url;
 
 use super::failure::{Failure, LATE, classify};
-use crate::address::MAX_URL;
+use crate::address::{MAX_URL, is_web};
 use crate::config::WebConfig;
 use crate::html;
 use crate::opt_out::Directives;
@@ -227,7 +227,7 @@ pub(super) fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, St
     let location = String::from_utf8_lossy(location.as_bytes());
     let mut target = from.join(location.trim()).map_err(|e| format!("a redirect to an address that cannot be read ({e})"))?;
     target.set_fragment(None);
-    let usable = matches!(target.scheme(), "http" | "https") && target.has_host() && target.as_str().len() <= MAX_URL;
+    let usable = is_web(&target) && target.as_str().len() <= MAX_URL;
     if usable { Ok(target) } else { Err("a redirect to what is no http or https address".to_owned()) }
 }
 

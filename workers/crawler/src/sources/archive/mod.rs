@@ -34,6 +34,7 @@ use url::Url;
 pub(crate) use files::{STORES, expand, fingerprint};
 
 use super::{Found, FoundStream, take};
+use crate::address::is_web;
 use crate::config::{ArchiveConfig, WebConfig};
 use crate::html;
 use crate::opt_out::Directives;
@@ -328,6 +329,5 @@ pub fn archive_pairs(file: impl Read, mut each: impl FnMut(&str, &str)) -> io::R
 }
 
 fn page_url(record: RecordRef<'_>) -> Option<Url> {
-    let url = Url::parse(record.target()?).ok()?;
-    (matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
+    Url::parse(record.target()?).ok().filter(is_web)
 }

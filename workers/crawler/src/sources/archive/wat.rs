@@ -52,7 +52,7 @@ fn page(record: Record<'_>, images: Option<&Images<'_>>, token: &str, max_text: 
     let Some(Http { headers, message, html: Some(html) }) = payload.and_then(|p| p.http) else { return Wat::Other };
     // An error page is no page of the site. Where no status is told, it is taken for a good one.
     let good = message.is_none_or(|m| m.status.0.is_empty() || m.status.0.starts_with('2'));
-    let Some(url) = Url::parse(&warc.uri.0).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host()) else {
+    let Some(url) = Url::parse(&warc.uri.0).ok().filter(address::is_web) else {
         return Wat::Other;
     };
     if !good || !html::is_html(headers.content_type.as_ref().map(|t| &*t.0)) {

@@ -13,6 +13,7 @@ use serde_json::Value;
 use url::Url;
 use url::form_urlencoded::byte_serialize;
 
+use crate::address::{NOT_WEB, is_web};
 use crate::web::Header;
 use crate::{CrawlError, units};
 
@@ -176,8 +177,8 @@ impl Adapter {
         if bare.contains(['{', '}']) {
             return bad("url", format!("it may have {} in braces, nothing else", PLACEHOLDERS.join(", ")));
         }
-        if !Url::parse(&bare).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host()) {
-            return bad("url", format!("`{}` is not an absolute http or https address", self.url));
+        if !Url::parse(&bare).is_ok_and(|url| is_web(&url)) {
+            return bad("url", format!("`{}` is {NOT_WEB}", self.url));
         }
         if self.url.contains("{cursor}") && self.next.is_none() {
             return bad("next", "it is missing, but the address has a `{cursor}`".to_owned());
