@@ -10,7 +10,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout, timeout_at};
 use url::Url;
 
-use super::exchange::{redirect_target, retry_after};
+use super::exchange::judge;
 use super::failure::classify;
 use super::hosts::{Clock, Slot};
 use super::{Failure, Web, backoff, may_pass_soon};
@@ -111,7 +111,7 @@ impl Download {
             let Ok(read) = timeout_at(late, open.response.chunk()).await else {
                 return Err(Failure::new(FetchStatus::Timeout, "the server stalls or sends too slowly"));
             };
-            let Some(mut chunk) = read.map_err(|e| classify(&e, FetchStatus::Truncated))? else {
+            let Some(mut chunk) = read.map_err(|e| classify(e, FetchStatus::Truncated))? else {
                 return match self.size {
                     Some(size) if self.at < size => Err(Failure::new(FetchStatus::Truncated, "the body broke off")),
                     _ => Ok(None),
@@ -143,7 +143,7 @@ impl Download {
         let range = (self.at > 0 && self.size.is_some()).then(|| format!("bytes={}-", self.at));
         for _ in 0..=self.config.max_redirects {
             if !self.web.inner.route.admits(&url) {
-                return Err(Failure::new(FetchStatus::ForbiddenAddress, "the host is not on the public internet"));
+                return Err(Failure::forbidden());
             }
             let (slot, connection) = self.web.turn(&url, Duration::ZERO, None, &Clock::new(LONGEST_WAIT)).await?;
             let (turn, client) = ((slot, connection), self.web.clients(&self.config)?.keeping);
@@ -157,26 +157,17 @@ impl Download {
             let Ok(response) = timeout(self.config.timeout, request.send()).await else {
                 return Err(Failure::new(FetchStatus::Timeout, "the server does not answer"));
             };
-            let response = response.map_err(|e| classify(&e, FetchStatus::Connect))?;
-            let code = response.status().as_u16();
-            let fail = |status| Err(Failure { http_status: Some(code), ..Failure::new(status, format!("http {code}")) });
-            match code {
-                200 | 206 => return self.begin(response, turn),
-                301 | 302 | 303 | 307 | 308 => {
-                    url = redirect_target(&url, response.headers()).map_err(|e| Failure::new(FetchStatus::Redirect, e))?;
+            let response = response.map_err(|e| classify(e, FetchStatus::Connect))?;
+            match judge(&response, &url) {
+                Ok(Some(target)) => url = target,
+                Ok(None) if matches!(response.status().as_u16(), 200 | 206) => return self.begin(response, turn),
+                Ok(None) => return Err(Failure::new(FetchStatus::HttpClient, format!("http {}", response.status().as_u16()))),
+                Err(failure) => {
+                    if failure.status == FetchStatus::RateLimited {
+                        turn.0.too_fast(&failure, &self.config);
+                    }
+                    return Err(failure);
                 }
-                429 => {
-                    let pause = retry_after(response.headers());
-                    let failure = Failure { http_status: Some(code), ..Failure::new(FetchStatus::RateLimited, "http 429") };
-                    let longest = self.config.max_retry_after.max(self.config.backoff);
-                    turn.0.too_fast(&failure, pause.unwrap_or(self.config.backoff), longest);
-                    return Err(Failure { retry_after: pause, ..failure });
-                }
-                500.. => {
-                    return fail(FetchStatus::HttpServer)
-                        .map_err(|f| Failure { retry_after: retry_after(response.headers()), ..f });
-                }
-                _ => return fail(FetchStatus::HttpClient),
             }
         }
         Err(Failure::new(FetchStatus::Redirect, format!("more than {} redirects", self.config.max_redirects)))

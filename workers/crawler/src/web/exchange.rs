@@ -95,8 +95,7 @@ pub(super) async fn exchange(
     }
     let response = match tokio::time::timeout_at(deadline, request.send()).await {
         Ok(Ok(response)) => response,
-        // Without the address: a key may stand in it, and errors are logged.
-        Ok(Err(e)) => return Err(classify(&e.without_url(), FetchStatus::Connect)),
+        Ok(Err(e)) => return Err(classify(e, FetchStatus::Connect)),
         Err(_) => return Err(Failure { silent: true, ..Failure::new(FetchStatus::Timeout, LATE) }),
     };
     match tokio::time::timeout_at(deadline, receive(response, url, web, want, max_body, deadline)).await {
@@ -114,24 +113,13 @@ async fn receive(
     max_body: usize,
     deadline: tokio::time::Instant,
 ) -> Result<Reply, Failure> {
+    if let Some(target) = judge(&response, url)? {
+        return Ok(Reply::Redirect(target));
+    }
     let code = response.status().as_u16();
     let fail = |status, reason: String| Failure { http_status: Some(code), ..Failure::new(status, reason) };
-    match code {
-        ..200 => return Err(fail(FetchStatus::Connect, format!("http {code} was not asked for"))),
-        206 if !is_whole(response.headers()) => {
-            return Err(fail(FetchStatus::Truncated, "http 206 with a part that was not asked for".to_owned()));
-        }
-        200..300 => {}
-        301 | 302 | 303 | 307 | 308 => {
-            return redirect_target(url, response.headers()).map(Reply::Redirect).map_err(|e| fail(FetchStatus::Redirect, e));
-        }
-        429 | 500.. => {
-            let status = if code == 429 { FetchStatus::RateLimited } else { FetchStatus::HttpServer };
-            let retry_after = retry_after(response.headers());
-            return Err(Failure { retry_after, ..fail(status, format!("http {code}")) });
-        }
-        300..400 => return Err(fail(FetchStatus::Redirect, format!("http {code} is no redirect that can be followed"))),
-        _ => return Err(fail(FetchStatus::HttpClient, format!("http {code}"))),
+    if code == 206 && !is_whole(response.headers()) {
+        return Err(fail(FetchStatus::Truncated, "http 206 with a part that was not asked for".to_owned()));
     }
     let headers = std::mem::take(response.headers_mut());
     let answer = |body| {
@@ -159,7 +147,7 @@ async fn receive(
             Ok(Ok(Some(chunk))) => chunk,
             Ok(Ok(None)) => return answer(body),
             Ok(Err(e)) => {
-                let failure = classify(&e.without_url(), FetchStatus::Truncated);
+                let failure = classify(e, FetchStatus::Truncated);
                 return Err(Failure { silent: false, http_status: Some(code), ..failure });
             }
             Err(_) if rate.keeps_up(body.len()) => continue,
@@ -177,6 +165,26 @@ async fn receive(
             return answer(body);
         }
         body.extend_from_slice(&chunk);
+    }
+}
+
+/// Judges an answer to a request for `url` by its head: where it sends us, or `None` if it is one of success.
+pub(super) fn judge(answer: &Response, url: &Url) -> Result<Option<Url>, Failure> {
+    let code = answer.status().as_u16();
+    let fail = |status, reason: String| Err(Failure { http_status: Some(code), ..Failure::new(status, reason) });
+    match code {
+        ..200 => fail(FetchStatus::Connect, format!("http {code} was not asked for")),
+        200..300 => Ok(None),
+        301 | 302 | 303 | 307 | 308 => {
+            redirect_target(url, answer.headers()).map(Some).or_else(|reason| fail(FetchStatus::Redirect, reason))
+        }
+        429 | 500.. => {
+            let status = if code == 429 { FetchStatus::RateLimited } else { FetchStatus::HttpServer };
+            let retry_after = retry_after(answer.headers());
+            fail(status, format!("http {code}")).map_err(|failure| Failure { retry_after, ..failure })
+        }
+        300..400 => fail(FetchStatus::Redirect, format!("http {code} is no redirect that can be followed")),
+        _ => fail(FetchStatus::HttpClient, format!("http {code}")),
     }
 }
 
@@ -222,7 +230,7 @@ impl Rate {
     }
 }
 
-pub(super) fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
+fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
     let location = headers.get(LOCATION).ok_or("a redirect without a location")?;
     let location = String::from_utf8_lossy(location.as_bytes());
     let mut target = from.join(location.trim()).map_err(|e| format!("a redirect to an address that cannot be read ({e})"))?;
@@ -232,7 +240,7 @@ pub(super) fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, St
 }
 
 /// How long the server asks to wait: seconds, or a date.
-pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit()) {
         return Some(value.parse().map_or(Duration::MAX, Duration::from_secs));

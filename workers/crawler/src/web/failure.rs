@@ -44,6 +44,11 @@ impl Failure {
         Self { may_pass: false, ..Self::new(FetchStatus::Timeout, "the deadline for the address passed") }
     }
 
+    /// Nothing inside a network is asked.
+    pub(super) fn forbidden() -> Self {
+        Self::new(FetchStatus::ForbiddenAddress, Forbidden.to_string())
+    }
+
     /// The process has no file left for another connection.
     pub(super) fn out_of_files() -> Self {
         Self { ours: true, ..Self::new(FetchStatus::Connect, "too many open files") }
@@ -54,7 +59,9 @@ impl Failure {
 ///
 /// The reason is one of a few sentences: how the system words a broken connection differs from one time to the next, and rows must not.
 /// Its own words go to the log.
-pub(super) fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failure {
+pub(super) fn classify(error: reqwest::Error, otherwise: FetchStatus) -> Failure {
+    // A key may stand in the address, and errors are logged.
+    let error = error.without_url();
     let mut status = if error.is_timeout() { FetchStatus::Timeout } else { otherwise };
     let mut failure = None;
     let mut next = error.source();
@@ -67,7 +74,7 @@ pub(super) fn classify(error: &reqwest::Error, otherwise: FetchStatus) -> Failur
             status = FetchStatus::TooLarge;
         }
         if cause.is::<Forbidden>() {
-            failure = Some(Failure::new(FetchStatus::ForbiddenAddress, Forbidden.to_string()));
+            failure = Some(Failure::forbidden());
         }
         match cause.downcast_ref::<NoAddress>() {
             Some(NoAddress::OutOfFiles) => failure = Some(Failure::out_of_files()),

@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SetOnce};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::Failure;
+use crate::config::WebConfig;
 
 /// The spacing after the first 429, the longest one, and how many good answers in a row it takes to shorten it again.
 const FIRST_SPACING: Duration = Duration::from_millis(200);
@@ -211,9 +212,11 @@ impl Host {
 }
 
 impl Slot {
-    /// The host answered 429: all its requests wait for `pause`, and follow one another more slowly from then on. If the pause is longer
-    /// than `longest`, only those wait whose time it leaves; if nothing but 429 comes back, the host is left alone.
-    pub(super) fn too_fast(&self, failure: &Failure, pause: Duration, longest: Duration) {
+    /// The host answered 429: all its requests wait as long as it asks, or for a backoff, and follow one another more slowly from then on.
+    /// If that is longer than `config` allows, only those wait whose time it leaves; if nothing but 429 comes back, the host is left alone.
+    pub(super) fn too_fast(&self, failure: &Failure, config: &WebConfig) {
+        let pause = failure.retry_after.unwrap_or(config.backoff);
+        let longest = config.max_retry_after.max(config.backoff);
         let mut pace = self.host.pace();
         let now = Instant::now();
         // What was on its way already when the last 429 came says nothing about the pace since then.
@@ -289,8 +292,12 @@ mod tests {
         Clock::new(Duration::from_secs(60))
     }
 
-    fn limited() -> Failure {
-        Failure::new(FetchStatus::RateLimited, "http 429")
+    fn limited(pause: Duration) -> Failure {
+        Failure { retry_after: Some(pause), ..Failure::new(FetchStatus::RateLimited, "http 429") }
+    }
+
+    fn manners() -> WebConfig {
+        WebConfig { max_retry_after: Duration::from_secs(1), backoff: Duration::ZERO, ..WebConfig::default() }
     }
 
     #[tokio::test(start_paused = true)]
@@ -332,9 +339,9 @@ mod tests {
     async fn a_host_that_is_left_alone_is_not_forgotten() {
         let hosts = Hosts::new(4, 1000.0);
         let asked = Duration::from_secs(3600);
-        slot(&hosts, "shut").too_fast(&limited(), asked, Duration::from_secs(1));
+        slot(&hosts, "shut").too_fast(&limited(asked), &manners());
         // A shorter wish afterwards does not open it.
-        slot(&hosts, "shut").too_fast(&limited(), Duration::from_secs(5), Duration::from_secs(1));
+        slot(&hosts, "shut").too_fast(&limited(Duration::from_secs(5)), &manners());
         drop(hosts.host("idle"));
         tokio::time::advance(IDLE * 2).await;
         hosts.hosts.lock().unwrap().limit = 2;
@@ -347,16 +354,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_429_slows_the_host_down_until_it_is_trusted_again() {
         let hosts = Hosts::new(4, 1000.0);
-        let longest = Duration::from_secs(1);
         let spacing = || hosts.host("a").pace().spacing;
         let wave = [(); 4].map(|()| slot(&hosts, "a"));
         tokio::time::advance(Duration::from_millis(10)).await;
-        wave.iter().for_each(|slot| slot.too_fast(&limited(), Duration::from_millis(400), longest));
+        wave.iter().for_each(|slot| slot.too_fast(&limited(Duration::from_millis(400)), &manners()));
         assert_eq!(spacing(), FIRST_SPACING, "what was begun together is told once");
         let start = Instant::now();
         drop(hosts.enter("a", Duration::ZERO, &clock()).await);
         assert!(start.elapsed() >= Duration::from_millis(400), "nobody comes before the pause is over");
-        slot(&hosts, "a").too_fast(&limited(), Duration::ZERO, longest);
+        slot(&hosts, "a").too_fast(&limited(Duration::ZERO), &manners());
         assert_eq!(spacing(), FIRST_SPACING * 2);
         let good = slot(&hosts, "a");
         (0..TRUST_AFTER - 1).for_each(|_| good.fine());
@@ -365,21 +371,20 @@ mod tests {
         assert!(spacing() < FIRST_SPACING * 2);
         (0..TRUST_AFTER * 100).for_each(|_| good.fine());
         assert!(spacing() < Duration::from_millis(1));
-        (0..GIVE_UP_AFTER - 1).for_each(|_| slot(&hosts, "a").too_fast(&limited(), Duration::ZERO, longest));
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot(&hosts, "a").too_fast(&limited(Duration::ZERO), &manners()));
         assert_eq!(spacing(), MAX_SPACING);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_host_that_wants_no_more_is_left_alone() {
-        let longest = Duration::from_secs(1);
         let hosts = Hosts::new(4, 1000.0);
-        slot(&hosts, "pause").too_fast(&limited(), Duration::from_secs(1000), longest);
+        slot(&hosts, "pause").too_fast(&limited(Duration::from_secs(1000)), &manners());
         assert!(hosts.enter("pause", Duration::ZERO, &clock()).await.is_err());
-        (0..GIVE_UP_AFTER - 1).for_each(|_| slot(&hosts, "never").too_fast(&limited(), Duration::ZERO, longest));
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot(&hosts, "never").too_fast(&limited(Duration::ZERO), &manners()));
         slot(&hosts, "never").fine();
-        (0..GIVE_UP_AFTER - 1).for_each(|_| slot(&hosts, "never").too_fast(&limited(), Duration::ZERO, longest));
+        (0..GIVE_UP_AFTER - 1).for_each(|_| slot(&hosts, "never").too_fast(&limited(Duration::ZERO), &manners()));
         assert!(hosts.host("never").pace().shut.is_none(), "a good answer in between");
-        slot(&hosts, "never").too_fast(&limited(), Duration::ZERO, longest);
+        slot(&hosts, "never").too_fast(&limited(Duration::ZERO), &manners());
         assert!(hosts.enter("never", Duration::ZERO, &clock()).await.is_err());
         assert!(hosts.enter("other", Duration::ZERO, &clock()).await.is_ok());
     }
@@ -414,8 +419,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_long_pause_is_waited_for_by_those_whose_time_it_leaves() {
         let hosts = Hosts::new(4, 1000.0);
-        let (pause, longest) = (Duration::from_secs(40), Duration::from_secs(1));
-        hosts.enter("a", Duration::ZERO, &clock()).await.unwrap().too_fast(&limited(), pause, longest);
+        let pause = Duration::from_secs(40);
+        hosts.enter("a", Duration::ZERO, &clock()).await.unwrap().too_fast(&limited(pause), &manners());
         let begun = clock();
         tokio::time::advance(Duration::from_secs(5)).await;
         begun.begin();

@@ -245,7 +245,7 @@ impl Web {
                 return Err(Failure::new(FetchStatus::TakenDown, "the address was taken down"));
             }
             if !self.inner.route.admits(&url) {
-                return Err(Failure::new(FetchStatus::ForbiddenAddress, "the host is not on the public internet"));
+                return Err(Failure::forbidden());
             }
             let delay = if robots { self.permission(&url, config).await? } else { delay };
             let key = key.filter(|_| url.origin() == seen[0].origin());
@@ -276,8 +276,7 @@ impl Web {
                 }
                 Err(failure) => {
                     if failure.status == FetchStatus::RateLimited {
-                        let pause = failure.retry_after.unwrap_or(config.backoff);
-                        slot.too_fast(&failure, pause, config.max_retry_after.max(config.backoff));
+                        slot.too_fast(&failure, config);
                     }
                     return Err(failure);
                 }

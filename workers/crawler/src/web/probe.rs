@@ -6,6 +6,8 @@ use reqwest::header::{DATE, USER_AGENT};
 use url::Url;
 
 use super::Web;
+use super::client::Forbidden;
+use super::failure::classify;
 use crate::config::WebConfig;
 
 /// What was seen.
@@ -30,13 +32,13 @@ impl Web {
     /// A sentence that says what failed.
     pub async fn probe(&self, url: &Url, agent: &str, within: Duration, max_bytes: u64) -> Result<Probe, String> {
         if !self.inner.route.admits(url) {
-            return Err("the host is not on the public internet; worker.crawler.allow_networks can allow it".to_owned());
+            return Err(format!("{Forbidden}; worker.crawler.allow_networks can allow it"));
         }
         let clients = self.clients(&WebConfig::default()).map_err(|failure| failure.reason)?;
         let (begin, deadline) = (Instant::now(), tokio::time::Instant::now() + within);
         let request = clients.fresh.get(url.clone()).header(USER_AGENT, agent).send();
         let answered = tokio::time::timeout_at(deadline, request).await.map_err(|_| format!("no answer within {within:?}"))?;
-        let mut response = answered.map_err(|e| super::failure::classify(&e, capfilt_schemas::FetchStatus::Connect).reason)?;
+        let mut response = answered.map_err(|e| classify(e, capfilt_schemas::FetchStatus::Connect).reason)?;
         let head = begin.elapsed();
         let date = response.headers().get(DATE).and_then(|v| httpdate::parse_http_date(v.to_str().ok()?).ok());
         let (mut bytes, begin) = (0, Instant::now());
