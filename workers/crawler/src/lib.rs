@@ -27,6 +27,7 @@ mod sources;
 mod text;
 mod traffic;
 mod units;
+mod unpack;
 mod web;
 
 pub use annotate::{ANNOTATE_VERSION, Annotate};

@@ -8,18 +8,17 @@
 //!
 //! `http` and `https` are the same here, `#` begins a comment, and the file may be gzipped. An entry takes 16 bytes of memory.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 
 use capfilt_schemas::Digest;
-use flate2::read::MultiGzDecoder;
 use sha2::{Digest as _, Sha256};
 use url::{Host, Position, Url};
 
 use crate::CrawlError;
 use crate::address;
 use crate::digest::file_digest;
+use crate::unpack;
 
 /// A longer line is no entry; the file is none of ours.
 const MAX_LINE: u64 = 64 << 10;
@@ -91,10 +90,7 @@ pub(crate) fn digests(paths: &[PathBuf]) -> Result<Vec<Digest>, CrawlError> {
 
 fn read(path: &Path, entries: &mut Vec<u128>) -> Result<(), CrawlError> {
     let failed = |e| CrawlError::read(path, e);
-    let mut file = BufReader::with_capacity(1 << 20, File::open(path).map_err(failed)?);
-    let packed = file.fill_buf().map_err(failed)?.starts_with(b"\x1f\x8b");
-    let mut lines: Box<dyn BufRead> =
-        if packed { Box::new(BufReader::with_capacity(1 << 20, MultiGzDecoder::new(file))) } else { Box::new(file) };
+    let mut lines = unpack::open(path).map_err(failed)?;
     let (mut line, mut number) = (Vec::new(), 0_u64);
     loop {
         line.clear();
@@ -247,7 +243,7 @@ mod tests {
     fn packed_lists_are_read_and_changed_ones_are_not() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("list.gz");
-        let mut gz = flate2::write::GzEncoder::new(File::create(&path).unwrap(), flate2::Compression::fast());
+        let mut gz = flate2::write::GzEncoder::new(std::fs::File::create(&path).unwrap(), flate2::Compression::fast());
         (0..5_000).for_each(|n| writeln!(gz, "h{n}.test").unwrap());
         gz.finish().unwrap();
         let paths = [path.clone()];

@@ -2,20 +2,20 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::BufRead;
 use std::path::Path;
 
 use arrow::array::{Array, StringArray};
 use arrow::compute::cast;
 use arrow::datatypes::DataType;
 use capfilt_schemas::Digest;
-use flate2::read::MultiGzDecoder;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use sha2::{Digest as _, Sha256};
 
 use super::TableHead;
 use crate::CrawlError;
 use crate::matcher::words_of;
+use crate::unpack;
 
 /// Sources that are told apart; a list with more names for them has taken something else for a source.
 const MOST_SOURCES: usize = 256;
@@ -39,21 +39,18 @@ pub struct QueryList {
 }
 
 impl QueryList {
-    /// Reads a list: a text file with one query a line (after a tab may stand its source), the same with `.gz`, or Parquet with a column
+    /// Reads a list: a text file with one query a line (after a tab may stand its source), perhaps gzipped, or Parquet with a column
     /// `text` and perhaps one `source`.
     ///
     /// # Errors
     /// [`CrawlError::Read`], or [`CrawlError::Format`] if it is not such a file or holds no query.
     pub fn load(path: &Path) -> Result<Self, CrawlError> {
-        let name = path.to_string_lossy().to_lowercase();
-        let file = File::open(path).map_err(|e| CrawlError::read(path, e))?;
+        let read = |e| CrawlError::read(path, e);
         let mut list = Builder::default();
-        if name.ends_with(".parquet") {
-            read_parquet(path, file, &mut list)?;
-        } else if name.ends_with(".gz") {
-            read_lines(path, MultiGzDecoder::new(file), &mut list)?;
+        if path.to_string_lossy().to_lowercase().ends_with(".parquet") {
+            read_parquet(path, File::open(path).map_err(read)?, &mut list)?;
         } else {
-            read_lines(path, file, &mut list)?;
+            read_lines(path, unpack::open(path).map_err(read)?, &mut list)?;
         }
         let list = list.finish();
         if list.is_empty() {
@@ -147,8 +144,7 @@ impl Builder {
     }
 }
 
-fn read_lines(path: &Path, file: impl Read, list: &mut Builder) -> Result<(), CrawlError> {
-    let mut reader = BufReader::new(file);
+fn read_lines(path: &Path, mut reader: impl BufRead, list: &mut Builder) -> Result<(), CrawlError> {
     let mut line = String::new();
     let mut number = 0;
     loop {

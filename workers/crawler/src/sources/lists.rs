@@ -7,7 +7,6 @@ mod columns;
 mod text;
 
 use std::fs::File;
-use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +16,6 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::error::ArrowError;
 use capfilt_runtime::{StageError, Work};
 use capfilt_schemas::{Digest, TextSource};
-use flate2::read::MultiGzDecoder;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use tokio::sync::mpsc;
@@ -28,12 +26,11 @@ use crate::CrawlError;
 use crate::config::{ListConfig, ListFormat};
 use crate::digest::{HashKind, file_digest};
 use crate::text::clean;
+use crate::unpack;
 use columns::{Batches, Types};
 
 /// Most rows of a batch.
 const BATCH: usize = 1024;
-/// What a gzip file begins with.
-const GZIP: [u8; 2] = [0x1f, 0x8b];
 
 /// A file of a list.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -126,28 +123,20 @@ impl ListFile {
         Ok(unreadable)
     }
 
-    /// The file's bytes, unpacked if they are gzipped: that is told by the first bytes, not by the name.
-    fn open(&self) -> Result<Box<dyn Read>, CrawlError> {
-        let read = |e| CrawlError::read(&self.path, e);
-        let mut file = File::open(&self.path).map_err(read)?;
-        let zipped = starts_with(&mut file, GZIP).map_err(read)?;
-        Ok(if zipped { Box::new(MultiGzDecoder::new(BufReader::new(file))) } else { Box::new(file) })
-    }
-
     fn unparquet(&self, e: &dyn std::fmt::Display) -> CrawlError {
         CrawlError::format(&self.path, format!("it is not readable Parquet ({e})"))
     }
 
     fn open_parquet(&self) -> Result<ParquetRecordBatchReaderBuilder<File>, CrawlError> {
         let read = |e| CrawlError::read(&self.path, e);
-        let mut file = File::open(&self.path).map_err(read)?;
-        if starts_with(&mut file, GZIP).map_err(read)? {
+        let file = if unpack::is_packed(&self.path).map_err(read)? {
             // Parquet is read from its end, so a packed file is unpacked first, into a file without a name.
-            let mut unpacked = tempfile::tempfile().map_err(read)?;
-            std::io::copy(&mut MultiGzDecoder::new(BufReader::new(file)), &mut unpacked)
-                .map_err(|e| text::broken(&self.path, &e))?;
-            file = unpacked;
-        }
+            let (mut packed, mut unpacked) = (unpack::open(&self.path).map_err(read)?, tempfile::tempfile().map_err(read)?);
+            std::io::copy(&mut packed, &mut unpacked).map_err(|e| text::broken(&self.path, &e))?;
+            unpacked
+        } else {
+            File::open(&self.path).map_err(read)?
+        };
         ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| self.unparquet(&e))
     }
 
@@ -206,15 +195,6 @@ fn in_hex(hashes: &ArrayRef) -> Result<ArrayRef, ArrowError> {
         _ => hex::encode(hash),
     };
     Ok(Arc::new(StringArray::from_iter(bytes.as_binary::<i32>().iter().map(|hash| hash.map(of)))))
-}
-
-/// Whether a file begins with these two bytes; it is at its beginning again afterwards.
-fn starts_with(file: &mut File, magic: [u8; 2]) -> std::io::Result<bool> {
-    use std::io::{Seek, SeekFrom};
-    let mut head = Vec::new();
-    file.by_ref().take(2).read_to_end(&mut head)?;
-    file.seek(SeekFrom::Start(0))?;
-    Ok(head == magic)
 }
 
 /// The texts of a list, in its order; `wanted` is the digest of the file that is meant. Rows without an address or a text, and rows

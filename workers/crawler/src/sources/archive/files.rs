@@ -1,16 +1,16 @@
 //! Which archive files a source means, and what a local one is known by.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::io::{self, BufRead, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use capfilt_schemas::Digest;
-use flate2::read::MultiGzDecoder;
 use sha2::{Digest as _, Sha256};
 use url::Url;
 
 use crate::CrawlError;
 use crate::config::ArchiveConfig;
+use crate::unpack;
 
 /// Endings of archive files in a folder.
 const ENDINGS: [&str; 4] = [".warc", ".warc.gz", ".wat", ".wat.gz"];
@@ -96,10 +96,7 @@ fn glob(pattern: &str, only_archives: bool, all: &mut Vec<String>) -> Result<(),
 
 /// One path or address a line, as in Common Crawl's `wat.paths.gz`; what is no address starts from `base`.
 fn read_list(path: &Path, base: &str, all: &mut Vec<String>) -> Result<(), CrawlError> {
-    let file = File::open(path).map_err(|e| CrawlError::read(path, e))?;
-    let zipped = path.extension().is_some_and(|e| e == "gz");
-    let reader: Box<dyn Read> = if zipped { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
-    let mut reader = BufReader::new(reader);
+    let mut reader = unpack::open(path).map_err(|e| CrawlError::read(path, e))?;
     let mut line = Vec::new();
     loop {
         line.clear();

@@ -1,7 +1,7 @@
 //! The rows of text formats, as JSON values: the one way in which CSV cells and JSON fields are alike.
 
 use std::fmt;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, Read};
 use std::path::Path;
 
 use serde::de::{Deserializer, SeqAccess, Visitor};
@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::ListFile;
 use crate::CrawlError;
 use crate::config::ListFormat;
+use crate::unpack;
 
 /// Longest line of a text or JSONL file, in bytes; a longer one is passed over. Longest row of a CSV or JSON file.
 const MAX_ROW: u64 = 1 << 20;
@@ -28,8 +29,8 @@ pub(super) const fn is_typed(format: ListFormat) -> bool {
 
 /// Reads a file of any format but Parquet. Empty lines are no rows.
 pub(super) fn read(list: &ListFile, wanted: &[&str], visit: &mut Visit<'_>) -> Result<(), CrawlError> {
-    let mut reader = BufReader::with_capacity(1 << 16, list.open()?);
     let path = list.path.as_path();
+    let mut reader = unpack::open(path).map_err(|e| CrawlError::read(path, e))?;
     let head = reader.fill_buf().map_err(|e| broken(path, &e))?;
     if head.starts_with(&[0xff, 0xfe]) || head.starts_with(&[0xfe, 0xff]) {
         return Err(CrawlError::format(path, "it is UTF-16; save it as UTF-8"));
