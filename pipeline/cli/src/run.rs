@@ -187,7 +187,7 @@ fn stages(config: &RunConfig, inputs: Inputs) -> Result<(Vec<Arc<dyn Stage>>, Tr
     let fetch = Fetch::new(web.clone());
     let traffic = fetch.traffic();
     let stages: Vec<Arc<dyn Stage>> = vec![
-        Arc::new(Discover::new(web, matcher).with_queries(Arc::new(inputs.queries))),
+        Arc::new(Discover::new(web, matcher, Arc::new(inputs.queries))),
         Arc::new(inputs.annotate),
         Arc::new(fetch),
         Arc::new(capfilt_vision::CaptionStage::new(vision.clone())),

@@ -27,16 +27,10 @@ pub struct Discover {
 }
 
 impl Discover {
-    /// The stage for tasks with the query list of `matcher`, search APIs aside.
+    /// The stage for tasks with the list that `matcher` is made of; search APIs are asked for its texts.
     #[must_use]
-    pub fn new(web: Web, matcher: Arc<Matcher>) -> Self {
-        Self { web, matcher, queries: Arc::new(QueryList::from_texts([])) }
-    }
-
-    /// The stage with the list itself: search APIs are asked for its texts.
-    #[must_use]
-    pub fn with_queries(self, queries: Arc<QueryList>) -> Self {
-        Self { queries, ..self }
+    pub const fn new(web: Web, matcher: Arc<Matcher>, queries: Arc<QueryList>) -> Self {
+        Self { web, matcher, queries }
     }
 
     async fn start(self, work: Work) -> Result<RowStream, StageError> {
@@ -51,11 +45,8 @@ impl Discover {
         let (source, found): (String, FoundStream) = match params.source {
             SourceConfig::Pages(pages) => ("pages".to_owned(), crawl(web, pages, params.web, params.max_text, work.clone())),
             SourceConfig::Search(config) => {
-                let list = queries.digest();
-                let Some(part) = params.part.filter(|_| list == params.queries) else {
-                    let what = "query list";
-                    return Err(CrawlError::WrongFile { what, wanted: params.queries, found: list.to_string() }.into());
-                };
+                let none = || StageError::Input("a search wants the part of the queries that it asks for".to_owned());
+                let part = params.part.ok_or_else(none)?;
                 let name = config.adapter.name.clone();
                 (name, search(web, *config, part, queries, params.web, params.max_text, work.clone()))
             }

@@ -1,19 +1,16 @@
 //! Discovering candidates in WARC and WAT files, from disk and over connections that break.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::array::RecordBatch;
-use capfilt_crawler::{
-    ArchiveConfig, Discover, DiscoverConfig, DiscoverParams, Matcher, QueryList, SourceConfig, Web, WebConfig,
-};
+use capfilt_crawler::{ArchiveConfig, DiscoverConfig, DiscoverParams, QueryList, SourceConfig, WebConfig};
 use capfilt_runtime::StageError;
 use serde_json::Value;
 
 use crate::archives::{Page, member, record, warc, wat};
 use crate::server::{Reply, Request, Server, ok, redirect, status, with};
-use crate::support::{run, texts, web, worker};
+use crate::support::{discover_stage, run, texts, web, worker};
 
 fn pages() -> Vec<Page<'static>> {
     let page = |url, html| Page { url, headers: "", html };
@@ -70,7 +67,7 @@ fn tasks(config: &DiscoverConfig) -> Vec<DiscoverParams> {
 }
 
 async fn discover(server: &Server, params: &DiscoverParams) -> Result<(RecordBatch, Value), StageError> {
-    let stage = Discover::new(Web::new(&worker(server.address)).unwrap(), Arc::new(Matcher::new(&queries()).unwrap()));
+    let stage = discover_stage(&worker(server.address), queries());
     run(&stage, params, vec![]).await
 }
 

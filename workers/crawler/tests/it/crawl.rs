@@ -1,16 +1,15 @@
 //! Discovering candidates on a web that sets traps, and in lists.
 
 use std::io::Write;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::UInt32Type;
-use capfilt_crawler::{Discover, DiscoverConfig, ListConfig, Matcher, PagesConfig, QueryList, SourceConfig, Web, WebConfig};
+use capfilt_crawler::{DiscoverConfig, ListConfig, PagesConfig, QueryList, SourceConfig, WebConfig};
 use serde_json::Value;
 
 use crate::server::{Reply, Request, Server, ok, redirect, status, with};
-use crate::support::{run, texts, web, worker};
+use crate::support::{discover_stage, run, texts, web, worker};
 
 fn html(body: &str) -> Reply {
     ok("text/html; charset=utf-8", format!("<!doctype html><body>{body}"))
@@ -90,9 +89,9 @@ async fn discover(server: &Server, config: &DiscoverConfig, connections: usize) 
     let queries = QueryList::from_texts(["cat", "Red-Cat", "dog", "café dog"]);
     let mut route = worker(server.address);
     route.connections = connections;
-    let stage = Discover::new(Web::new(&route).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
     config.check().unwrap();
-    run(&stage, &config.params(&queries, "now").unwrap()[0], vec![]).await.unwrap()
+    let params = config.params(&queries, "now").unwrap();
+    run(&discover_stage(&route, queries), &params[0], vec![]).await.unwrap()
 }
 
 /// `url | text | where it stood | page | queries`.
@@ -209,8 +208,8 @@ async fn lists_are_matched_too() {
 async fn a_crawl_that_finds_no_way_in_fails_and_says_why() {
     let server = Server::start(|_| status(404)).await;
     let queries = QueryList::from_texts(["cat"]);
-    let stage = Discover::new(Web::new(&worker(server.address)).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
-    let error = run(&stage, &config(&server).params(&queries, "now").unwrap()[0], vec![]).await.unwrap_err();
+    let params = config(&server).params(&queries, "now").unwrap();
+    let error = run(&discover_stage(&worker(server.address), queries), &params[0], vec![]).await.unwrap_err();
     let said = error.to_string();
     assert!(error.is_retryable() && said.contains("starting from http://a.test/ (http_4xx 1)"), "{said}");
 }
@@ -218,10 +217,7 @@ async fn a_crawl_that_finds_no_way_in_fails_and_says_why() {
 #[tokio::test]
 async fn another_query_list_is_refused() {
     let server = Server::start(|_| status(404)).await;
-    let stage = Discover::new(
-        Web::new(&worker(server.address)).unwrap(),
-        Arc::new(Matcher::new(&QueryList::from_texts(["cat"])).unwrap()),
-    );
+    let stage = discover_stage(&worker(server.address), QueryList::from_texts(["cat"]));
     let other = QueryList::from_texts(["dog"]);
     let error = run(&stage, &config(&server).params(&other, "now").unwrap()[0], vec![]).await.unwrap_err();
     assert!(!error.is_retryable() && error.to_string().contains("needs the query list with digest"), "{error}");

@@ -5,12 +5,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use capfilt_crawler::{
-    CrawlerWorkerConfig, Discover, DiscoverConfig, Fetch, FetchConfig, Matcher, PagesConfig, QueryList, SourceConfig, Web,
-    WebConfig,
+    CrawlerWorkerConfig, DiscoverConfig, Fetch, FetchConfig, PagesConfig, QueryList, SourceConfig, Web, WebConfig,
 };
 
 use crate::server::{Reply, Server, ok, redirect, status, with};
-use crate::support::{png, run, selected, texts, web, worker};
+use crate::support::{discover_stage, png, run, selected, texts, web, worker};
 
 fn urls(host: &str, n: usize) -> Vec<String> {
     (0..n).map(|i| format!("http://{host}/{i}.png")).collect()
@@ -167,8 +166,8 @@ async fn those_who_opted_out_are_not_asked() {
     let pages = PagesConfig { seeds: vec!["http://a.test/".to_owned()], hosts: vec!["*".to_owned()], ..PagesConfig::default() };
     let queries = QueryList::from_texts(["cat"]);
     let discover = DiscoverConfig { sources: vec![SourceConfig::Pages(pages)], web: manners, ..DiscoverConfig::default() };
-    let stage_of_pages = Discover::new(Web::new(&worker(server.address)).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
     let tasks = discover.params(&queries, "now").unwrap();
+    let stage_of_pages = discover_stage(&worker(server.address), queries);
     let (found, facts) = run(&stage_of_pages, &tasks[0], vec![]).await.unwrap();
     assert_eq!((texts(&found, "url"), &facts["pages_opt_out"]), (vec!["http://a.test/2.png".to_owned()], &2.into()));
 

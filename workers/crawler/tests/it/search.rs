@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::UInt32Type;
-use capfilt_crawler::{Discover, DiscoverConfig, Matcher, QueryList, SearchConfig, SourceConfig, Web};
+use capfilt_crawler::{DiscoverConfig, QueryList, SearchConfig, SourceConfig};
 use capfilt_runtime::StageError;
 use capfilt_store::Store;
 use serde_json::{Value, json};
 use url::Url;
 
 use crate::server::{Reply, Request, Server, ok, redirect, status, with};
-use crate::support::{run_in, texts, web, worker};
+use crate::support::{discover_stage, run_in, texts, web, worker};
 
 /// A ready adapter, as it is but for TLS and its patience.
 fn ready(adapter: &str, change: impl FnOnce(&mut SearchConfig)) -> DiscoverConfig {
@@ -41,9 +41,8 @@ async fn discover_in(
 ) -> Result<(RecordBatch, Value), StageError> {
     config.check().unwrap();
     let list = queries();
-    let matcher = Arc::new(Matcher::new(&list).unwrap());
     let params = config.params(&list, "now").unwrap();
-    let stage = Discover::new(Web::new(&worker(server.address)).unwrap(), matcher).with_queries(Arc::new(list));
+    let stage = discover_stage(&worker(server.address), list);
     run_in(folder, &Store::open("memory:").await.unwrap(), &stage, &params[task], vec![]).await
 }
 

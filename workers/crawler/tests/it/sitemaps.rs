@@ -1,15 +1,13 @@
 //! Sitemaps as a source: indexes, packed parts, images with texts, pages.
 
-use std::sync::Arc;
-
 use arrow::array::RecordBatch;
-use capfilt_crawler::{Discover, DiscoverConfig, Matcher, QueryList, Web};
+use capfilt_crawler::{DiscoverConfig, QueryList};
 use capfilt_runtime::StageError;
 use serde_json::{Value, json};
 
 use crate::archives::member;
 use crate::server::{Reply, Request, Server, ok, status, with};
-use crate::support::{run, texts, web, worker};
+use crate::support::{discover_stage, run, texts, web, worker};
 
 fn site(r: &Request) -> Reply {
     let xml = |body: &str| ok("application/xml", format!("<?xml version='1.0' encoding='UTF-8'?>{body}"));
@@ -48,8 +46,8 @@ async fn discover(server: &Server, source: Value) -> Result<(RecordBatch, Value)
     let config = DiscoverConfig { sources: vec![source], web: web(), ..DiscoverConfig::default() };
     config.check().unwrap();
     let queries = QueryList::from_texts(["cat", "dog"]);
-    let stage = Discover::new(Web::new(&worker(server.address)).unwrap(), Arc::new(Matcher::new(&queries).unwrap()));
-    run(&stage, &config.params(&queries, "now").unwrap()[0], vec![]).await
+    let params = config.params(&queries, "now").unwrap();
+    run(&discover_stage(&worker(server.address), queries), &params[0], vec![]).await
 }
 
 fn lines(rows: &RecordBatch) -> Vec<String> {

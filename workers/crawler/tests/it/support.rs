@@ -7,7 +7,7 @@ use std::time::Duration;
 use arrow::array::{Array, ArrayRef, AsArray, ListArray, RecordBatch, StringArray, UInt32Array};
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field};
-use capfilt_crawler::{CrawlerWorkerConfig, WebConfig};
+use capfilt_crawler::{CrawlerWorkerConfig, Discover, Matcher, QueryList, Web, WebConfig};
 use capfilt_runtime::{Stage, StageError, Work};
 use capfilt_schemas::{RunId, Table, Task, sample_id};
 use capfilt_store::Store;
@@ -28,6 +28,12 @@ pub(crate) fn worker(address: std::net::SocketAddr) -> CrawlerWorkerConfig {
         resolve: [("*".to_owned(), address)].into(),
         ..CrawlerWorkerConfig::default()
     }
+}
+
+/// The discover stage for a query list.
+pub(crate) fn discover_stage(route: &CrawlerWorkerConfig, queries: QueryList) -> Discover {
+    let matcher = Arc::new(Matcher::new(&queries).unwrap());
+    Discover::new(Web::new(route).unwrap(), matcher, Arc::new(queries))
 }
 
 /// What a stage makes of a task: its rows as one batch, and its facts.
