@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::archives::{Page, member, record, warc, wat};
 use crate::server::{Reply, Request, Server, ok, redirect, status, with};
-use crate::support::{discover_stage, run, texts, web, worker};
+use crate::support::{discover_stage, lines, run, texts, web, worker};
 
 fn pages() -> Vec<Page<'static>> {
     let page = |url, html| Page { url, headers: "", html };
@@ -66,14 +66,9 @@ fn tasks(config: &DiscoverConfig) -> Vec<DiscoverParams> {
     config.params(&queries(), "now").unwrap()
 }
 
-async fn discover(server: &Server, params: &DiscoverParams) -> Result<(RecordBatch, Value), StageError> {
+async fn read(server: &Server, params: &DiscoverParams) -> Result<(RecordBatch, Value), StageError> {
     let stage = discover_stage(&worker(server.address), queries());
     run(&stage, params, vec![]).await
-}
-
-fn lines(rows: &RecordBatch) -> Vec<String> {
-    let columns = ["url", "text", "text_source", "page_url"].map(|name| texts(rows, name));
-    (0..rows.num_rows()).map(|i| columns.iter().map(|c| c[i].as_str()).collect::<Vec<_>>().join(" | ")).collect()
 }
 
 fn write(folder: &Path, name: &str, bytes: &[u8]) -> String {
@@ -108,7 +103,7 @@ async fn warc_and_wat_files_and_a_crawl_give_the_same_candidates() {
     ] {
         let path = write(folder.path(), name, &bytes);
         let tasks = tasks(&archive(&[path]));
-        let (rows, facts) = discover(&server, &tasks[0]).await.unwrap();
+        let (rows, facts) = read(&server, &tasks[0]).await.unwrap();
         assert_eq!(lines(&rows), WANTED, "{name}");
         assert_eq!(texts(&rows, "source"), vec![name; WANTED.len()]);
         for (fact, n) in
@@ -120,7 +115,7 @@ async fn warc_and_wat_files_and_a_crawl_give_the_same_candidates() {
     let seeds: Vec<&str> = pages().iter().map(|p| p.url).collect();
     let source = serde_json::from_value(serde_json::json!({"kind": "pages", "seeds": seeds, "max_depth": 0})).unwrap();
     let crawl = DiscoverConfig { sources: vec![source], web: web(), ..DiscoverConfig::default() };
-    let (rows, _) = discover(&server, &tasks(&crawl)[0]).await.unwrap();
+    let (rows, _) = read(&server, &tasks(&crawl)[0]).await.unwrap();
     let sorted = |mut lines: Vec<String>| {
         lines.sort();
         lines
@@ -149,7 +144,7 @@ async fn each_file_is_a_task_that_its_content_names() {
     assert_ne!(after[0], before[0]);
     assert_eq!(after[1..], before[1..]);
     let server = Server::start(|_| status(404)).await;
-    let error = discover(&server, &planned[0]).await.unwrap_err();
+    let error = read(&server, &planned[0]).await.unwrap_err();
     assert!(error.to_string().contains("needs the archive with digest"), "{error}");
 }
 
@@ -159,12 +154,12 @@ async fn a_file_without_records_fails_clearly() {
     let server = Server::start(|_| status(404)).await;
     for bytes in [b"<html>".to_vec(), member(b"<html>"), Vec::new()] {
         let path = write(folder.path(), "x.warc.gz", &bytes);
-        let error = discover(&server, &tasks(&archive(&[path]))[0]).await.unwrap_err();
+        let error = read(&server, &tasks(&archive(&[path]))[0]).await.unwrap_err();
         assert!(!error.is_retryable() && error.chain().contains("no WARC record can be read in it"), "{}", error.chain());
     }
     // Records, but none about pages: nothing to find is no error.
     let path = write(folder.path(), "y.warc", &record("warcinfo", "y.warc", "application/warc-fields", b"software: x\r\n"));
-    assert_eq!(discover(&server, &tasks(&archive(&[path]))[0]).await.unwrap().0.num_rows(), 0);
+    assert_eq!(read(&server, &tasks(&archive(&[path]))[0]).await.unwrap().0.num_rows(), 0);
 }
 
 /// A file server that answers ranges, and breaks off after so many bytes.
@@ -189,7 +184,7 @@ async fn a_broken_download_goes_on_where_it_broke() {
     let params = tasks(&archive(&[url.to_owned()]));
     let third = file.len().div_ceil(3);
     let server = Server::start(broken(file.clone(), third)).await;
-    let (rows, facts) = discover(&server, &params[0]).await.unwrap();
+    let (rows, facts) = read(&server, &params[0]).await.unwrap();
     assert_eq!(lines(&rows), WANTED);
     assert_eq!(facts["records_bad"], 0);
     assert_eq!(server.asked(), ["archive.test/x.warc.gz"; 3], "robots.txt is for crawlers, not for a file that was named");
@@ -204,7 +199,7 @@ async fn a_broken_download_goes_on_where_it_broke() {
         _ => ok("application/gzip", copy.clone()),
     })
     .await;
-    assert_eq!(lines(&discover(&server, &params[0]).await.unwrap().0), WANTED);
+    assert_eq!(lines(&read(&server, &params[0]).await.unwrap().0), WANTED);
 
     // An answer without a length, behind a redirect.
     let copy = file.clone();
@@ -213,7 +208,7 @@ async fn a_broken_download_goes_on_where_it_broke() {
         _ => Reply::Raw([b"HTTP/1.1 200 OK\r\n\r\n".as_slice(), &copy].concat()),
     })
     .await;
-    assert_eq!(lines(&discover(&server, &params[0]).await.unwrap().0), WANTED);
+    assert_eq!(lines(&read(&server, &params[0]).await.unwrap().0), WANTED);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -230,7 +225,7 @@ async fn an_object_is_read_from_its_store() {
     let file = packed(&warc(&pages()));
     let third = file.len().div_ceil(3);
     let server = Server::start(broken(file, third)).await;
-    let (rows, facts) = discover(&server, &of(&server)).await.unwrap();
+    let (rows, facts) = read(&server, &of(&server)).await.unwrap();
     assert_eq!(lines(&rows), WANTED);
     assert_eq!(facts["records_bad"], 0);
     assert!(server.asked().iter().all(|asked| asked.ends_with("/bucket/crawl/x.warc.gz")), "{:?}", server.asked());
@@ -256,10 +251,10 @@ async fn an_object_is_read_from_its_store() {
         }
     };
     let server = Server::start(stalls).await;
-    assert_eq!(lines(&discover(&server, &of(&server)).await.unwrap().0), WANTED);
+    assert_eq!(lines(&read(&server, &of(&server)).await.unwrap().0), WANTED);
 
     let server = Server::start(|_| status(404)).await;
-    let error = discover(&server, &of(&server)).await.unwrap_err();
+    let error = read(&server, &of(&server)).await.unwrap_err();
     assert!(!error.is_retryable() && error.chain().contains("cannot read `s3://bucket/crawl/x.warc.gz`"), "{}", error.chain());
 }
 
@@ -270,7 +265,7 @@ async fn a_download_without_progress_ends() {
     let params = tasks(&archive(&["http://archive.test/x.warc.gz".to_owned()]));
     let failed = async |answer: Box<dyn Fn(&Request) -> Reply + Send + Sync>| {
         let server = Server::start(answer).await;
-        let error = tokio::time::timeout(Duration::from_secs(30), discover(&server, &params[0])).await.unwrap().unwrap_err();
+        let error = tokio::time::timeout(Duration::from_secs(30), read(&server, &params[0])).await.unwrap().unwrap_err();
         (error.is_retryable(), error.chain(), server.asked().len())
     };
     let (retry, why, asked) = failed(Box::new(|_| status(404))).await;
@@ -280,7 +275,7 @@ async fn a_download_without_progress_ends() {
     let head = format!("HTTP/1.1 200 OK\r\nETag: \"v1\"\r\nContent-Length: {}\r\n\r\n", file.len());
     let stall = [head.as_bytes(), &file[..half]].concat();
     let (retry, why, asked) =
-        failed(Box::new(move |_| Reply::Endless(stall.clone(), Vec::new(), std::time::Duration::from_millis(100)))).await;
+        failed(Box::new(move |_| Reply::Endless(stall.clone(), Vec::new(), Duration::from_millis(100)))).await;
     assert!(retry && why.contains("stalls") && asked == 3, "{why} {asked}");
     // Half of one state of the file and half of another are no file.
     let copy = file.clone();

@@ -1,15 +1,13 @@
 //! Discovering candidates on a web that sets traps, and in lists.
 
-use std::io::Write;
 use std::time::{Duration, Instant};
 
-use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::UInt32Type;
+use arrow::array::RecordBatch;
 use capfilt_crawler::{DiscoverConfig, ListConfig, PagesConfig, QueryList, SourceConfig, WebConfig};
 use serde_json::Value;
 
 use crate::server::{Reply, Request, Server, ok, redirect, status, with};
-use crate::support::{discover_stage, run, texts, web, worker};
+use crate::support::{discover, discover_stage, gzip, matched_lines, run, texts, web, worker};
 
 fn html(body: &str) -> Reply {
     ok("text/html; charset=utf-8", format!("<!doctype html><body>{body}"))
@@ -63,9 +61,8 @@ fn site(r: &Request) -> Reply {
             html(&format!("<img src=deep{n}.jpg alt='cat number {n}'><a href=/deep{}.html>d</a>", n + 1))
         }
         ("b.test", "/") => {
-            let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-            gz.write_all(b"<meta charset=latin1><img src=b.jpg alt='caf\xe9 dog &amp; h\xf6hle'>").unwrap();
-            with(ok("text/html", gz.finish().unwrap()), "Content-Encoding", "gzip")
+            let page = gzip(b"<meta charset=latin1><img src=b.jpg alt='caf\xe9 dog &amp; h\xf6hle'>");
+            with(ok("text/html", page), "Content-Encoding", "gzip")
         }
         _ => status(404),
     }
@@ -85,33 +82,20 @@ fn config(server: &Server) -> DiscoverConfig {
     DiscoverConfig { sources: vec![SourceConfig::Pages(pages)], web: web(), ..DiscoverConfig::default() }
 }
 
-async fn discover(server: &Server, config: &DiscoverConfig, connections: usize) -> (RecordBatch, Value) {
+async fn crawl(server: &Server, config: &DiscoverConfig, connections: usize) -> (RecordBatch, Value) {
     let queries = QueryList::from_texts(["cat", "Red-Cat", "dog", "café dog"]);
     let mut route = worker(server.address);
     route.connections = connections;
-    config.check().unwrap();
-    let params = config.params(&queries, "now").unwrap();
-    run(&discover_stage(&route, queries), &params[0], vec![]).await.unwrap()
-}
-
-/// `url | text | where it stood | page | queries`.
-fn lines(rows: &RecordBatch) -> Vec<String> {
-    let queries = rows.column_by_name("queries").unwrap().as_list::<i32>();
-    let columns = ["url", "text", "text_source", "page_url"].map(|name| texts(rows, name));
-    let line = |i: usize| {
-        let ids = queries.value(i).as_primitive::<UInt32Type>().values().to_vec();
-        format!("{} | {} | {} | {} | {ids:?}", columns[0][i], columns[1][i], columns[2][i], columns[3][i])
-    };
-    (0..rows.num_rows()).map(line).collect()
+    discover(&route, queries, config).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crawl_finds_what_is_allowed_and_ends() {
     let server = Server::start(site).await;
     let begin = Instant::now();
-    let (rows, facts) = discover(&server, &config(&server), 16).await;
+    let (rows, facts) = crawl(&server, &config(&server), 16).await;
     assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
-    let mut found = lines(&rows);
+    let mut found = matched_lines(&rows);
     // Level by level; within a level hosts take turns, and b.test has one page.
     let first = ["http://a.test/logo.png | the cat logo | alt | http://a.test/ | [0]"];
     assert_eq!(found[..1], first);
@@ -167,15 +151,15 @@ async fn the_same_pages_are_visited_whatever_the_speed() {
     let mut config = config(&fast);
     let SourceConfig::Pages(pages) = &mut config.sources[0] else { panic!() };
     pages.max_pages = 15;
-    let (wanted, _) = discover(&fast, &config, 32).await;
+    let (wanted, _) = crawl(&fast, &config, 32).await;
     for connections in [1, 7] {
         let slow = Server::start(move |r| {
             let pause = r.path.bytes().map(u64::from).sum::<u64>() * (connections as u64 + 3) % 40;
             Reply::Late(Duration::from_millis(pause), Box::new(site(r)))
         })
         .await;
-        let (rows, _) = discover(&slow, &config, connections).await;
-        assert_eq!(lines(&rows), lines(&wanted));
+        let (rows, _) = crawl(&slow, &config, connections).await;
+        assert_eq!(matched_lines(&rows), matched_lines(&wanted));
         assert_eq!(rows, wanted);
     }
 }
@@ -185,7 +169,7 @@ async fn what_pages_ask_for_can_be_left_aside() {
     let server = Server::start(site).await;
     let mut config = config(&server);
     config.web = WebConfig { opt_out: false, ..config.web };
-    let (rows, _) = discover(&server, &config, 16).await;
+    let (rows, _) = crawl(&server, &config, 16).await;
     assert!(texts(&rows, "text").contains(&"an artist cat".to_owned()));
     assert_eq!(server.hits("a.test/hidden.html"), 1);
 }
@@ -198,8 +182,8 @@ async fn lists_are_matched_too() {
     let list = ListConfig { path, format: None, url_col: "url".to_owned(), caption_col: "caption".to_owned(), verify_hash: None };
     let config = DiscoverConfig { sources: vec![SourceConfig::List(list)], ..DiscoverConfig::default() };
     let server = Server::start(|_| status(404)).await;
-    let (rows, facts) = discover(&server, &config, 1).await;
-    assert_eq!(lines(&rows), ["http://a.test/1 | A cat | list | - | [0]", "not an address | dog | list | - | [2]"]);
+    let (rows, facts) = crawl(&server, &config, 1).await;
+    assert_eq!(matched_lines(&rows), ["http://a.test/1 | A cat | list | - | [0]", "not an address | dog | list | - | [2]"]);
     assert_eq!(texts(&rows, "source"), ["urls.csv", "urls.csv"]);
     assert_eq!((facts["texts_seen"].as_u64(), facts["texts_without_query"].as_u64()), (Some(3), Some(1)));
 }
@@ -208,8 +192,7 @@ async fn lists_are_matched_too() {
 async fn a_crawl_that_finds_no_way_in_fails_and_says_why() {
     let server = Server::start(|_| status(404)).await;
     let queries = QueryList::from_texts(["cat"]);
-    let params = config(&server).params(&queries, "now").unwrap();
-    let error = run(&discover_stage(&worker(server.address), queries), &params[0], vec![]).await.unwrap_err();
+    let error = discover(&worker(server.address), queries, &config(&server)).await.unwrap_err();
     let said = error.to_string();
     assert!(error.is_retryable() && said.contains("starting from http://a.test/ (http_4xx 1)"), "{said}");
 }

@@ -1,6 +1,5 @@
 //! Downloads from a hostile web: every address ends, with the right status, and the good ones arrive.
 
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
@@ -8,23 +7,13 @@ use arrow::datatypes::{UInt16Type, UInt32Type, UInt64Type};
 use capfilt_crawler::{CrawlerWorkerConfig, Fetch, FetchConfig, ImageConfig, ResizeMode, StoredFormat, Web, WebConfig};
 use capfilt_schemas::FetchStatus;
 
-use crate::server::{Reply, Request, Server, ok, redirect, status, with};
-use crate::support::{png, run, selected, texts, web, worker};
+use crate::server::{Reply, Request, Server, head, ok, redirect, status, with};
+use crate::support::{gzip, png, run, selected, texts, web, worker};
 
 const MAX_BODY: usize = 200_000;
 
 fn config() -> FetchConfig {
     FetchConfig { web: web(), max_body: MAX_BODY, ..FetchConfig::default() }
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-    gz.write_all(bytes).unwrap();
-    gz.finish().unwrap()
-}
-
-fn head(extra: &str) -> Vec<u8> {
-    format!("HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n{extra}\r\n").into_bytes()
 }
 
 /// A server on which nearly everything goes wrong.

@@ -10,24 +10,14 @@ use std::time::{Duration, Instant};
 use capfilt_crawler::{CrawlerWorkerConfig, DnsConfig, Fetch, FetchConfig, Web, WebConfig};
 use capfilt_schemas::FetchStatus as S;
 use flate2::Compression;
-use flate2::write::{GzEncoder, ZlibEncoder};
+use flate2::write::ZlibEncoder;
 
 use crate::names::Names;
-use crate::server::{Reply, Request, Server, ok, redirect, status, with};
-use crate::support::{png, run, selected, texts};
+use crate::server::{Reply, Request, Server, head, ok, redirect, status, with};
+use crate::support::{gzip, png, run, selected, texts};
 use crate::tls;
 
 const MAX_BODY: usize = 300_000;
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut gz = GzEncoder::new(Vec::new(), Compression::best());
-    gz.write_all(bytes).unwrap();
-    gz.finish().unwrap()
-}
-
-fn head(extra: &str) -> Vec<u8> {
-    format!("HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n{extra}\r\n").into_bytes()
-}
 
 /// A chunk of a PNG with its checksum.
 fn chunk(kind: &[u8; 4], data: &[u8]) -> Vec<u8> {

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::UInt32Type;
+use arrow::array::RecordBatch;
 use capfilt_crawler::{DiscoverConfig, QueryList, SearchConfig, SourceConfig};
 use capfilt_runtime::StageError;
 use capfilt_store::Store;
@@ -14,7 +13,7 @@ use serde_json::{Value, json};
 use url::Url;
 
 use crate::server::{Reply, Request, Server, ok, redirect, status, with};
-use crate::support::{discover_stage, run_in, texts, web, worker};
+use crate::support::{discover_stage, matched_lines, run_in, texts, web, worker};
 
 /// A ready adapter, as it is but for TLS and its patience.
 fn ready(adapter: &str, change: impl FnOnce(&mut SearchConfig)) -> DiscoverConfig {
@@ -29,11 +28,11 @@ fn queries() -> QueryList {
     QueryList::from_texts(["cat", "Red Cat", "dog"])
 }
 
-async fn discover(server: &Server, config: &DiscoverConfig, task: usize) -> Result<(RecordBatch, Value), StageError> {
-    discover_in(tempfile::tempdir().unwrap().path(), server, config, task).await
+async fn search(server: &Server, config: &DiscoverConfig, task: usize) -> Result<(RecordBatch, Value), StageError> {
+    search_in(tempfile::tempdir().unwrap().path(), server, config, task).await
 }
 
-async fn discover_in(
+async fn search_in(
     folder: &Path,
     server: &Server,
     config: &DiscoverConfig,
@@ -44,17 +43,6 @@ async fn discover_in(
     let params = config.params(&list, "now").unwrap();
     let stage = discover_stage(&worker(server.address), list);
     run_in(folder, &Store::open("memory:").await.unwrap(), &stage, &params[task], vec![]).await
-}
-
-/// `url | text | what it is | page | queries`.
-fn lines(rows: &RecordBatch) -> Vec<String> {
-    let queries = rows.column_by_name("queries").unwrap().as_list::<i32>();
-    let columns = ["url", "text", "text_source", "page_url"].map(|name| texts(rows, name));
-    let line = |i: usize| {
-        let ids = queries.value(i).as_primitive::<UInt32Type>().values().to_vec();
-        format!("{} | {} | {} | {} | {ids:?}", columns[0][i], columns[1][i], columns[2][i], columns[3][i])
-    };
-    (0..rows.num_rows()).map(line).collect()
 }
 
 /// A parameter of the address that was asked for.
@@ -96,7 +84,7 @@ async fn openverse_is_searched_page_by_page() {
     let server = Server::start(openverse).await;
     let mut config = ready("openverse", |_| {});
     config.web.max_retry_after = Duration::from_secs(2);
-    let (rows, facts) = discover(&server, &config, 0).await.unwrap();
+    let (rows, facts) = search(&server, &config, 0).await.unwrap();
     let tags = "pet, red cat | tags";
     let wanted = [
         "http://img.test/1.jpg | A cat | title | http://site.test/1 | [0]".to_owned(),
@@ -105,7 +93,7 @@ async fn openverse_is_searched_page_by_page() {
         "http://img.test/3.jpg | Dog and cat | title | http://site.test/3 | [0, 2]".to_owned(),
         format!("http://img.test/3.jpg | {tags} | http://site.test/3 | [0, 1]"),
     ];
-    assert_eq!(lines(&rows), wanted);
+    assert_eq!(matched_lines(&rows), wanted);
     assert_eq!(texts(&rows, "source")[0], "openverse");
     let fact = |name: &str| facts[name].as_u64().unwrap_or(0);
     assert_eq!((fact("queries_asked"), fact("queries_not_json"), fact("search_pages")), (3, 1, 3), "{facts}");
@@ -136,12 +124,12 @@ async fn commons_goes_on_as_it_is_told_to() {
         _ => answer(&json!({"batchcomplete": true})),
     })
     .await;
-    let (rows, facts) = discover(&server, &ready("wikimedia_commons", |_| {}), 0).await.unwrap();
+    let (rows, facts) = search(&server, &ready("wikimedia_commons", |_| {}), 0).await.unwrap();
     let wanted = [
         "http://up.test/1024px-1.jpg | A cat & its bowl Français : chat | description | http://commons.test/wiki/File:1.jpg | [0]",
         "http://up.test/1024px-3.jpg | A DOG | description | http://commons.test/wiki/File:3.jpg | [2]",
     ];
-    assert_eq!(lines(&rows), wanted);
+    assert_eq!(matched_lines(&rows), wanted);
     assert_eq!((facts["queries_asked"].as_u64(), facts["queries_error"].as_u64()), (Some(3), Some(1)), "{facts}");
 }
 
@@ -158,7 +146,7 @@ async fn endless_and_huge_answers_end() {
     .await;
     let begin = Instant::now();
     let config = ready("openverse", |search| (search.per_query, search.adapter.max_body) = (70, 1 << 20));
-    let (rows, facts) = discover(&server, &config, 0).await.unwrap();
+    let (rows, facts) = search(&server, &config, 0).await.unwrap();
     assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
     let fact = |name: &str| facts[name].as_u64().unwrap_or(0);
     // Four pages are enough for 70 images; one page and three that bring nothing new for the other query.
@@ -170,7 +158,7 @@ async fn endless_and_huge_answers_end() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_that_answers_nothing_fails_the_task() {
     let server = Server::start(|r| if parameter(r, "q") == "cat" { status(403) } else { ok("text/html", "<html>") }).await;
-    let error = discover(&server, &ready("openverse", |_| {}), 0).await.unwrap_err();
+    let error = search(&server, &ready("openverse", |_| {}), 0).await.unwrap_err();
     let said = error.to_string();
     let why = "openverse left 3 of the task's 3 queries without a whole answer (http_4xx 1, not_json 2)";
     assert!(error.is_retryable() && said.contains(why), "{said}");
@@ -204,12 +192,12 @@ async fn queries_that_may_be_answered_later_are_not_given_up() {
         let folder = tempfile::tempdir().unwrap();
         let mut config = ready("openverse", |_| {});
         config.web.retries = 0;
-        let error = discover_in(folder.path(), &server, &config, 0).await.unwrap_err();
+        let error = search_in(folder.path(), &server, &config, 0).await.unwrap_err();
         let said = error.to_string();
         assert!(error.is_retryable() && said.contains("left 3 of the task's 3 queries without a whole answer (http_4"), "{said}");
 
         broken.store(false, Ordering::SeqCst);
-        let (rows, facts) = discover_in(folder.path(), &server, &config, 0).await.unwrap();
+        let (rows, facts) = search_in(folder.path(), &server, &config, 0).await.unwrap();
         let fact = |name: &str| facts[name].as_u64().unwrap_or(0);
         assert_eq!((fact("queries_asked"), fact("queries_http_4xx"), fact("search_pages")), (3, 1, 3), "{facts}");
         let urls: Vec<String> = texts(&rows, "url").into_iter().step_by(2).collect();
@@ -229,13 +217,13 @@ async fn a_further_attempt_asks_only_for_what_is_missing() {
         .await
     };
     let (folder, config) = (tempfile::tempdir().unwrap(), ready("openverse", |_| {}));
-    let error = discover_in(folder.path(), &server, &config, 0).await.unwrap_err();
+    let error = search_in(folder.path(), &server, &config, 0).await.unwrap_err();
     assert!(error.to_string().contains("left 1 of the task's 3 queries without a whole answer (http_5xx 1)"), "{error}");
     broken.store(false, Ordering::SeqCst);
     let asked = server.asked().len();
-    let (rows, facts) = discover_in(folder.path(), &server, &config, 0).await.unwrap();
+    let (rows, facts) = search_in(folder.path(), &server, &config, 0).await.unwrap();
     assert_eq!(server.asked().len() - asked, 1, "{:?}", server.asked());
-    let (undisturbed, same) = discover(&server, &config, 0).await.unwrap();
+    let (undisturbed, same) = search(&server, &config, 0).await.unwrap();
     assert_eq!((rows, &facts), (undisturbed, &same));
     assert_eq!((facts["search_pages"].as_u64(), facts["search_results_unusable"].as_u64()), (Some(3), Some(3)), "{facts}");
 }
@@ -248,8 +236,8 @@ async fn a_query_that_always_fails_does_not_cost_the_others() {
     })
     .await;
     let (folder, config) = (tempfile::tempdir().unwrap(), ready("openverse", |_| {}));
-    assert!(discover_in(folder.path(), &server, &config, 0).await.unwrap_err().is_retryable());
-    let (rows, facts) = discover_in(folder.path(), &server, &config, 0).await.unwrap();
+    assert!(search_in(folder.path(), &server, &config, 0).await.unwrap_err().is_retryable());
+    let (rows, facts) = search_in(folder.path(), &server, &config, 0).await.unwrap();
     assert!(rows.num_rows() > 0 && facts["queries_http_5xx"] == 1, "{facts}");
 }
 
@@ -257,13 +245,13 @@ async fn a_query_that_always_fails_does_not_cost_the_others() {
 async fn tasks_are_parts_and_together_the_whole() {
     let server = Server::start(openverse).await;
     let whole = ready("openverse", |search| search.queries = Some(3));
-    let (all, _) = discover(&server, &whole, 0).await.unwrap();
+    let (all, _) = search(&server, &whole, 0).await.unwrap();
     let parts = ready("openverse", |search| search.chunk = 1);
     assert_eq!(parts.params(&queries(), "now").unwrap().len(), 3);
-    let (first, _) = discover(&server, &parts, 0).await.unwrap();
-    let (third, _) = discover(&server, &parts, 2).await.unwrap();
-    assert_eq!(lines(&all), [lines(&first), lines(&third)].concat());
-    assert!(discover(&server, &parts, 1).await.is_err(), "its only query is answered with rubbish");
+    let (first, _) = search(&server, &parts, 0).await.unwrap();
+    let (third, _) = search(&server, &parts, 2).await.unwrap();
+    assert_eq!(matched_lines(&all), [matched_lines(&first), matched_lines(&third)].concat());
+    assert!(search(&server, &parts, 1).await.is_err(), "its only query is answered with rubbish");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -289,18 +277,18 @@ async fn a_key_comes_from_the_environment_and_goes_to_its_host_only() {
     .await;
     let with_key =
         |change: &dyn Fn(&mut capfilt_crawler::ApiKey)| ready("openverse", |search| change(search.adapter.key.as_mut().unwrap()));
-    let (rows, facts) = discover(&server, &with_key(&|key| key.env = SET.to_owned()), 0).await.unwrap();
+    let (rows, facts) = search(&server, &with_key(&|key| key.env = SET.to_owned()), 0).await.unwrap();
     assert_eq!(texts(&rows, "url").last().map(String::as_str), Some("http://img.test/2.jpg"), "{facts}");
     let parameter = with_key(&|key| {
         (key.env, key.header, key.parameter) = (SET.to_owned(), None, Some("key".to_owned()));
     });
-    let (rows, facts) = discover(&server, &parameter, 0).await.unwrap();
-    assert_eq!(rows.num_rows(), 6, "{:?}", lines(&rows));
-    assert!(!lines(&rows).concat().contains(&secret), "{:?}", lines(&rows));
+    let (rows, facts) = search(&server, &parameter, 0).await.unwrap();
+    assert_eq!(rows.num_rows(), 6, "{:?}", matched_lines(&rows));
+    assert!(!matched_lines(&rows).concat().contains(&secret), "{:?}", matched_lines(&rows));
     let told = format!("{facts} {:?}", serde_json::to_string(&parameter.params(&queries(), "now").unwrap()));
     assert!(!told.contains("capfilt-crawler\"") && told.contains(SET), "{told}");
     let missing = with_key(&|key| (key.env, key.required) = ("NO_SUCH_KEY_HERE".to_owned(), true));
-    let error = discover(&server, &missing, 0).await.unwrap_err();
+    let error = search(&server, &missing, 0).await.unwrap_err();
     assert!(
         !error.is_retryable() && error.to_string().contains("the environment variable NO_SUCH_KEY_HERE is not set"),
         "{error}"

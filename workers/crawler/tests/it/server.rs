@@ -38,6 +38,11 @@ pub(crate) fn ok(kind: &str, body: impl Into<Vec<u8>>) -> Reply {
     Reply::Plain(200, vec![("Content-Type".to_owned(), kind.to_owned())], body.into())
 }
 
+/// The head of an answer with an image, and with these header lines.
+pub(crate) fn head(extra: &str) -> Vec<u8> {
+    format!("HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n{extra}\r\n").into_bytes()
+}
+
 pub(crate) fn status(code: u16) -> Reply {
     Reply::Plain(code, vec![], b"an error page".to_vec())
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::archives::member;
 use crate::server::{Reply, Request, Server, ok, status, with};
-use crate::support::{discover_stage, run, texts, web, worker};
+use crate::support::{discover, lines, texts, web, worker};
 
 fn site(r: &Request) -> Reply {
     let xml = |body: &str| ok("application/xml", format!("<?xml version='1.0' encoding='UTF-8'?>{body}"));
@@ -41,25 +41,17 @@ fn site(r: &Request) -> Reply {
     }
 }
 
-async fn discover(server: &Server, source: Value) -> Result<(RecordBatch, Value), StageError> {
+async fn visit(server: &Server, source: Value) -> Result<(RecordBatch, Value), StageError> {
     let source = serde_json::from_value(source).unwrap();
     let config = DiscoverConfig { sources: vec![source], web: web(), ..DiscoverConfig::default() };
-    config.check().unwrap();
-    let queries = QueryList::from_texts(["cat", "dog"]);
-    let params = config.params(&queries, "now").unwrap();
-    run(&discover_stage(&worker(server.address), queries), &params[0], vec![]).await
-}
-
-fn lines(rows: &RecordBatch) -> Vec<String> {
-    let columns = ["url", "text", "text_source", "page_url"].map(|name| texts(rows, name));
-    (0..rows.num_rows()).map(|i| columns.iter().map(|c| c[i].as_str()).collect::<Vec<_>>().join(" | ")).collect()
+    discover(&worker(server.address), QueryList::from_texts(["cat", "dog"]), &config).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pages_of_sitemaps_are_visited_and_no_others() {
     let server = Server::start(site).await;
     let (rows, facts) =
-        discover(&server, json!({"kind": "sitemaps", "sitemaps": ["http://a.test/", "http://b.test/"]})).await.unwrap();
+        visit(&server, json!({"kind": "sitemaps", "sitemaps": ["http://a.test/", "http://b.test/"]})).await.unwrap();
     let mut found = lines(&rows);
     found.sort();
     let wanted = [
@@ -84,7 +76,7 @@ async fn pages_of_sitemaps_are_visited_and_no_others() {
 async fn sitemaps_alone_give_the_images_that_they_name() {
     let server = Server::start(site).await;
     let source = json!({"kind": "sitemaps", "sitemaps": ["http://a.test/1.xml.gz"], "visit": false, "hosts": ["elsewhere.test"]});
-    let (rows, facts) = discover(&server, source).await.unwrap();
+    let (rows, facts) = visit(&server, source).await.unwrap();
     assert_eq!(
         texts(&rows, "text"),
         ["a cat by its sitemap", "a dog", "an unwilling cat", "a private cat", "a far cat"],
@@ -96,7 +88,7 @@ async fn sitemaps_alone_give_the_images_that_they_name() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crawl_takes_images_from_the_sitemaps_on_its_way() {
     let server = Server::start(site).await;
-    let (rows, _) = discover(&server, json!({"kind": "pages", "seeds": ["http://a.test/p2"], "max_depth": 1})).await.unwrap();
+    let (rows, _) = visit(&server, json!({"kind": "pages", "seeds": ["http://a.test/p2"], "max_depth": 1})).await.unwrap();
     assert!(texts(&rows, "text").contains(&"a cat by its sitemap".to_owned()));
     assert!(!texts(&rows, "text").contains(&"an unwilling cat".to_owned()));
 }
@@ -104,6 +96,6 @@ async fn a_crawl_takes_images_from_the_sitemaps_on_its_way() {
 #[tokio::test]
 async fn sitemaps_that_cannot_be_had_are_an_error() {
     let server = Server::start(site).await;
-    let error = discover(&server, json!({"kind": "sitemaps", "sitemaps": ["http://c.test/"]})).await.unwrap_err();
+    let error = visit(&server, json!({"kind": "sitemaps", "sitemaps": ["http://c.test/"]})).await.unwrap_err();
     assert!(error.is_retryable() && error.to_string().contains("http://c.test/ (http_4xx 1)"), "{error}");
 }

@@ -1,13 +1,14 @@
 //! Running one stage on one task.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::array::{Array, ArrayRef, AsArray, ListArray, RecordBatch, StringArray, UInt32Array};
 use arrow::buffer::OffsetBuffer;
-use arrow::datatypes::{DataType, Field};
-use capfilt_crawler::{CrawlerWorkerConfig, Discover, Matcher, QueryList, Web, WebConfig};
+use arrow::datatypes::{DataType, Field, UInt32Type};
+use capfilt_crawler::{CrawlerWorkerConfig, Discover, DiscoverConfig, Matcher, QueryList, Web, WebConfig};
 use capfilt_runtime::{Stage, StageError, Work};
 use capfilt_schemas::{RunId, Table, Task, sample_id};
 use capfilt_store::Store;
@@ -34,6 +35,17 @@ pub(crate) fn worker(address: std::net::SocketAddr) -> CrawlerWorkerConfig {
 pub(crate) fn discover_stage(route: &CrawlerWorkerConfig, queries: QueryList) -> Discover {
     let matcher = Arc::new(Matcher::new(&queries).unwrap());
     Discover::new(Web::new(route).unwrap(), matcher, Arc::new(queries))
+}
+
+/// What discovering makes of the first task of a config.
+pub(crate) async fn discover(
+    route: &CrawlerWorkerConfig,
+    queries: QueryList,
+    config: &DiscoverConfig,
+) -> Result<(RecordBatch, Value), StageError> {
+    config.check().unwrap();
+    let params = config.params(&queries, "now").unwrap();
+    run(&discover_stage(route, queries), &params[0], vec![]).await
 }
 
 /// What a stage makes of a task: its rows as one batch, and its facts.
@@ -101,6 +113,26 @@ pub(crate) fn selected(urls: &[String]) -> Vec<RecordBatch> {
 pub(crate) fn texts(batch: &RecordBatch, name: &str) -> Vec<String> {
     let column = batch.column_by_name(name).unwrap().as_string::<i32>();
     (0..column.len()).map(|i| if column.is_null(i) { "-".to_owned() } else { column.value(i).to_owned() }).collect()
+}
+
+/// `url | text | what it is | page` of each candidate.
+pub(crate) fn lines(rows: &RecordBatch) -> Vec<String> {
+    let columns = ["url", "text", "text_source", "page_url"].map(|name| texts(rows, name));
+    (0..rows.num_rows()).map(|i| columns.iter().map(|c| c[i].as_str()).collect::<Vec<_>>().join(" | ")).collect()
+}
+
+/// The same with the numbers of its queries: `… | [0, 2]`.
+pub(crate) fn matched_lines(rows: &RecordBatch) -> Vec<String> {
+    let queries = rows.column_by_name("queries").unwrap().as_list::<i32>();
+    let ids = |i: usize| queries.value(i).as_primitive::<UInt32Type>().values().to_vec();
+    lines(rows).into_iter().enumerate().map(|(i, line)| format!("{line} | {:?}", ids(i))).collect()
+}
+
+/// These bytes, gzipped.
+pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    gz.write_all(bytes).unwrap();
+    gz.finish().unwrap()
 }
 
 /// A small PNG of its own for each number.
