@@ -11,8 +11,9 @@ use capfilt_schemas::FetchStatus;
 use tokio_util::sync::CancellationToken;
 
 use crate::output::{self, Failure, count, duration, say, say_json};
-use crate::progress::{Bar, Pace};
-use crate::traffic;
+use crate::pace::Pace;
+use crate::progress::Bar;
+use crate::{metrics, traffic};
 pub(crate) use flags::DownloadArgs;
 
 /// How often progress is shown.
@@ -24,7 +25,7 @@ pub(crate) async fn run(args: DownloadArgs) -> Result<ExitCode, Failure> {
         output::complain("--enable_wandb: nothing is sent to wandb; the stats stand in the _stats.json files");
     }
     if let Some(address) = args.metrics {
-        traffic::serve_metrics(address)?;
+        metrics::serve(address)?;
     }
     let config = args.config()?;
     let (progress, stop) = (Arc::new(DownloadProgress::default()), CancellationToken::new());
@@ -90,8 +91,8 @@ async fn show(progress: Arc<DownloadProgress>, hourly_price: Option<f64>) {
         let pace = Pace::of(began.elapsed(), done, rows);
         let words = if rows == 0 { "reading the list".to_owned() } else { pace.as_ref().map_or_else(String::new, Pace::words) };
         bar.show(done, rows, &format!("{words}  {}", traffic::line(progress.traffic(), hourly_price)));
-        traffic::publish(progress.traffic(), hourly_price);
-        traffic::publish_stage("download", done, rows, pace.as_ref());
+        metrics::publish(progress.traffic(), hourly_price);
+        metrics::publish_stage("download", done, rows, pace.as_ref());
     }
 }
 

@@ -5,19 +5,22 @@ mod config;
 mod dataset;
 mod doctor;
 mod download;
+mod job;
 mod machine;
+mod metrics;
 mod models;
+mod outcome;
 mod output;
 mod overview;
+mod pace;
 mod progress;
 mod queries;
-mod query_plot;
-mod query_stats;
 mod retry;
 mod run;
 mod store;
 mod takedown;
 mod traffic;
+mod work_dir;
 
 use std::process::ExitCode;
 

@@ -9,8 +9,8 @@ use serde_json::json;
 
 use crate::args::ViewArgs;
 use crate::config::RunConfig;
+use crate::job::Job;
 use crate::output::{Failure, count, moment, say, say_json, table};
-use crate::run::Job;
 use crate::{models, store};
 
 pub(crate) async fn plan(args: ViewArgs) -> Result<ExitCode, Failure> {

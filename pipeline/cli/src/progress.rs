@@ -11,8 +11,9 @@ use capfilt_runtime::{StageCounters, Telemetry};
 use capfilt_schemas::StageKind;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::output::{count, duration};
-use crate::traffic;
+use crate::output::count;
+use crate::pace::Pace;
+use crate::{metrics, traffic};
 
 /// How often a plain line is written for a stage that moves.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -97,36 +98,6 @@ impl Bar {
     }
 }
 
-/// How fast something goes.
-pub(crate) struct Pace {
-    /// Units a second.
-    rate: f64,
-    /// Seconds until it is over.
-    pub(crate) left: u64,
-}
-
-impl Pace {
-    /// Nothing is left.
-    pub(crate) const OVER: Self = Self { rate: 0.0, left: 0 };
-
-    /// That of `done` units of `of` in some time; none while it cannot be told.
-    #[expect(
-        clippy::cast_precision_loss,
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a few digits are shown"
-    )]
-    pub(crate) fn of(elapsed: Duration, done: u64, of: u64) -> Option<Self> {
-        let rate = done as f64 / elapsed.as_secs_f64();
-        (elapsed > Duration::from_millis(500) && done > 0)
-            .then(|| Self { rate, left: (of.saturating_sub(done) as f64 / rate) as u64 })
-    }
-
-    pub(crate) fn words(&self) -> String {
-        format!("{:.1}/s, {} left", self.rate, duration(self.left))
-    }
-}
-
 fn style(unit: &str) -> ProgressStyle {
     let template = format!("{{prefix:>9}} {{bar:24.cyan/blue}} {{human_pos}}/{{human_len}} {unit} {{msg}}");
     ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─")
@@ -176,7 +147,7 @@ impl RunProgress {
             let note = if *stage == StageKind::Fetch { traffic::line(&self.traffic, self.hourly_price) } else { String::new() };
             state.stage(*stage, progress, counters.get(stage), &note);
         }
-        traffic::publish(&self.traffic, self.hourly_price);
+        metrics::publish(&self.traffic, self.hourly_price);
     }
 
     pub(crate) fn finish(&self) {
@@ -224,7 +195,7 @@ impl Shown {
     fn update(&mut self, stage: StageKind, (done, of): (u64, u64), pending: bool, dead: u64, note: &str) {
         let (began, first) = *self.began.get_or_insert_with(|| (Instant::now(), done));
         let pace = Pace::of(began.elapsed(), done.saturating_sub(first), of.saturating_sub(first)).filter(|_| pending);
-        traffic::publish_stage(stage.name(), done, of, if pending { pace.as_ref() } else { Some(&Pace::OVER) });
+        metrics::publish_stage(stage.name(), done, of, if pending { pace.as_ref() } else { Some(&Pace::OVER) });
         let mut message = pace.map_or_else(String::new, |pace| pace.words());
         if dead > 0 {
             message = format!("{message} ({dead} given up)");

@@ -1,5 +1,8 @@
 //! `capfilt queries`: make query lists, and look at them.
 
+mod plot;
+mod stats;
+
 use std::process::ExitCode;
 
 use capfilt_crawler::{CrawlError, QueryBuild, QueryInputs, QueryList, QueryTable, SourceCounts, TableHead};
@@ -9,13 +12,12 @@ use serde_json::json;
 use crate::args::{QueriesBuildArgs, QueriesShowArgs, QueriesVerb};
 use crate::output::{Failure, bytes, complain, count, duration, say, say_json, table};
 use crate::progress::Bar;
-use crate::query_stats;
 
 pub(crate) async fn run(verb: QueriesVerb) -> Result<ExitCode, Failure> {
     match verb {
         QueriesVerb::Build(args) => build(*args).await,
         QueriesVerb::Show(args) => show(&args),
-        QueriesVerb::Stats(args) => query_stats::run(args).await,
+        QueriesVerb::Stats(args) => stats::run(args).await,
     }
 }
 

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::args::RetryArgs;
 use crate::config::RunConfig;
+use crate::job::Job;
 use crate::output::{Failure, count, say, say_json, table};
-use crate::run::Job;
 
 /// A retry under way.
 pub(crate) struct Retry {

@@ -8,11 +8,10 @@ use capfilt_coordinator::takedown::redact;
 use capfilt_store::Store;
 use serde_json::json;
 
-use crate::args::{StoreArgs, StoreVerb, SweepArgs};
+use crate::args::{StoreArgs, StoreVerb};
 use crate::config::RunConfig;
 use crate::output::{Failure, bytes, complain, count, say, say_json};
-use crate::run::lock_work_dir;
-use crate::takedown;
+use crate::work_dir;
 
 /// Opens the store that `--store` means: an address, or a config that names one.
 pub(crate) async fn open(args: &StoreArgs) -> Result<Store, Failure> {
@@ -38,26 +37,6 @@ pub(crate) async fn open_or_make(args: &StoreArgs) -> Result<Store, Failure> {
 pub(crate) async fn existing(address: &str) -> Result<Store, Failure> {
     let store = Store::open_existing(address).await?;
     store.ok_or_else(|| Failure::Usage(format!("there is no store at `{address}`; `capfilt run` makes it")))
-}
-
-/// Removes what was taken down from the work folder, where a config says which one it is and no run is at work in it.
-async fn clear_work_dir(store: &Store, args: &SweepArgs) -> Result<u64, Failure> {
-    let path = Path::new(&args.store.store);
-    if !path.is_file() {
-        return Ok(0);
-    }
-    let config = RunConfig::load(path, &[])?;
-    let folder = &config.worker.runtime.work_dir;
-    if !folder.is_dir() {
-        return Ok(0);
-    }
-    match lock_work_dir(&config) {
-        Ok(_alone) => takedown::clear_work_dir(store, folder, args.dry_run).await,
-        Err(busy) => {
-            complain(&format!("the work folder was left as it is: {}", busy.text()));
-            Ok(0)
-        }
-    }
 }
 
 pub(crate) async fn run(verb: StoreVerb) -> Result<ExitCode, Failure> {
@@ -88,7 +67,7 @@ pub(crate) async fn run(verb: StoreVerb) -> Result<ExitCode, Failure> {
             let grace = Duration::from_secs_f64((args.grace_hours * 3600.0).min(1e12));
             let store = open(&args.store).await?;
             let redacted = redact(&store, args.dry_run).await?;
-            let copies = clear_work_dir(&store, &args).await?;
+            let copies = work_dir::clear(&store, &args).await?;
             let report = store.sweep(grace, args.dry_run).await?;
             if args.store.json {
                 say_json(&json!({

@@ -3,8 +3,6 @@
 use std::io::Read as _;
 use std::path::Path;
 
-use anyhow::Context as _;
-use capfilt_coordinator::export::Manifest;
 use capfilt_coordinator::takedown::{Reach, Reached, reach};
 use capfilt_schemas::Takedown;
 use capfilt_store::{Store, StoreError, TakenDown, Targets};
@@ -110,25 +108,4 @@ fn told(takedown: &Takedown, found: &Reach, fresh: bool, dry_run: bool) -> Strin
         lines.push("not reached: models trained on them, exports made before, copies elsewhere".to_owned());
     }
     lines.join("\n")
-}
-
-/// Removes the exports that were made for external trainers from a work folder, if they are older than the last takedown that reaches
-/// them; they are made again where they are needed.
-pub(crate) async fn clear_work_dir(store: &Store, work_dir: &Path, dry_run: bool) -> Result<u64, Failure> {
-    let Ok(tasks) = std::fs::read_dir(work_dir.join("external")) else { return Ok(0) };
-    let taken_down = store.taken_down().await?;
-    let mut removed = 0;
-    for task in tasks.flatten() {
-        let export = task.path().join("export");
-        let Ok(json) = std::fs::read(export.join("manifest.json")) else { continue };
-        let Ok(manifest) = serde_json::from_slice::<Manifest>(&json) else { continue };
-        let version = store.dataset_version(&manifest.dataset, Some(manifest.version)).await?;
-        if capfilt_coordinator::takedown::left_out(store, &version, &taken_down).await? != manifest.left_out {
-            removed += 1;
-            if !dry_run {
-                std::fs::remove_dir_all(&export).with_context(|| format!("cannot remove `{}`", export.display()))?;
-            }
-        }
-    }
-    Ok(removed)
 }

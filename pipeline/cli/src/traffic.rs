@@ -1,33 +1,14 @@
-//! What the downloads of a run led to, for people and for Prometheus: success by class, bytes, hosts, cost.
-
-use std::net::SocketAddr;
-use std::time::Duration;
+//! What the downloads of a run led to, for people and for programs: success by class, bytes, hosts, cost.
 
 use capfilt_crawler::{Downloads, Traffic};
-use metrics_exporter_prometheus::PrometheusBuilder;
-use metrics_util::MetricKindMask;
 use serde_json::{Value, json};
 
-use crate::output::{Failure, bytes, count, table};
-use crate::progress::Pace;
+use crate::output::{bytes, count, table};
 
 /// Failure classes that fit beside a progress bar.
 const CLASSES: usize = 4;
 /// Hosts in a table, and hosts that have metrics of their own.
-const HOSTS: usize = 20;
-
-/// How long a gauge that is told no more is shown.
-const IDLE: Duration = Duration::from_secs(600);
-
-/// Serves the process's metrics at `address`, under `/metrics`.
-///
-/// # Errors
-/// [`Failure::Usage`] if the address cannot be listened on.
-pub(crate) fn serve_metrics(address: SocketAddr) -> Result<(), Failure> {
-    // What is told no more, as of a host that is among those with most downloads no longer, goes.
-    let builder = PrometheusBuilder::new().with_http_listener(address).idle_timeout(MetricKindMask::GAUGE, Some(IDLE));
-    builder.install().map_err(|e| Failure::Usage(format!("cannot serve metrics at {address}: {e}")))
-}
+pub(crate) const HOSTS: usize = 20;
 
 /// One line: `91.4% ok, 12.3 MiB/s; timeout 3.1%, dns 2.2%; 0.19 a million`. Empty before the first download.
 pub(crate) fn line(traffic: &Traffic, hourly_price: Option<f64>) -> String {
@@ -46,7 +27,7 @@ pub(crate) fn line(traffic: &Traffic, hourly_price: Option<f64>) -> String {
     text
 }
 
-fn cost(traffic: &Traffic, hourly_price: Option<f64>) -> Option<f64> {
+pub(crate) fn cost(traffic: &Traffic, hourly_price: Option<f64>) -> Option<f64> {
     hourly_price.and_then(|price| traffic.cost_per_million(price))
 }
 
@@ -56,41 +37,8 @@ fn cost(traffic: &Traffic, hourly_price: Option<f64>) -> Option<f64> {
     clippy::cast_precision_loss,
     reason = "three digits are shown"
 )]
-fn per_second(totals: &Downloads, traffic: &Traffic) -> u64 {
+pub(crate) fn per_second(totals: &Downloads, traffic: &Traffic) -> u64 {
     (totals.bytes as f64 / traffic.span().as_secs_f64().max(1e-3)) as u64
-}
-
-/// What [`line()`] says and the table of hosts, as gauges. Only the hosts with most downloads have some, since each has lines of its own
-/// wherever metrics are kept.
-#[expect(clippy::cast_precision_loss, reason = "gauges")]
-pub(crate) fn publish(traffic: &Traffic, hourly_price: Option<f64>) {
-    let totals = traffic.totals();
-    for (status, n) in &totals.by_status {
-        metrics::gauge!("capfilt_downloads", "status" => status.as_str()).set(*n as f64);
-    }
-    if totals.all() > 0 {
-        metrics::gauge!("capfilt_download_success_ratio").set(totals.success());
-        metrics::gauge!("capfilt_downloaded_bytes_per_second").set(per_second(&totals, traffic) as f64);
-    }
-    if let Some(cost) = cost(traffic, hourly_price) {
-        metrics::gauge!("capfilt_cost_per_million_images").set(cost);
-    }
-    for (host, downloads) in traffic.hosts(HOSTS) {
-        for (status, n) in &downloads.by_status {
-            metrics::gauge!("capfilt_host_downloads", "host" => host.clone(), "status" => status.as_str()).set(*n as f64);
-        }
-        metrics::gauge!("capfilt_host_bytes", "host" => host).set(downloads.bytes as f64);
-    }
-}
-
-/// How far a stage is, and the time that it has left, if that can be told.
-#[expect(clippy::cast_precision_loss, reason = "gauges")]
-pub(crate) fn publish_stage(stage: &'static str, done: u64, of: u64, pace: Option<&Pace>) {
-    metrics::gauge!("capfilt_stage_done", "stage" => stage).set(done as f64);
-    metrics::gauge!("capfilt_stage_expected", "stage" => stage).set(of as f64);
-    if let Some(pace) = pace {
-        metrics::gauge!("capfilt_stage_seconds_left", "stage" => stage).set(pace.left as f64);
-    }
 }
 
 /// What this process downloaded, as the end of a run says it; nothing if that is nothing.

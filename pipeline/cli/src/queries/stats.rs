@@ -11,10 +11,11 @@ use capfilt_schemas::{Commit, StageKind};
 use capfilt_store::Store;
 use serde_json::{Value, json};
 
+use super::plot;
 use crate::args::{QueriesStatsArgs, StoreArgs};
 use crate::config::RunConfig;
 use crate::output::{Failure, count, say, say_json, table};
-use crate::{query_plot, store};
+use crate::store;
 
 /// What the figures are of.
 struct Meant {
@@ -34,7 +35,7 @@ pub(crate) async fn run(args: QueriesStatsArgs) -> Result<ExitCode, Failure> {
     let listed = meant.queries.as_ref().map(QueryList::len);
     let name = |query: u32| meant.queries.as_ref().and_then(|list| list.get(query)).map(|q| q.text.to_owned());
     if let Some(file) = &args.plot {
-        let page = query_plot::file(file, &m, listed).map_err(Failure::Usage)?;
+        let page = plot::file(file, &m, listed).map_err(Failure::Usage)?;
         let write = std::fs::write(file, page);
         write.map_err(|e| Failure::Other(anyhow::anyhow!("cannot write `{}`: {e}", file.display())))?;
     }
@@ -153,7 +154,7 @@ fn text(m: &Marginals, listed: Option<usize>, name: impl Fn(u32) -> Option<Strin
         }
         lines.push(table(&rows));
         lines.push(String::new());
-        lines.push(query_plot::terminal(m));
+        lines.push(plot::terminal(m));
     }
     lines.join("\n")
 }
