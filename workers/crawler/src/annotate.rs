@@ -13,10 +13,10 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::CrawlError;
+use crate::columns::{ImageColumns, Outcome, list_of};
 use crate::config::{AnnotateConfig, AnnotatedSource, ImageConfig};
 use crate::image::{self, Refused};
 use crate::params::AnnotateParams;
-use crate::rows::{ImageColumns, Outcome, list_of};
 use crate::text::clean;
 
 /// Raised whenever the same task would give other rows than before.

@@ -8,10 +8,10 @@ use capfilt_runtime::{RowStream, Stage, StageError, Work, on_rayon};
 use capfilt_schemas::{StageKind, Table, sample_id};
 use futures::{StreamExt, TryStreamExt, stream};
 
+use crate::columns::list_of;
 use crate::config::SourceConfig;
 use crate::matcher::Scratch;
 use crate::params::DiscoverParams;
-use crate::rows::list_of;
 use crate::sources::{Found, FoundStream, crawl, read_archive, read_list, read_sitemaps, search};
 use crate::{CrawlError, Matcher, QueryList, Web};
 

@@ -9,13 +9,13 @@ use capfilt_store::TakenDown;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::address::{NOT_WEB, parse_listed};
+use crate::columns::{ImageColumns, Outcome};
 use crate::config::FetchConfig;
 use crate::digest::HashKind;
 use crate::image::{self, Refused};
 use crate::params::FetchParams;
-use crate::retry::Rows;
-use crate::room::{Place, Room, Taken};
-use crate::rows::{ImageColumns, Outcome};
+use crate::room::{Held, Place, Room};
+use crate::rows::Rows;
 use crate::traffic::Traffic;
 use crate::web::{AHEAD, Want, Web};
 
@@ -76,9 +76,9 @@ impl Fetch {
                         return Ok((rows, row, None, (copied, place)));
                     }
                     let (url, began) = (rows.url(row), Instant::now());
-                    let (outcome, taken) = fetch(&web, url, rows.expected_hash(row), &config, &taken_down, &place).await?;
+                    let (outcome, held) = fetch(&web, url, rows.expected_hash(row), &config, &taken_down, &place).await?;
                     traffic.record(url, outcome.status, outcome.bytes_downloaded.unwrap_or(0), began.elapsed());
-                    Ok((rows, row, Some(outcome), (taken, place)))
+                    Ok((rows, row, Some(outcome), (held, place)))
                 }
             })
             .try_buffered(AHEAD);
@@ -116,7 +116,7 @@ async fn fetch(
     config: &Arc<FetchConfig>,
     taken_down: &Arc<TakenDown>,
     place: &Place,
-) -> Result<(Outcome, Option<Taken>), StageError> {
+) -> Result<(Outcome, Option<Held>), StageError> {
     // Of what was removed from the rows no address is left.
     if taken_down.covers_url(url) {
         return Ok((Outcome::refused(Refused::new(FetchStatus::TakenDown, "the address was taken down"), None), None));
@@ -128,7 +128,7 @@ async fn fetch(
         Ok(answer) => answer,
         Err(failure) => return Ok((Outcome::refused(Refused::new(failure.status, failure.reason), failure.http_status), None)),
     };
-    let mut taken = place.take(answer.body.len());
+    let mut held = place.take(answer.body.len());
     let (mut answer, most) = {
         let config = Arc::clone(config);
         on_rayon(move || {
@@ -137,10 +137,10 @@ async fn fetch(
         })
         .await?
     };
-    if !taken.try_grow(most) {
+    if !held.try_grow(most) {
         // The earliest row may need the connection.
         answer.connection = None;
-        taken.grow(most).await;
+        held.grow(most).await;
     }
     let (config, taken_down) = (Arc::clone(config), Arc::clone(taken_down));
     let expected = expected_hash.and_then(HashKind::parse_digest).map(|(kind, digest)| (kind, digest.to_owned()));
@@ -162,6 +162,6 @@ async fn fetch(
         }
     })
     .await?;
-    taken.shrink(outcome.image.as_ref().map_or(0, |i| i.bytes.len()));
-    Ok((outcome, Some(taken)))
+    held.shrink(outcome.image.as_ref().map_or(0, |i| i.bytes.len()));
+    Ok((outcome, Some(held)))
 }

@@ -6,6 +6,7 @@
 
 mod address;
 mod annotate;
+mod columns;
 mod config;
 mod digest;
 mod discover;
@@ -20,7 +21,6 @@ mod matcher;
 mod opt_out;
 mod params;
 mod queries;
-mod retry;
 mod room;
 mod rows;
 mod sources;

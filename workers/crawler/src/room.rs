@@ -26,7 +26,7 @@ pub(crate) struct Place {
 }
 
 /// Room that was taken; it is given back when this is dropped.
-pub(crate) struct Taken {
+pub(crate) struct Held {
     room: Arc<Room>,
     row: u64,
     bytes: usize,
@@ -91,13 +91,13 @@ impl Place {
     }
 
     /// Takes room for bytes that are here already, whether there is any or not.
-    pub(crate) fn take(&self, bytes: usize) -> Taken {
+    pub(crate) fn take(&self, bytes: usize) -> Held {
         self.room.state().free -= signed(bytes);
-        Taken { room: Arc::clone(&self.room), row: self.row, bytes }
+        Held { room: Arc::clone(&self.room), row: self.row, bytes }
     }
 }
 
-impl Taken {
+impl Held {
     /// Takes room for `bytes` more, if there is any now.
     pub(crate) fn try_grow(&mut self, bytes: usize) -> bool {
         let mut state = self.room.state();
@@ -130,7 +130,7 @@ impl Taken {
     }
 }
 
-impl Drop for Taken {
+impl Drop for Held {
     fn drop(&mut self) {
         self.give_back(self.bytes);
     }

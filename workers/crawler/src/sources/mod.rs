@@ -66,8 +66,8 @@ fn stream(mut receiver: mpsc::Receiver<Result<Vec<Found>, StageError>>) -> Found
     futures::stream::poll_fn(move |cx| receiver.poll_recv(cx)).boxed()
 }
 
-/// What becomes of a page that was read.
-struct Taken {
+/// What a page that was read gives.
+struct PageYield {
     found: Vec<Found>,
     links: Vec<Url>,
     images: u64,
@@ -77,7 +77,7 @@ struct Taken {
 
 /// Takes the texts and links of a page at `url`, as far as its own wishes and those in the answer's `headers` allow it. One row a text;
 /// of equal texts of an image the preferred source counts.
-fn take(page: Page, headers: Directives, url: &Url, opt_out: bool) -> Taken {
+fn take(page: Page, headers: Directives, url: &Url, opt_out: bool) -> PageYield {
     let wishes = page.directives.and(headers);
     let opted_out = opt_out && wishes.refusal().is_some();
     let links = if opt_out && wishes.nofollow() { Vec::new() } else { page.links };
@@ -92,5 +92,5 @@ fn take(page: Page, headers: Directives, url: &Url, opt_out: bool) -> Taken {
             }
         }
     }
-    Taken { found, links, images: page.images_seen, opted_out }
+    PageYield { found, links, images: page.images_seen, opted_out }
 }

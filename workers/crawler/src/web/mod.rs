@@ -10,12 +10,12 @@
 
 mod client;
 mod dns;
-mod download;
 mod exchange;
 mod failure;
 mod guard;
 mod hosts;
 mod probe;
+mod remote_file;
 mod robots;
 mod rules;
 

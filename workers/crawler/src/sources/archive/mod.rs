@@ -118,12 +118,11 @@ async fn open(
 ) -> Result<(Source, u64), StageError> {
     match files::remote(&path) {
         Some(Remote::Web(url)) => {
-            let mut download = web.download(url, config);
+            let mut file = web.remote_file(url, config);
             // The size comes with the first bytes.
-            let first = download.chunk().await?;
-            let size = download.size().unwrap_or(0);
-            let others =
-                stream::try_unfold(download, |mut download| async { Ok(download.chunk().await?.map(|chunk| (chunk, download))) });
+            let first = file.chunk().await?;
+            let size = file.size().unwrap_or(0);
+            let others = stream::try_unfold(file, |mut file| async { Ok(file.chunk().await?.map(|chunk| (chunk, file))) });
             return Ok((Arriving::source(stream::iter(first.map(Ok)).chain(others)), size));
         }
         Some(Remote::Store(url)) => {

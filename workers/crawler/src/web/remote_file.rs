@@ -28,7 +28,7 @@ const MAX_BYTES: u64 = 256 << 30;
 /// A file on its way. It was named by a person, not found by a crawl: robots.txt is not asked, pace and manners are kept.
 ///
 /// Without progress it ends within `(retries + 1) × timeout` and the waits between; each MiB may take 30 × `timeout`.
-pub(crate) struct Download {
+pub(crate) struct RemoteFile {
     web: Web,
     url: Url,
     config: WebConfig,
@@ -56,13 +56,13 @@ struct Open {
 
 impl Web {
     /// Starts to download `url`; nothing is asked before the first chunk is.
-    pub(crate) fn download(&self, url: Url, config: WebConfig) -> Download {
+    pub(crate) fn remote_file(&self, url: Url, config: WebConfig) -> RemoteFile {
         let stretch = (Instant::now() + config.timeout * STRETCH_TIMEOUTS, 0);
-        Download { web: self.clone(), url, config, open: None, at: 0, size: None, state: None, failures: 0, stretch }
+        RemoteFile { web: self.clone(), url, config, open: None, at: 0, size: None, state: None, failures: 0, stretch }
     }
 }
 
-impl Download {
+impl RemoteFile {
     /// The size of the file, once its first bytes have come, if the server tells it.
     pub(crate) const fn size(&self) -> Option<u64> {
         self.size
