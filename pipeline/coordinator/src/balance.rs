@@ -19,16 +19,29 @@ use capfilt_store::Store;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+pub use crate::cap::HardCap;
 use crate::cap::{Borders, Contest, DEVIATIONS, Pairs, Windows, contests};
-pub use crate::cap::{HardCap, Rule};
 use crate::draw::Draws;
 use crate::readers::Readers;
 use crate::scan::RowSet;
+use crate::shards::each_once;
 use crate::sql::SqlConfig;
 use crate::{CoordinatorError, Result};
 
 /// Raised whenever the same candidates would give other pairs than before.
 pub const STAGE_VERSION: u32 = 3;
+
+/// How a query that has more pairs than it may take chooses among them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rule {
+    /// It takes exactly as many as it may, those with the smallest draws: CLIP's "up to 20,000 pairs per query" (arXiv 2103.00020,
+    /// section 2.2).
+    #[default]
+    Cap,
+    /// It takes each with probability t / max(count, t), so about t of them: `MetaCLIP`'s rule (arXiv 2309.16671, section 3.3).
+    Soft,
+}
 
 /// Which candidates count as the same pair. Addresses are compared as they stand: what finds candidates has resolved them, with
 /// scheme and host in lower case, default ports left out and fragments cut off.
@@ -134,9 +147,7 @@ pub struct BalanceOutcome {
 pub async fn balance(store: &Store, sql: &SqlConfig, config: &BalanceConfig, inputs: &[Digest]) -> Result<BalanceOutcome> {
     config.validate()?;
     sql.validate()?;
-    let mut shards = inputs.to_vec();
-    shards.sort_unstable();
-    shards.dedup();
+    let shards = each_once(inputs.iter().copied());
     let threads = sql.threads();
     let job = Job { store, sql, config, threads, readers: Readers::new(store, Table::Candidates, &shards, threads) };
     let unique = job.unique().await?;
@@ -195,11 +206,7 @@ impl Job<'_> {
         if self.config.rule == Rule::Soft {
             return Ok(Borders::soft(contests));
         }
-        let draws = Draws::new(self.config.seed);
-        let offer = move |windows: &mut Windows, id: u128, queries: &[u32]| {
-            queries.iter().for_each(|q| windows.offer(*q, || draws.place(*q, id)));
-        };
-        pairs.borders(contests, offer).await
+        pairs.query_borders(contests, Draws::new(self.config.seed)).await
     }
 
     /// The place of the last pair that `max_pairs` leaves of those that some query takes.

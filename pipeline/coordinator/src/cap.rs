@@ -15,18 +15,6 @@ use crate::readers::Readers;
 use crate::scan::{RowSet, Trust};
 use crate::{CoordinatorError, Result};
 
-/// How a query that has more pairs than it may take chooses among them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Rule {
-    /// It takes exactly as many as it may, those with the smallest draws: CLIP's "up to 20,000 pairs per query" (arXiv 2103.00020,
-    /// section 2.2).
-    #[default]
-    Cap,
-    /// It takes each with probability t / max(count, t), so about t of them: `MetaCLIP`'s rule (arXiv 2309.16671, section 3.3).
-    Soft,
-}
-
 /// More queries than any list has. A shard that says otherwise is not believed: a counter a query is kept in memory.
 const MOST_QUERIES: u32 = 1 << 26;
 
@@ -160,6 +148,14 @@ impl Pairs {
             open = missed.iter().map(|c| (*c, Span::expected(c, deviations))).collect();
         }
         Ok(borders)
+    }
+
+    /// The borders of queries, each of which draws among all its pairs.
+    pub(crate) async fn query_borders(&self, contests: &[Contest], draws: Draws) -> Result<Borders> {
+        let offer = move |windows: &mut Windows, id: u128, queries: &[u32]| {
+            queries.iter().for_each(|q| windows.offer(*q, || draws.place(*q, id)));
+        };
+        self.borders(contests, offer).await
     }
 
     /// As many contests at a time as memory has room for what their windows are expected to hold.
@@ -304,10 +300,7 @@ impl HardCap {
             return Ok((**rows).clone());
         }
         let draws = Draws::new(self.seed);
-        let offer = move |windows: &mut Windows, id: u128, queries: &[u32]| {
-            queries.iter().for_each(|q| windows.offer(*q, || draws.place(*q, id)));
-        };
-        let borders = pairs.borders(&contests, offer).await?;
+        let borders = pairs.query_borders(&contests, draws).await?;
         let (wanted, source) = (Arc::clone(rows), readers.clone());
         let visit = move |kept: &mut Vec<(u32, u32)>, part: u32, first: u32, batch: &arrow::array::RecordBatch| {
             let ids = batch.column(0).as_string();

@@ -15,6 +15,7 @@ use crate::cap::{add, count};
 use crate::draw::Wanted;
 use crate::readers::Readers;
 use crate::scan::Trust;
+use crate::shards::each_once;
 use crate::sql::SqlConfig;
 
 /// How texts and queries meet in a run.
@@ -93,12 +94,7 @@ pub async fn marginals(
     let texts_seen = fact("texts_seen").filter(|n| *n > 0);
     let missed = fact("texts_without_query").unwrap_or(0);
     let threshold = settings.quota();
-    let shards = |commits: &[&Commit]| {
-        let mut shards: Vec<Digest> = commits.iter().flat_map(|c| c.outputs.iter().map(|o| o.digest)).collect();
-        shards.sort_unstable();
-        shards.dedup();
-        shards
-    };
+    let shards = |commits: &[&Commit]| each_once(commits.iter().flat_map(|c| c.outputs.iter().map(|o| o.digest)));
     let before = side(store, sql, Table::Candidates, &shards(found), &[column::QUERIES], threshold).await?;
     let after = match balanced {
         None => None,

@@ -1,14 +1,22 @@
-//! Writing a stream of rows as shards of equal size.
+//! Writing a stream of rows as shards of equal size, and naming shards once.
 
 use std::collections::VecDeque;
 
 use arrow::array::RecordBatch;
-use capfilt_schemas::{Output, Table};
+use capfilt_schemas::{Digest, Output, Table};
 use capfilt_store::{ShardWriter, Store};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use crate::{CoordinatorError, Result};
+
+/// Shards in the order of their digests, each once.
+pub(crate) fn each_once(shards: impl Iterator<Item = Digest>) -> Vec<Digest> {
+    let mut shards: Vec<Digest> = shards.collect();
+    shards.sort_unstable();
+    shards.dedup();
+    shards
+}
 
 /// Cuts rows into shards of `rows` rows each; the last may be shorter. No rows, no shard. Shards are encoded and put in the
 /// background, some at a time.

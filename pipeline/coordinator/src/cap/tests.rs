@@ -49,9 +49,6 @@ async fn windows_that_miss_are_widened_and_little_memory_means_more_passes() {
     let counts = pairs.counts().await.unwrap();
     assert_eq!(counts, [3000, 1500, 1000, 750, 600]);
     let (contests, draws) = (contests(&counts, 100), Draws::new(1));
-    let offer = move |windows: &mut Windows, id: u128, queries: &[u32]| {
-        queries.iter().for_each(|q| windows.offer(*q, || draws.place(*q, id)));
-    };
     let expected: Vec<u128> = (0..5)
         .map(|q| {
             let of_query = rows.iter().filter(|r| r.queries.contains(&q));
@@ -63,7 +60,7 @@ async fn windows_that_miss_are_widened_and_little_memory_means_more_passes() {
     // One pass; several that miss; and a pass for each query.
     for (deviations, memory) in [(DEVIATIONS, 1 << 20), (0.001, 1 << 20), (DEVIATIONS, 1)] {
         let pairs = Pairs { deviations, memory, ..pairs.clone() };
-        assert_eq!(pairs.borders(&contests, offer).await.unwrap().0, expected);
+        assert_eq!(pairs.query_borders(&contests, draws).await.unwrap().0, expected);
     }
 }
 
