@@ -18,6 +18,7 @@ use super::row::{Fetched, Missed, Picture, status_of};
 use super::shards::{Shard, URL};
 use super::{DownloadConfig, OutputFormat};
 use crate::CrawlError;
+use crate::digest::HashKind;
 
 /// Rows of images that are in memory at a time.
 const IMAGES: usize = 64;
@@ -135,7 +136,7 @@ impl Old {
                 Source::Parquet(path, Box::new(reader), None)
             }
         };
-        Ok(Kept { old: self, source, extension: config.extension(), hash: config.compute_hash.map(super::HashKind::name) })
+        Ok(Kept { old: self, source, extension: config.extension(), hash: config.compute_hash.map(HashKind::name) })
     }
 }
 

@@ -28,7 +28,6 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::digest::HashKind;
 pub use config::{DownloadConfig, IncrementalMode, OutputFormat};
 
 use crate::web::AHEAD;

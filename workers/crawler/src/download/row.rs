@@ -6,9 +6,10 @@ use std::time::Instant;
 use capfilt_runtime::on_rayon;
 use capfilt_schemas::FetchStatus;
 
+use super::DownloadConfig;
 use super::exif;
-use super::{DownloadConfig, HashKind};
 use crate::address::{NOT_WEB, parse_listed};
+use crate::digest::HashKind;
 use crate::image;
 use crate::traffic::Traffic;
 use crate::web::{Answer, Want, Web};
