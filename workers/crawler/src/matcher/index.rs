@@ -1,17 +1,21 @@
 //! Where the words of the queries are looked up: a table of words, and a trie of the queries that have several, its edges in a table.
 //!
 //! Both are larger than the near caches, so what counts is how much of them a text touches. Entries stand in the order of use, so the
-//! few words that make up most of any text lie side by side; a hash only leads to an entry's number, through four bytes of an open
-//! table. Entries are compared whole, so no word is ever taken for another.
+//! few words that make up most of any text lie side by side; a hash only leads to an entry's number (`places.rs`). Entries are compared
+//! whole, so no word is ever taken for another.
 
 use std::collections::HashMap;
 use std::collections::hash_map;
 
 use prefetch_index::prefetch_index;
 
+use super::places::{FIRST, NOWHERE, Places, scale};
 use super::sort::sort_each;
 use super::words::Folded;
 use super::{at_least, vectorized};
+
+/// Bits of a [`Node`] that hold the number.
+const NUMBER: u32 = (1 << 24) - 1;
 
 /// A word or the beginning of a query of several words: its number among the words or the edges, and these flags.
 type Node = u32;
@@ -19,6 +23,8 @@ type Node = u32;
 const SEVERAL: Node = 1 << 31;
 /// Some query goes on after it.
 const GOES_ON: Node = 1 << 30;
+/// It is the last word of a text; only words of texts have this.
+const LAST: Node = 1 << 29;
 /// No word of any query.
 const UNKNOWN: Node = 0;
 /// No query ends here.
@@ -69,11 +75,6 @@ struct Edge {
     query: u32,
 }
 
-/// The numbers of no entry: there is none, and there may be one farther on.
-const NOWHERE: u32 = 0;
-const ELSEWHERE: u32 = 1;
-/// The number of the first entry.
-const FIRST: u32 = 2;
 const NO_WORD: Word = Word { key: [0; 2], node: UNKNOWN, query: NO_QUERY };
 /// No word has its key.
 const ANY_WORD: Word = Word { key: [u64::MAX; 2], ..NO_WORD };
@@ -86,18 +87,20 @@ pub(super) struct Steps {
     keys: Vec<(Key, u64)>,
     numbers: Vec<u32>,
     words: Vec<Known>,
-    /// The words that stand elsewhere, are long, or are none of any query.
+    /// The words that stand elsewhere, are long, or are none of any query; then the pairs that stand elsewhere or go on.
     others: Vec<u32>,
-    /// Of each pair of words that a query may have: the place of the first in the texts, the hash, the edge if it stands where it should.
-    pairs: Vec<(usize, u64)>,
-    edges: Vec<Edge>,
-    /// After how many pairs each text ends.
-    pair_ends: Vec<usize>,
+    /// Of each pair of words that a query may have: the place of the first in the texts, and the hash.
+    pairs: Vec<(u32, u64)>,
+    /// Of each word the query that it and the next one are together.
+    twos: Vec<u32>,
+    /// The longer queries, with the places of their first words.
+    further: Vec<(u32, u32)>,
+    /// Of each word how many queries begin before it.
+    before: Vec<u32>,
     /// The queries of all texts, in no order and some more than once; then sorted; and where those of each text end.
     found: Vec<u32>,
     sorted: Vec<u32>,
     found_ends: Vec<usize>,
-    further: Vec<u32>,
 }
 
 impl Index {
@@ -123,11 +126,11 @@ impl Index {
         );
         vectorized(
             #[inline(always)]
-            || self.look_up_edges(folded.ends(), steps),
+            || self.look_up_edges(steps),
         );
         vectorized(
             #[inline(always)]
-            || self.gather(folded.ends(), steps),
+            || gather(folded.ends(), steps),
         );
         let Steps { found, found_ends, sorted, .. } = steps;
         sort_each(found, found_ends, sorted);
@@ -171,97 +174,75 @@ impl Index {
             let Word { node, query, .. } = self.word(key, hash, &text[start as usize..end as usize]);
             words[i] = Known { node, query };
         }
+        for end in folded.ends() {
+            if let Some(last) = words[..*end].last_mut() {
+                last.node |= LAST;
+            }
+        }
     }
 
-    /// The edge of each two words that may have one, if it stands where it should.
+    /// The queries of several words. Nothing but the flag [`LAST`] tells here where a text ends: a loop for each text would end where
+    /// the processor does not expect it.
     #[inline(always)]
-    fn look_up_edges(&self, ends: &[usize], steps: &mut Steps) {
-        let Steps { words, numbers, pairs, edges, pair_ends, .. } = steps;
+    fn look_up_edges(&self, steps: &mut Steps) {
+        let Steps { words, numbers, others, pairs, twos, further, .. } = steps;
         let (filter, table) = (&*self.filter, &*self.edges);
-        pair_ends.clear();
         at_least(pairs, words.len());
-        let (mut n, mut start) = (0, 0);
-        for end in ends {
-            for (i, pair) in words[start..*end].windows(2).enumerate() {
-                let hash = hash_edge(pair[0].node, pair[1].node);
-                prefetch_index(filter, scale(hash, filter.len()));
-                pairs[n] = (start + i, hash);
-                n += usize::from(may_go_on(pair[0].node, pair[1].node));
-            }
-            pair_ends.push(n);
-            start = *end;
+        let mut n = 0;
+        for (pair, i) in words.windows(2).zip(0..) {
+            let hash = hash_edge(pair[0].node, pair[1].node);
+            prefetch_index(filter, scale(hash, filter.len()));
+            pairs[n] = (i, hash);
+            n += usize::from(may_go_on(pair[0].node, pair[1].node));
         }
-        (n, start) = (0, 0);
-        for end in pair_ends {
-            for i in start..*end {
-                let (_, hash) = pairs[i];
-                self.edge_places.prefetch(hash);
-                pairs[n] = pairs[i];
-                n += usize::from(self.passes_filter(hash));
-            }
-            start = *end;
-            *end = n;
+        let may = n;
+        n = 0;
+        for i in 0..may {
+            let (_, hash) = pairs[i];
+            self.edge_places.prefetch(hash);
+            pairs[n] = pairs[i];
+            n += usize::from(self.passes_filter(hash));
         }
+        let pairs = &pairs[..n];
         at_least(numbers, n);
-        at_least(edges, n);
-        for ((_, hash), number) in pairs[..n].iter().zip(&mut *numbers) {
+        for ((_, hash), number) in pairs.iter().zip(&mut *numbers) {
             *number = self.edge_places.first(*hash);
             prefetch_index(table, *number as usize);
         }
-        for (number, edge) in numbers[..n].iter().zip(edges) {
-            *edge = table[*number as usize];
+        twos.clear();
+        twos.resize(words.len(), NO_QUERY);
+        n = 0;
+        for (((i, _), number), pair) in pairs.iter().zip(&*numbers).zip(0..) {
+            let (edge, i) = (&table[*number as usize], *i as usize);
+            let is_it = (edge.from == words[i].node) & (edge.next == plain(words[i + 1].node));
+            twos[i] = if is_it { edge.query } else { NO_QUERY };
+            others[n] = pair;
+            n += usize::from((!is_it & (*number != NOWHERE)) | (edge.to & GOES_ON != 0));
+        }
+        further.clear();
+        for pair in &others[..n] {
+            let (i, hash) = pairs[*pair as usize];
+            self.follow(&words[i as usize..], hash, numbers[*pair as usize], |query| further.push((i, query)));
         }
     }
 
-    /// The queries of each text, in no order, some more than once.
-    #[inline(always)]
-    fn gather(&self, ends: &[usize], steps: &mut Steps) {
-        let Steps { words, pairs, edges, pair_ends, found, found_ends, further, .. } = steps;
-        found_ends.clear();
-        let (mut start, mut pair, mut n) = (0, 0, 0);
-        for (end, pair_end) in ends.iter().zip(pair_ends) {
-            let words = &words[start..*end];
-            let most = n + words.len() * 2;
-            if found.len() < most {
-                found.resize(most, 0);
+    /// The queries that begin with the first two of some words.
+    fn follow(&self, words: &[Known], hash: u64, number: u32, mut found: impl FnMut(u32)) {
+        let mut edge = self.edges[number as usize];
+        if edge.from != words[0].node || edge.next != plain(words[1].node) {
+            edge = self.edge(words[0].node, words[1].node, hash);
+            if edge.query != NO_QUERY {
+                found(edge.query);
             }
-            for word in words {
-                found[n] = word.query;
-                n += usize::from(word.query != NO_QUERY);
-            }
-            for ((i, hash), edge) in pairs[pair..*pair_end].iter().zip(&edges[pair..*pair_end]) {
-                let words = &words[i - start..];
-                let is_it = edge.from == words[0].node && edge.next == words[1].node;
-                found[n] = edge.query;
-                n += usize::from(is_it & (edge.query != NO_QUERY));
-                if !is_it || edge.to & GOES_ON != 0 {
-                    self.follow(words, *hash, is_it.then_some(*edge), further);
-                }
-            }
-            if !further.is_empty() {
-                found.truncate(n);
-                found.append(further);
-                n = found.len();
-            }
-            found_ends.push(n);
-            (start, pair) = (*end, *pair_end);
         }
-    }
-
-    /// The queries that begin with the first two of some words and go on; of these two too if their edge is not `known`.
-    fn follow(&self, words: &[Known], hash: u64, known: Option<Edge>, found: &mut Vec<u32>) {
-        let mut edge = known.unwrap_or_else(|| self.edge(words[0].node, words[1].node, hash));
-        if known.is_none() && edge.query != NO_QUERY {
-            found.push(edge.query);
-        }
-        for next in &words[2..] {
-            let hash = hash_edge(edge.to, next.node);
-            if !may_go_on(edge.to, next.node) || !self.passes_filter(hash) {
+        for pair in words[1..].windows(2) {
+            let hash = hash_edge(edge.to, pair[1].node);
+            if pair[0].node & LAST != 0 || !may_go_on(edge.to, pair[1].node) || !self.passes_filter(hash) {
                 return;
             }
-            edge = self.edge(edge.to, next.node, hash);
+            edge = self.edge(edge.to, pair[1].node, hash);
             if edge.query != NO_QUERY {
-                found.push(edge.query);
+                found(edge.query);
             }
         }
     }
@@ -288,65 +269,35 @@ impl Index {
         self.filter[scale(hash, self.filter.len())] & bits == bits
     }
 
-    fn edge(&self, from: Node, next: Node, hash: u64) -> Edge {
-        let is_it = |number| matches!(self.edges[number as usize], Edge { from: f, next: n, .. } if f == from && n == next);
+    fn edge(&self, from: Node, to: Node, hash: u64) -> Edge {
+        let is_it = |number| matches!(self.edges[number as usize], Edge { from: f, next: n, .. } if f == from && n == plain(to));
         self.edges[self.edge_places.find(hash, is_it) as usize]
     }
 }
 
-/// An open table of numbers from 1: an entry stands at the place that its hash names, or in the next free one after it. Each place holds
-/// eight bits of the hash and the number.
-struct Places(Box<[u32]>);
-
-/// Bits of a place that hold the number.
-const NUMBER: u32 = (1 << 24) - 1;
-
-impl Places {
-    /// A table with `n` free places, one of which must stay free.
-    fn new(n: usize) -> Self {
-        Self(vec![0; n].into())
-    }
-
-    const fn bytes(&self) -> usize {
-        size_of_val(&*self.0)
-    }
-
-    fn put(&mut self, hash: u64, number: u32) {
-        let mut at = scale(hash, self.0.len());
-        while self.0[at] != 0 {
-            at = if at + 1 == self.0.len() { 0 } else { at + 1 };
+/// The queries of each text, in no order, some more than once.
+#[inline(always)]
+fn gather(ends: &[usize], steps: &mut Steps) {
+    let Steps { words, twos, further, before, found, found_ends, .. } = steps;
+    at_least(before, words.len() + 1);
+    at_least(found, words.len() * 2 + further.len() + 1);
+    let (mut start, mut n) = (0, 0);
+    // All words up to the first of a longer query, then that query, and so on.
+    for (end, query) in further.iter().map(|(i, query)| (*i as usize + 1, *query)).chain([(words.len(), NO_QUERY)]) {
+        for ((word, two), before) in words[start..end].iter().zip(&twos[start..end]).zip(&mut before[start..end]) {
+            *before = n as u32;
+            found[n] = word.query;
+            n += usize::from(word.query != NO_QUERY);
+            found[n] = *two;
+            n += usize::from(*two != NO_QUERY);
         }
-        self.0[at] = mark(hash) | number;
+        found[n] = query;
+        n += usize::from(query != NO_QUERY);
+        start = end;
     }
-
-    #[inline(always)]
-    fn prefetch(&self, hash: u64) {
-        prefetch_index(&self.0, scale(hash, self.0.len()));
-    }
-
-    /// The number of a hash at the first two places where it may stand, perhaps that of another hash; [`NOWHERE`] if it stands in none.
-    #[inline(always)]
-    fn first(&self, hash: u64) -> u32 {
-        let at = scale(hash, self.0.len());
-        let next = if at + 1 == self.0.len() { 0 } else { at + 1 };
-        let (first, second) = (self.0[at], self.0[next]);
-        let is = |place: u32| (place ^ mark(hash)) <= NUMBER;
-        let none = if (first == 0) | (second == 0) { NOWHERE } else { ELSEWHERE };
-        let place = if is(second) { second & NUMBER } else { none };
-        if is(first) { first & NUMBER } else { place }
-    }
-
-    /// The number of a hash that `is_it`, or 0.
-    fn find(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> u32 {
-        let mut at = scale(hash, self.0.len());
-        loop {
-            let place = self.0[at];
-            if place == 0 || (place & !NUMBER == mark(hash) && is_it(place & NUMBER)) {
-                return place & NUMBER;
-            }
-            at = if at + 1 == self.0.len() { 0 } else { at + 1 };
-        }
-    }
+    before[start] = n as u32;
+    found_ends.clear();
+    found_ends.extend(ends.iter().map(|end| before[*end] as usize));
 }
 
 /// The queries before they are put into tables. Nodes have no flags but [`SEVERAL`] here.
@@ -411,8 +362,8 @@ impl Builder {
     pub(super) fn finish(self) -> Index {
         let mut added: Vec<(Box<str>, Added)> = self.words.into_iter().collect();
         added.sort_unstable_by_key(|(_, word)| (std::cmp::Reverse(word.uses), word.node));
-        // The most used ones come first: they get the lowest numbers, and the places that their hashes name. Half of all stays free.
-        let mut word_places = Places::new(added.len() * 2 + 1);
+        // The most used ones come first: they get the lowest numbers, and places in the buckets that their hashes name.
+        let mut word_places = Places::new(added.len());
         let (mut words, mut long, mut long_ends) = (vec![NO_WORD, ANY_WORD], Vec::new(), vec![0, 0]);
         let mut word_nodes = vec![UNKNOWN; added.len() + 1];
         for (number, (text, word)) in (FIRST..).zip(added) {
@@ -435,13 +386,13 @@ impl Builder {
         for (number, (_, edge)) in (FIRST..).zip(&added) {
             edge_nodes[(edge.node & !SEVERAL) as usize] = number | SEVERAL | if edge.goes_on { GOES_ON } else { 0 };
         }
-        // Half stays free, and the filter has twelve bits for each.
-        let mut edge_places = Places::new(added.len() * 2 + 1);
+        // The filter has twelve bits for each.
+        let mut edge_places = Places::new(added.len());
         let mut filter = vec![0_u64; added.len() * 12 / 64 + 1].into_boxed_slice();
         let mut edges = vec![NO_EDGE; 2];
-        for (number, ((from, next), edge)) in (FIRST..).zip(added) {
+        for (number, ((from, following), edge)) in (FIRST..).zip(added) {
             let from = if from & SEVERAL == 0 { word_nodes[from as usize] } else { edge_nodes[(from & !SEVERAL) as usize] };
-            let (next, to) = (word_nodes[next as usize], edge_nodes[(edge.node & !SEVERAL) as usize]);
+            let (next, to) = (plain(word_nodes[following as usize]), edge_nodes[(edge.node & !SEVERAL) as usize]);
             let hash = hash_edge(from, next);
             filter[scale(hash, filter.len())] |= filter_bits(hash);
             edge_places.put(hash, number);
@@ -485,8 +436,8 @@ const fn hash_key(key: Key) -> u64 {
     mix(key[0], key[1] ^ ODD)
 }
 
-const fn hash_edge(from: Node, next: Node) -> u64 {
-    mix((from as u64) << 32 | next as u64, ODD)
+const fn hash_edge(from: Node, to: Node) -> u64 {
+    mix((from as u64) << 32 | plain(to) as u64, ODD)
 }
 
 const ODD: u64 = 0xd6e8_feb8_6659_fd93;
@@ -497,22 +448,17 @@ const fn mix(a: u64, b: u64) -> u64 {
     product as u64 ^ (product >> 64) as u64
 }
 
-/// A number below `n` by the upper half of a hash.
-const fn scale(hash: u64, n: usize) -> usize {
-    (((hash >> 32) * n as u64) >> 32) as usize
-}
-
 /// Two bits by the lowest twelve of a hash.
 const fn filter_bits(hash: u64) -> u64 {
     1 << (hash & 63) | 1 << (hash >> 6 & 63)
 }
 
-/// Eight bits of a hash, where a place has them.
-const fn mark(hash: u64) -> u32 {
-    (hash >> 12) as u32 & !NUMBER
-}
-
 /// Whether some query may go on from `from` with `next`; if not, none does.
 const fn may_go_on(from: Node, next: Node) -> bool {
-    (from & GOES_ON != 0) & (next != UNKNOWN)
+    (from & (GOES_ON | LAST) == GOES_ON) & (next & NUMBER != UNKNOWN)
+}
+
+/// A word without flags, as an edge leads to it from the one before.
+const fn plain(word: Node) -> Node {
+    word & NUMBER
 }

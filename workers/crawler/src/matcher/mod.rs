@@ -5,6 +5,7 @@
 //! then a trie over these numbers is walked from each word on (`index.rs`). That finds all queries, overlapping ones too.
 
 mod index;
+mod places;
 mod sort;
 mod words;
 

@@ -132,12 +132,13 @@ impl Folded {
     }
 }
 
+const ONES: u64 = 0x0101_0101_0101_0101;
+const HIGH: u64 = 0x80 * ONES;
+
 /// A bit for each of eight bytes, the first one the lowest: whether it belongs to a word. No capital letters stand in a folded text,
 /// and nothing outside of ASCII parts words.
 #[inline(always)]
 const fn word_bytes(eight: u64) -> u64 {
-    const ONES: u64 = 0x0101_0101_0101_0101;
-    const HIGH: u64 = 0x80 * ONES;
     let low = eight & !HIGH;
     // The high bit of each byte of `low + (0x80 - c)` says whether the byte is `c` or more.
     let letter = (low + (0x80 - b'a' as u64) * ONES) & !(low + (0x7f - b'z' as u64) * ONES);
@@ -151,9 +152,17 @@ const fn word_bytes(eight: u64) -> u64 {
 fn fold(text: &str, out: &mut String) {
     let known = Known::table();
     let mut rest = text;
-    while let Some(ascii) = rest.bytes().position(|b| !b.is_ascii()) {
-        let end = rest.bytes().skip(ascii).position(|b| b.is_ascii()).map_or(rest.len(), |n| ascii + n);
-        if rest[ascii..end].chars().all(|c| known.of(c).is_stable) {
+    loop {
+        let ascii = ascii_len(rest.as_bytes());
+        if ascii == rest.len() {
+            break;
+        }
+        let (mut end, mut is_stable) = (ascii, true);
+        for c in rest[ascii..].chars().take_while(|c| !c.is_ascii()) {
+            end += c.len_utf8();
+            is_stable &= known.of(c).is_stable;
+        }
+        if is_stable {
             fold_ascii(&rest[..ascii], out);
             rest[ascii..end].chars().for_each(|c| known.fold(c, out));
         } else {
@@ -165,6 +174,18 @@ fn fold(text: &str, out: &mut String) {
         rest = &rest[end..];
     }
     fold_ascii(rest, out);
+}
+
+/// How many bytes of ASCII come first.
+fn ascii_len(text: &[u8]) -> usize {
+    let (eights, last) = text.as_chunks::<EIGHT>();
+    for (eight, at) in eights.iter().zip((0..).step_by(EIGHT)) {
+        let others = u64::from_le_bytes(*eight) & HIGH;
+        if others != 0 {
+            return at + others.trailing_zeros() as usize / 8;
+        }
+    }
+    text.len() - last.len() + last.iter().position(|b| !b.is_ascii()).unwrap_or(last.len())
 }
 
 fn fold_ascii(text: &str, out: &mut String) {
