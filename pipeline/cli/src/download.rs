@@ -10,6 +10,7 @@ use capfilt_crawler::{CrawlError, DownloadProgress, DownloadSummary, download};
 use capfilt_schemas::FetchStatus;
 use tokio_util::sync::CancellationToken;
 
+use crate::interrupt::interrupted;
 use crate::output::{self, Failure, count, duration, say, say_json};
 use crate::pace::Pace;
 use crate::progress::Bar;
@@ -71,12 +72,10 @@ pub(crate) async fn run(args: DownloadArgs) -> Result<ExitCode, Failure> {
 
 /// The first interrupt ends the download in order, the second one the program.
 async fn stop_when_interrupted(stop: CancellationToken) {
-    if tokio::signal::ctrl_c().await.is_ok() {
-        stop.cancel();
-        if tokio::signal::ctrl_c().await.is_ok() {
-            std::process::exit(i32::from(output::INTERRUPTED));
-        }
-    }
+    interrupted().await;
+    stop.cancel();
+    interrupted().await;
+    std::process::exit(i32::from(output::INTERRUPTED));
 }
 
 async fn show(progress: Arc<DownloadProgress>, hourly_price: Option<f64>) {

@@ -15,6 +15,7 @@ use capfilt_store::Store;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Inputs, RunConfig};
+use crate::interrupt::interrupted;
 use crate::outcome::conclude;
 use crate::output::{self, Failure};
 use crate::progress::RunProgress;
@@ -125,7 +126,7 @@ async fn work_off(
     let sink = Sink(queue);
     let outcome = tokio::select! {
         outcome = reconcile(store, planned, &sink, &watch) => outcome?,
-        _ = tokio::signal::ctrl_c() => {
+        () = interrupted() => {
             stop.cancel();
             output::complain("interrupted; what is committed stays, run the same command to go on");
             return Ok(None);

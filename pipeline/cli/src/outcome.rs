@@ -10,7 +10,7 @@ use capfilt_coordinator::plan::Plan;
 use capfilt_coordinator::reconcile::RunOutcome;
 use capfilt_coordinator::report::{self, ReportInput};
 use capfilt_crawler::Traffic;
-use capfilt_schemas::{DatasetVersion, StageKind};
+use capfilt_schemas::{DatasetVersion, FetchStatus, StageKind};
 use capfilt_store::Store;
 use serde_json::json;
 
@@ -18,7 +18,7 @@ use crate::config::RunConfig;
 use crate::output::{self, Failure, count, duration, say, say_json, table};
 use crate::progress::Bar;
 use crate::retry::Retry;
-use crate::{dataset, traffic};
+use crate::{dataset, store, traffic};
 
 /// Report, export, and the last words.
 pub(crate) async fn conclude(
@@ -60,6 +60,7 @@ pub(crate) async fn conclude(
             "tasks_done": outcome.tasks_done,
             "tasks_given_up": given_up,
             "progress": outcome.plan.progress,
+            "samples": store::samples(store, &outcome.plan.downloads).await?,
             "fetch": traffic::to_json(traffic, config.worker.hourly_price),
             "retry": retry.map(|r| r.to_json(&outcome.plan.downloads.statuses)),
             "dataset": outcome.dataset,
@@ -96,11 +97,23 @@ pub(crate) async fn conclude(
         if let Some(exported) = &exported {
             say(&format!("\nexport  {}", dataset::exported(exported)));
         }
+        if config.run.rounds == 0 {
+            let shards = outcome.plan.downloads.samples.len() as u64;
+            let how = "`capfilt status --json` names them, in order, under `samples`";
+            say(&format!("samples  {} shards in {}; {how}", count(shards), config.run.store));
+        }
         say(&format!("report  {}", report_path.display()));
         say(&format!("{} tasks done in {}", count(outcome.tasks_done), duration(began.elapsed().as_secs())));
     }
     for (fact, n) in lost(store, &outcome.plan).await? {
         output::complain(&format!("{} {fact}", count(n)));
+    }
+    if let Some(forbidden) = traffic.totals().by_status.get(&FetchStatus::ForbiddenAddress) {
+        output::complain(&format!(
+            "{} addresses are of private networks, which are not asked; `allow_networks` of [worker.crawler] opens some, and \
+             `capfilt retry --status forbidden_address` asks again",
+            count(*forbidden)
+        ));
     }
     if let Some(stuck) = &outcome.plan.stuck {
         let why = last_failure(store, outcome).await?;

@@ -64,10 +64,11 @@ pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
     let (rounds, results, events) = (store.rounds(run).await?, store.round_results(run).await?, store.events(run).await?);
     let failures: Vec<_> = store.all_failures().await?.into_iter().filter(|f| f.run == *run).collect();
     let planned = config.plan(&config.inputs()?, models::of_run(&config, &store, false).await?.as_ref())?;
-    let now = make_plan(&planned, Observer::new(store).observe(&planned).await?);
+    let now = make_plan(&planned, Observer::new(store.clone()).observe(&planned).await?);
     if args.json {
         say_json(&json!({
             "run": run, "round": now.round, "complete": now.complete, "progress": now.progress,
+            "samples": store::samples(&store, &now.downloads).await?,
             "rounds": rounds, "results": results, "failures": failures, "events": events, "given_up": now.dead,
             "downloads": now.downloads.statuses,
         }))?;

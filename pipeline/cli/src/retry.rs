@@ -22,7 +22,7 @@ pub(crate) struct Retry {
 }
 
 pub(crate) async fn run(args: RetryArgs) -> Result<ExitCode, Failure> {
-    let statuses = if args.status.is_empty() { transient() } else { statuses(&args.status, "--status", "")? };
+    let statuses = if args.status.is_empty() { transient() } else { statuses(&args.status, "--status")? };
     let config = RunConfig::load(&args.config.config, &args.config.set)?;
     let job = if args.dry_run { Job::look(config).await? } else { Job::prepare(config).await? };
     let downloads = job.plan().await?.downloads;
@@ -54,12 +54,16 @@ fn transient() -> BTreeSet<FetchStatus> {
 }
 
 /// The statuses of failed downloads that `flag` names; `also` is what else it takes.
-pub(crate) fn statuses(names: &[String], flag: &str, also: &str) -> Result<BTreeSet<FetchStatus>, Failure> {
+pub(crate) fn statuses(names: &[String], flag: &str) -> Result<BTreeSet<FetchStatus>, Failure> {
+    let retried = || FetchStatus::ALL.iter().copied().filter(|s| s.can_be_retried());
+    if names == ["all"] {
+        return Ok(retried().collect());
+    }
     let parse = |name: &String| {
         let known = FetchStatus::parse(name.trim()).filter(|s| s.can_be_retried());
         known.ok_or_else(|| {
-            let all: Vec<_> = FetchStatus::ALL.iter().filter(|s| s.can_be_retried()).map(|s| s.as_str()).collect();
-            Failure::Usage(format!("{flag}: `{name}` is no status of a failed download; there are: {}{also}", all.join(", ")))
+            let known: Vec<_> = retried().map(FetchStatus::as_str).collect();
+            Failure::Usage(format!("{flag}: `{name}` is no status of a failed download; there are: {} or all", known.join(", ")))
         })
     };
     names.iter().map(parse).collect()
@@ -144,9 +148,10 @@ mod tests {
 
     #[test]
     fn statuses_are_those_of_failed_downloads() {
-        let of = |names: &[&str]| statuses(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>(), "--status", "");
+        let of = |names: &[&str]| statuses(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>(), "--status");
         assert_eq!(names(&transient()), "dns, connect, tls, timeout, http_429, http_5xx, truncated");
         assert_eq!(names(&of(&["http_4xx", " dns"]).unwrap()), "dns, http_4xx");
+        assert!(of(&["all"]).unwrap().len() > transient().len() && !of(&["all"]).unwrap().contains(&FetchStatus::Ok));
         for bad in ["ok", "taken_down", "", "Timeout"] {
             let said = of(&["dns", bad]).unwrap_err().text();
             assert!(said.contains(&format!("`{bad}`")) && said.contains("not_image") && !said.contains("taken_down,"), "{said}");

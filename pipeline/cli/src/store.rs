@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use capfilt_coordinator::plan::Downloads;
 use capfilt_coordinator::takedown::redact;
+use capfilt_schemas::Table;
 use capfilt_store::Store;
 use serde_json::json;
 
@@ -12,6 +14,15 @@ use crate::args::{StoreArgs, StoreVerb};
 use crate::config::RunConfig;
 use crate::output::{Failure, bytes, complain, count, say, say_json};
 use crate::work_dir;
+
+/// The places of the shards of samples in the store, as the newest pass of the downloads over each left them.
+pub(crate) async fn samples(store: &Store, downloads: &Downloads) -> Result<Vec<String>, Failure> {
+    let mut places = Vec::new();
+    for digest in &downloads.samples {
+        places.push(store.locate(Table::Samples, digest).await?.0.to_string());
+    }
+    Ok(places)
+}
 
 /// Opens the store that `--store` means: an address, or a config that names one.
 pub(crate) async fn open(args: &StoreArgs) -> Result<Store, Failure> {

@@ -133,6 +133,8 @@ pub struct StageProgress {
 pub struct Downloads {
     /// Rows by status, as the newest pass over each shard left them.
     pub statuses: StatusCounts,
+    /// The shards of samples that these are in.
+    pub samples: Vec<Digest>,
     /// Whether every shard has been fetched once, or given up.
     pub fetched: bool,
     /// Whether a retry that was asked for has something left to fetch.
@@ -288,6 +290,7 @@ impl<'a> Planner<'a> {
                     }
                 }
             }
+            self.plan.downloads.samples.extend(last.outputs.iter().map(|output| output.digest));
             for (status, rows) in &last.counts {
                 *self.plan.downloads.statuses.entry(status.clone()).or_default() += rows;
             }

@@ -30,7 +30,8 @@ const DIRECTIVES: [&str; 4] = ["noai", "noimageai", "noindex", "noimageindex"];
     after_help = "Flags may be written with `-` for `_`. What differs from img2dataset: the agent says who asks, robots.txt is obeyed \
                   (--robots False), a host gets a few requests a second (--requests_per_second, --per_host), failed requests are \
                   repeated twice (--retries), a file of more than 20 MiB is refused unless --max_body allows it, an image of more \
-                  than 50 million pixels unless --max_image_area does, and all cores are used whatever --processes_count says."
+                  than 50 million pixels unless --max_image_area does, images stand upright (what their EXIF says of it is done), TIFF and \
+                  AVIF are refused, the list is a local file, and all cores are used whatever --processes_count says."
 )]
 pub(crate) struct DownloadArgs {
     /// The list of addresses: a file, or a folder of files that end in the input format
@@ -354,10 +355,7 @@ fn local(path: PathBuf, flag: &str) -> Result<PathBuf, Failure> {
 
 /// The statuses whose rows are downloaded again: those named, or all of failures.
 fn statuses(names: &Names) -> Result<Vec<FetchStatus>, Failure> {
-    if names.0 == ["all"] {
-        return Ok(FetchStatus::ALL.iter().copied().filter(|s| s.can_be_retried()).collect());
-    }
-    Ok(retry::statuses(&names.0, "--retry_status", " or all")?.into_iter().collect())
+    Ok(retry::statuses(&names.0, "--retry_status")?.into_iter().collect())
 }
 
 #[cfg(test)]

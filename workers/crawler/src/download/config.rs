@@ -126,6 +126,13 @@ impl DownloadConfig {
         if let Some(name) = self.save_additional_columns.iter().find(|n| RESERVED.contains(&n.as_str()) || *n == image) {
             return bad("save_additional_columns", format!("the output has a column `{name}` of its own; rename yours"));
         }
+        if self.input_format == ListFormat::Txt
+            && let Some(other) = ListFormat::of_name(&self.url_list).filter(|format| *format != ListFormat::Txt)
+        {
+            let reason =
+                format!("`{}` looks like {other:?}, not like a txt list of addresses; say which it is", self.url_list.display());
+            return bad("input_format", reason);
+        }
         if self.input_format == ListFormat::Txt && names.len() > 1 {
             let reason = "a txt list has addresses only: leave out caption_col, verify_hash and save_additional_columns, or set \
                           input_format";
