@@ -16,10 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Inputs, RunConfig};
 use crate::interrupt::interrupted;
-use crate::outcome::conclude;
+use crate::outcome::{Retry, conclude};
 use crate::output::{self, Failure};
 use crate::progress::RunProgress;
-use crate::retry::Retry;
 use crate::{metrics, models, work_dir};
 
 /// The embedded queue as the coordinator sees it.

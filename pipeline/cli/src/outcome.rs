@@ -1,6 +1,6 @@
 //! What a run led to: its report, its export, and the last words.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -10,15 +10,46 @@ use capfilt_coordinator::plan::Plan;
 use capfilt_coordinator::reconcile::RunOutcome;
 use capfilt_coordinator::report::{self, ReportInput};
 use capfilt_crawler::Traffic;
-use capfilt_schemas::{DatasetVersion, FetchStatus, StageKind};
+use capfilt_schemas::{DatasetVersion, FetchStatus, RetryRecord, StageKind, StatusCounts};
 use capfilt_store::Store;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::config::RunConfig;
 use crate::output::{self, Failure, count, duration, say, say_json, table};
 use crate::progress::Bar;
-use crate::retry::Retry;
 use crate::{dataset, store, traffic};
+
+/// A retry under way.
+pub(crate) struct Retry {
+    /// Its record; there is none where nothing was left to fetch again.
+    pub(crate) record: Option<RetryRecord>,
+    pub(crate) statuses: BTreeSet<FetchStatus>,
+    /// Rows by status, when it was asked for.
+    pub(crate) before: StatusCounts,
+}
+
+impl Retry {
+    /// What it came to, for programs.
+    pub(crate) fn to_json(&self, now: &StatusCounts) -> Value {
+        json!({
+            "number": self.record.as_ref().map(|r| r.number),
+            "statuses": self.statuses,
+            "rows": self.statuses.iter().filter_map(|s| self.before.get(s.as_str())).sum::<u64>(),
+            "before": self.before,
+            "now": now,
+        })
+    }
+
+    /// What it came to, for people.
+    pub(crate) fn summary(&self, now: &StatusCounts) -> Option<String> {
+        let record = self.record.as_ref()?;
+        let mut page = vec![["status", "before", "now"].map(str::to_owned).to_vec()];
+        let all: BTreeSet<&String> = self.before.keys().chain(now.keys()).collect();
+        let cell = |counts: &StatusCounts, status: &String| count(counts.get(status).copied().unwrap_or(0));
+        page.extend(all.into_iter().map(|status| vec![status.clone(), cell(&self.before, status), cell(now, status)]));
+        Some(format!("\nretry {}\n{}", record.number, table(&page)))
+    }
+}
 
 /// Report, export, and the last words.
 pub(crate) async fn conclude(

@@ -5,21 +5,13 @@ use std::process::ExitCode;
 
 use capfilt_coordinator::plan::Downloads;
 use capfilt_schemas::{FetchStatus, RetryRecord, StatusCounts};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::args::RetryArgs;
 use crate::config::RunConfig;
 use crate::job::Job;
+use crate::outcome::Retry;
 use crate::output::{Failure, count, say, say_json, table};
-
-/// A retry under way.
-pub(crate) struct Retry {
-    /// Its record; there is none where nothing was left to fetch again.
-    record: Option<RetryRecord>,
-    statuses: BTreeSet<FetchStatus>,
-    /// Rows by status, when it was asked for.
-    before: StatusCounts,
-}
 
 pub(crate) async fn run(args: RetryArgs) -> Result<ExitCode, Failure> {
     let statuses = if args.status.is_empty() { transient() } else { statuses(&args.status, "--status")? };
@@ -116,29 +108,6 @@ fn show(statuses: &BTreeSet<FetchStatus>, downloads: &Downloads, as_json: bool) 
     say(&table(&page));
     say(&format!("{} rows would be fetched again", count(again)));
     Ok(())
-}
-
-impl Retry {
-    /// What it came to, for programs.
-    pub(crate) fn to_json(&self, now: &StatusCounts) -> Value {
-        json!({
-            "number": self.record.as_ref().map(|r| r.number),
-            "statuses": self.statuses,
-            "rows": rows(&self.statuses, &self.before),
-            "before": self.before,
-            "now": now,
-        })
-    }
-
-    /// What it came to, for people.
-    pub(crate) fn summary(&self, now: &StatusCounts) -> Option<String> {
-        let record = self.record.as_ref()?;
-        let mut page = vec![["status", "before", "now"].map(str::to_owned).to_vec()];
-        let all: BTreeSet<&String> = self.before.keys().chain(now.keys()).collect();
-        let cell = |counts: &StatusCounts, status: &String| count(counts.get(status).copied().unwrap_or(0));
-        page.extend(all.into_iter().map(|status| vec![status.clone(), cell(&self.before, status), cell(now, status)]));
-        Some(format!("\nretry {}\n{}", record.number, table(&page)))
-    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use prefetch_index::prefetch_index;
 
 use super::places::{FIRST, NOWHERE, Places, scale};
 use super::sort::sort_each;
-use super::words::Folded;
+use super::words::{Folded, SHORT};
 use super::{at_least, vectorized};
 
 /// Bits of a [`Node`] that hold the number.
@@ -29,8 +29,6 @@ const LAST: Node = 1 << 29;
 const UNKNOWN: Node = 0;
 /// No query ends here.
 const NO_QUERY: u32 = u32::MAX;
-/// Most bytes of a word that is its own key.
-pub(super) const SHORT: usize = 16;
 
 /// All words and queries of a list.
 pub(super) struct Index {

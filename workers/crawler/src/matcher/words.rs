@@ -11,9 +11,10 @@ use std::sync::LazyLock;
 use unicode_normalization::char::{canonical_combining_class, is_combining_mark};
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfkc_quick};
 
-use super::index::SHORT;
 use super::vectorized;
 
+/// Most bytes of a word that is its own key where words are looked up.
+pub(super) const SHORT: usize = 16;
 /// Bytes that are looked at in one step.
 const STEP: usize = 64;
 const EIGHT: usize = 8;
