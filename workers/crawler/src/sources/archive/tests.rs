@@ -395,6 +395,7 @@ proptest! {
         let mut unpacked = Vec::new();
         let same = flate2::read::GzDecoder::new(file[damaged].as_slice()).read_to_end(&mut unpacked).is_ok() && unpacked == records[damaged];
         let harmless = same && found == names(0..5) && bad == 0;
-        prop_assert!(harmless || (found == rest && bad == 1), "{:?} {} at {}", found, bad, place);
+        // What comes of damaged data may look like several records.
+        prop_assert!(harmless || (found == rest && bad >= 1), "{:?} {} at {}", found, bad, place);
     }
 }
