@@ -45,7 +45,7 @@ fn transient() -> BTreeSet<FetchStatus> {
     FetchStatus::ALL.iter().copied().filter(|s| s.is_transient()).collect()
 }
 
-/// The statuses of failed downloads that `flag` names; `also` is what else it takes.
+/// The statuses of failed downloads that `flag` names, or `all` of them.
 pub(crate) fn statuses(names: &[String], flag: &str) -> Result<BTreeSet<FetchStatus>, Failure> {
     let retried = || FetchStatus::ALL.iter().copied().filter(|s| s.can_be_retried());
     if names == ["all"] {

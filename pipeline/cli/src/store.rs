@@ -8,6 +8,7 @@ use capfilt_coordinator::plan::Downloads;
 use capfilt_coordinator::takedown::redact;
 use capfilt_schemas::Table;
 use capfilt_store::Store;
+use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::json;
 
 use crate::args::{StoreArgs, StoreVerb};
@@ -15,13 +16,14 @@ use crate::config::RunConfig;
 use crate::output::{Failure, bytes, complain, count, say, say_json};
 use crate::work_dir;
 
+/// Shards that are looked for at once.
+const LOCATED_AT_ONCE: usize = 32;
+
 /// The places of the shards of samples in the store, as the newest pass of the downloads over each left them.
 pub(crate) async fn samples(store: &Store, downloads: &Downloads) -> Result<Vec<String>, Failure> {
-    let mut places = Vec::new();
-    for digest in &downloads.samples {
-        places.push(store.locate(Table::Samples, digest).await?.0.to_string());
-    }
-    Ok(places)
+    let places = stream::iter(&downloads.samples).map(|shard| store.locate(Table::Samples, shard));
+    let places = places.buffered(LOCATED_AT_ONCE).map_ok(|(place, _)| place.to_string());
+    Ok(places.try_collect().await?)
 }
 
 /// Opens the store that `--store` means: an address, or a config that names one.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{CrawlError, units};
 pub use image::{ImageConfig, Interpolation, Reencode, ResizeMode, StoredFormat};
+pub(crate) use sources::STORES;
 pub use sources::{ArchiveConfig, ListConfig, ListFormat, PagesConfig, SitemapsConfig, SourceConfig};
 pub use web::{CrawlerWorkerConfig, DnsConfig, WebConfig};
 

@@ -353,7 +353,7 @@ fn local(path: PathBuf, flag: &str) -> Result<PathBuf, Failure> {
     }
 }
 
-/// The statuses whose rows are downloaded again: those named, or all of failures.
+/// The statuses whose rows are downloaded again.
 fn statuses(names: &Names) -> Result<Vec<FetchStatus>, Failure> {
     Ok(retry::statuses(&names.0, "--retry_status")?.into_iter().collect())
 }

@@ -9,8 +9,11 @@ use url::Url;
 use super::bad;
 use crate::address::{NOT_WEB, is_web};
 use crate::digest::HashKind;
-use crate::sources::{STORES, SearchConfig};
+use crate::sources::SearchConfig;
 use crate::{CrawlError, units};
+
+/// Schemes of object stores, of Amazon, Google and Microsoft in this order, as `object_store` reads them.
+pub(crate) const STORES: [&str; 6] = ["s3", "s3a", "gs", "az", "abfs", "abfss"];
 
 /// One source of candidates.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]

@@ -24,7 +24,7 @@ use crate::html::Page;
 use crate::opt_out::Directives;
 
 pub use archive::archive_pairs;
-pub(crate) use archive::{STORES, expand, fingerprint, read_archive};
+pub(crate) use archive::{expand, fingerprint, read_archive};
 pub(crate) use lists::{ListFile, Wanted, read_list};
 pub(crate) use pages::{crawl, read_sitemaps};
 pub(crate) use search::search;

@@ -342,7 +342,7 @@ impl Web {
 
 /// The wait after attempt number `attempt` (from 0): doubling, between half of it and all of it, by the address: so that many
 /// addresses that failed at once do not come back at once, and no random number is drawn.
-fn backoff(url: &Url, attempt: u32, first: Duration) -> Duration {
+pub(crate) fn backoff(url: &Url, attempt: u32, first: Duration) -> Duration {
     let digest = Sha256::new().chain_update(url.as_str()).chain_update(attempt.to_le_bytes()).finalize();
     let share = 0.5 + f64::from(digest[0]) / 512.0;
     let doubled = first.saturating_mul(1_u32.checked_shl(attempt).unwrap_or(u32::MAX));

@@ -162,10 +162,15 @@ async fn a_file_without_records_fails_clearly() {
     assert_eq!(read(&server, &tasks(&archive(&[path]))[0]).await.unwrap().0.num_rows(), 0);
 }
 
+/// Where the range begins that is asked for, if one is.
+fn first_byte(r: &Request) -> Option<usize> {
+    r.head.lines().find_map(|l| l.strip_prefix("range: bytes=")?.split('-').next()?.parse().ok())
+}
+
 /// A file server that answers ranges, and breaks off after so many bytes.
 fn broken(file: Vec<u8>, after: usize) -> impl Fn(&Request) -> Reply {
     move |r| {
-        let from = r.head.lines().find_map(|l| l.strip_prefix("range: bytes=")?.split('-').next()?.parse::<usize>().ok());
+        let from = first_byte(r);
         let (code, place) = match from {
             Some(from) => (206, format!("Content-Range: bytes {from}-{}/{}\r\n", file.len() - 1, file.len())),
             None => (200, String::new()),
@@ -233,7 +238,7 @@ async fn an_object_is_read_from_its_store() {
     // It stalls, and tells no ETag by which its client could go on by itself.
     let file = packed(&warc(&pages()));
     let stalls = move |r: &Request| {
-        let from = r.head.lines().find_map(|l| l.strip_prefix("range: bytes=")?.split('-').next()?.parse::<usize>().ok());
+        let from = first_byte(r);
         let end = file.len();
         match from {
             None => {

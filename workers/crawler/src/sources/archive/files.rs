@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use url::Url;
 
 use crate::CrawlError;
-use crate::config::ArchiveConfig;
+use crate::config::{ArchiveConfig, STORES};
 use crate::unpack;
 
 /// Endings of archive files in a folder.
@@ -21,9 +21,6 @@ const MAX_LINE: u64 = 8 << 10;
 /// A fingerprint is of so many blocks of so many bytes.
 const BLOCKS: u64 = 32;
 const BLOCK: u64 = 4 << 10;
-
-/// Schemes of object stores, of Amazon, Google and Microsoft in this order, as `object_store` reads them.
-pub(crate) const STORES: [&str; 6] = ["s3", "s3a", "gs", "az", "abfs", "abfss"];
 
 /// Where an archive is that is not a local file.
 pub(super) enum Remote {

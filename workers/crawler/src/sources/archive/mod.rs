@@ -31,7 +31,7 @@ use futures::{Stream, StreamExt, stream};
 use tokio::sync::mpsc;
 use url::Url;
 
-pub(crate) use files::{STORES, expand, fingerprint};
+pub(crate) use files::{expand, fingerprint};
 
 use super::{Found, FoundStream, take};
 use crate::address::is_web;

@@ -15,17 +15,20 @@ use url::Url;
 
 use crate::CrawlError;
 use crate::config::WebConfig;
+use crate::web::backoff;
 
 /// Bytes that count as progress: after so many, failures are forgotten.
 const STRETCH: u64 = 1 << 20;
 
-/// An object on its way. A failure is passed over `retries` times in a row, if each stretch of it came within `timeout`.
+/// An object on its way. Each piece of it has `timeout` to come; so many failures as there are `retries` are passed over, without
+/// progress between.
 pub(super) struct Object {
-    /// As it was named.
+    /// As it was named, and as an address.
     name: String,
+    url: Url,
     store: Arc<dyn ObjectStore>,
     at: path::Path,
-    patience: Duration,
+    timeout: Duration,
     retries: u32,
     backoff: Duration,
     meta: Option<ObjectMeta>,
@@ -58,9 +61,10 @@ impl Object {
         let (store, at) = object_store::parse_url_opts(url, all).map_err(|e| unreadable(&name, e))?;
         Ok(Self {
             name,
+            url: url.clone(),
             store: Arc::from(store),
             at,
-            patience: config.timeout,
+            timeout: config.timeout,
             retries: config.retries,
             backoff: config.backoff,
             meta: None,
@@ -82,7 +86,7 @@ impl Object {
     /// [`CrawlError::Read`] when further attempts are of no use.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>, CrawlError> {
         loop {
-            let failure = match timeout(self.patience, self.next()).await {
+            let failure = match timeout(self.timeout, self.next()).await {
                 Ok(Ok(chunk)) => return Ok(chunk),
                 Ok(Err(failure)) => failure,
                 Err(_) => other(io::Error::new(io::ErrorKind::TimedOut, "the store stalls")),
@@ -91,7 +95,7 @@ impl Object {
                 return Err(unreadable(&self.name, failure));
             }
             tracing::debug!(object = self.name, at = self.given, error = %failure, "reading breaks off");
-            tokio::time::sleep(self.backoff * (1 << self.failures.min(6))).await;
+            tokio::time::sleep(backoff(&self.url, self.failures, self.backoff)).await;
             (self.body, self.since) = (None, 0);
             self.failures += 1;
         }
