@@ -8,6 +8,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
+use rayon::prelude::*;
 
 use crate::config::TextConfig;
 use crate::layers::{Embedding, LayerNorm, Linear};
@@ -230,6 +231,24 @@ impl CrossCache {
     pub fn select(&self, images: &Tensor) -> Result<Self> {
         Ok(Self { layers: select(&self.layers, images)? })
     }
+
+    /// Leaves the images with these numbers, in this order. Only an image whose place changes is copied.
+    ///
+    /// # Errors
+    /// An image goes to a place behind its own, which would be that of another.
+    pub(crate) fn keep(&mut self, images: &[usize]) -> Result<()> {
+        let keep = |cache: &mut Tensor| {
+            for (to, from) in images.iter().enumerate().filter(|(to, from)| to != *from) {
+                if to > *from {
+                    candle_core::bail!("image {from} cannot go back to place {to}");
+                }
+                cache.slice_set(&cache.narrow(0, *from, 1)?.force_contiguous()?, 0, to)?;
+            }
+            *cache = cache.narrow(0, 0, images.len())?;
+            Ok(())
+        };
+        self.layers.par_iter_mut().try_for_each(|(k, v)| keep(k).and_then(|()| keep(v)))
+    }
 }
 
 impl SelfCache {
@@ -239,17 +258,27 @@ impl SelfCache {
         self.length
     }
 
-    /// The cache of the rows with these indices `(n)` (u32), in this order.
+    /// The number of texts in the cache.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.layers.first().map_or(0, |(k, _)| k.dims()[0])
+    }
+
+    /// Leaves the rows with these numbers, in this order; a row may be taken many times.
     ///
     /// # Errors
-    /// An index is out of range.
-    pub fn select(&self, rows: &Tensor) -> Result<Self> {
-        Ok(Self { layers: select(&self.layers, rows)?, length: self.length })
+    /// A number is out of range.
+    pub(crate) fn keep(&mut self, rows: &[u32]) -> Result<()> {
+        let unchanged = rows.len() == self.rows() && rows.iter().zip(0..).all(|(row, place)| *row == place);
+        if let Some((k, _)) = self.layers.first().filter(|_| !unchanged) {
+            self.layers = select(&self.layers, &Tensor::new(rows, k.device())?)?;
+        }
+        Ok(())
     }
 }
 
 fn select(layers: &[(Tensor, Tensor)], indices: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
-    layers.iter().map(|(k, v)| Ok((k.index_select(indices, 0)?, v.index_select(indices, 0)?))).collect()
+    layers.par_iter().map(|(k, v)| Ok((k.index_select(indices, 0)?, v.index_select(indices, 0)?))).collect()
 }
 
 /// An additive mask `(b, 1, 1, t)` from a mask `(b, t)` that is 1 for tokens and 0 for padding (any number type).
