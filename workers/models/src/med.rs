@@ -11,7 +11,7 @@ use crate::layers::{LayerNorm, Linear, l2_normalize};
 use crate::ops::gelu;
 use crate::preprocess::Pixels;
 use crate::text::{CrossCache, SelfCache, TextModel, causal_mask, padding_mask};
-use crate::vision::VisionModel;
+use crate::vision::{VisionFamily, VisionModel};
 
 /// Which text parts a MED has. The vision transformer is always there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +82,7 @@ impl Med {
             false => None,
         };
         Ok(Self {
-            vision: VisionModel::load(&config.vision_config, vb.pp("vision_model"))?,
+            vision: VisionModel::load(&config.vision_config, VisionFamily::Blip, vb.pp("vision_model"))?,
             decoder,
             encoder,
             device: vb.device().clone(),

@@ -9,6 +9,7 @@
 
 mod attention;
 mod cross_entropy;
+mod gated;
 mod gelu;
 mod kernel;
 mod layer_norm;
@@ -18,6 +19,7 @@ mod tests;
 
 pub use attention::{attention, attention_packed};
 pub use cross_entropy::smoothed_cross_entropy;
+pub use gated::{quick_gelu, tanh_gelu};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
