@@ -5,7 +5,7 @@ use candle_nn::VarBuilder;
 
 use crate::config::VisionConfig;
 use crate::layers::{INIT_WEIGHT, LayerNorm, Linear};
-use crate::ops::{attention_packed, gelu};
+use crate::ops::{Precision, attention_packed, packed_self_attention};
 
 /// Turns pixels into image states.
 #[derive(Debug, Clone)]
@@ -28,6 +28,8 @@ struct Block {
     layer_norm2: LayerNorm,
     fc1: Linear,
     fc2: Linear,
+    /// Of the products in attention, once packed.
+    precision: Option<Precision>,
 }
 
 impl VisionModel {
@@ -51,6 +53,12 @@ impl VisionModel {
             post_layernorm: LayerNorm::load(d, config.layer_norm_eps, vb.pp("post_layernorm"))?,
             config: config.clone(),
         })
+    }
+
+    /// See [`Med::pack`](crate::med::Med::pack).
+    pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.patch.pack(precision)?;
+        self.blocks.iter_mut().try_for_each(|block| block.pack(precision))
     }
 
     /// Normalised pixels `(b, 3, s, s)` to image states `(b, 1 + patches, d)`, class token first, patches row by row.
@@ -93,14 +101,25 @@ impl Block {
             layer_norm2: LayerNorm::load(d, eps, vb.pp("layer_norm2"))?,
             fc1: Linear::load(d, config.intermediate_size, vb.pp("mlp.fc1"))?,
             fc2: Linear::load(config.intermediate_size, d, vb.pp("mlp.fc2"))?,
+            precision: None,
         })
+    }
+
+    fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.precision = Some(precision);
+        [&mut self.qkv, &mut self.projection, &mut self.fc1, &mut self.fc2].into_iter().try_for_each(|layer| layer.pack(precision))
     }
 
     /// `(b, n, d)` to `(b, n, d)`.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let qkv = self.qkv.forward(&self.layer_norm1.forward(x)?)?;
-        let x = (x + self.projection.forward(&attention_packed(&qkv, self.heads, self.scale, None)?)?)?;
-        let hidden = gelu(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
-        x + self.fc2.forward(&hidden)?
+        let packed = self.precision.map(|precision| packed_self_attention(&qkv, self.heads, self.scale, precision));
+        let mixed = match packed.transpose()?.flatten() {
+            Some(mixed) => mixed,
+            None => attention_packed(&qkv, self.heads, self.scale, None)?,
+        };
+        let x = self.projection.forward_add(&mixed, x)?;
+        let hidden = self.fc1.forward_gelu(&self.layer_norm2.forward(&x)?)?;
+        self.fc2.forward_add(&hidden, &x)
     }
 }

@@ -13,6 +13,7 @@ mod gelu;
 mod kernel;
 mod layer_norm;
 mod linear;
+mod tile;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,8 @@ pub use cross_entropy::smoothed_cross_entropy;
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use tile::{Precision, has_bf16};
+pub(crate) use tile::{Finish, PackedKeysValues, PackedLinear, packed_self_attention};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
