@@ -7,7 +7,7 @@
 use candle_core::{D, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use crate::ops::{Finish, PackedLinear, Precision, gelu, layer_norm, linear};
+use crate::ops::{Activation, PackedLinear, Precision, layer_norm, linear};
 
 /// Spread of freshly initialised weights (BLIP and BERT: normal, 0.02).
 const INIT_STD: f64 = 0.02;
@@ -55,6 +55,21 @@ impl Linear {
         )
     }
 
+    /// One layer of several with the same inputs; their outputs follow each other.
+    ///
+    /// # Errors
+    /// A layer is packed, or the layers differ in their inputs.
+    pub fn concat(layers: &[Self]) -> Result<Self> {
+        let parts = |side: fn(&Tensor, &Tensor) -> Tensor| {
+            let part = |layer: &Self| match &layer.0 {
+                Weights::Tensors { weight, bias } => Ok(side(weight, bias)),
+                Weights::Packed(_) => candle_core::bail!("a packed layer cannot be put together with others"),
+            };
+            Tensor::cat(&layers.iter().map(part).collect::<Result<Vec<_>>>()?, 0)
+        };
+        Self::new(parts(|weight, _| weight.clone())?, parts(|_, bias| bias.clone())?)
+    }
+
     /// Multiplies from now on by the processor's instructions for bfloat16, where there are any; the layer can no longer be trained.
     ///
     /// # Errors
@@ -77,18 +92,18 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.0 {
             Weights::Tensors { weight, bias } => linear(x, weight, Some(bias)),
-            Weights::Packed(packed) => packed.forward(x, Finish::Bias, None),
+            Weights::Packed(packed) => packed.forward(x, None, None),
         }
     }
 
-    /// [`gelu`] of [`Self::forward`].
+    /// An activation of [`Self::forward`].
     ///
     /// # Errors
     /// As [`Self::forward`].
-    pub fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         match &self.0 {
-            Weights::Tensors { .. } => gelu(&self.forward(x)?),
-            Weights::Packed(packed) => packed.forward(x, Finish::Gelu, None),
+            Weights::Tensors { .. } => activation.forward(&self.forward(x)?),
+            Weights::Packed(packed) => packed.forward(x, Some(activation), None),
         }
     }
 
@@ -99,7 +114,7 @@ impl Linear {
     pub fn forward_add(&self, x: &Tensor, added: &Tensor) -> Result<Tensor> {
         match &self.0 {
             Weights::Tensors { .. } => self.forward(x)? + added,
-            Weights::Packed(packed) => packed.forward(x, Finish::Bias, Some(added)),
+            Weights::Packed(packed) => packed.forward(x, None, Some(added)),
         }
     }
 }

@@ -8,10 +8,10 @@ use rayon::prelude::*;
 use crate::config::{MedConfig, TextConfig};
 use crate::error::{ModelError, Result};
 use crate::layers::{LayerNorm, Linear, l2_normalize};
-use crate::ops::Precision;
+use crate::ops::{Activation, Precision};
 use crate::preprocess::Pixels;
 use crate::text::{CrossCache, SelfCache, TextModel, causal_mask, padding_mask};
-use crate::vision::VisionModel;
+use crate::vision::{VisionFamily, VisionModel};
 
 /// Which text parts a MED has. The vision transformer is always there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +82,7 @@ impl Med {
             false => None,
         };
         Ok(Self {
-            vision: VisionModel::load(&config.vision_config, vb.pp("vision_model"))?,
+            vision: VisionModel::load(&config.vision_config, VisionFamily::Blip, vb.pp("vision_model"))?,
             decoder,
             encoder,
             device: vb.device().clone(),
@@ -278,7 +278,7 @@ impl Decoder {
 
     /// `(.., d)` to `(.., vocab)`.
     fn logits(&self, states: &Tensor) -> candle_core::Result<Tensor> {
-        let hidden = self.transform.forward_gelu(states)?;
+        let hidden = self.transform.forward_activated(states, Activation::Gelu)?;
         self.vocabulary.forward(&self.layer_norm.forward(&hidden)?)
     }
 }

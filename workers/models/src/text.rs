@@ -11,7 +11,7 @@ use candle_nn::VarBuilder;
 
 use crate::config::TextConfig;
 use crate::layers::{Embedding, LayerNorm, Linear};
-use crate::ops::{PackedKeysValues, Precision, attention};
+use crate::ops::{Activation, PackedKeysValues, Precision, attention};
 
 /// Added to the score of a position that must not be seen (the value of BLIP).
 const MASKED: f32 = -10_000.0;
@@ -198,7 +198,7 @@ impl Layer {
         if let Some(images) = images {
             x = self.cross.forward_images(&x, images)?;
         }
-        let hidden = self.intermediate.forward_gelu(&x)?;
+        let hidden = self.intermediate.forward_activated(&x, Activation::Gelu)?;
         self.layer_norm.forward(&self.output.forward_add(&hidden, &x)?)
     }
 

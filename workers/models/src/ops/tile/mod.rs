@@ -15,7 +15,6 @@ use std::sync::OnceLock;
 
 pub use layout::Precision;
 pub(crate) use ops::{PackedKeysValues, PackedLinear, packed_self_attention};
-pub(crate) use product::Finish;
 
 use layout::Tile;
 

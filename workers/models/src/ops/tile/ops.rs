@@ -5,10 +5,11 @@ use std::sync::Arc;
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
+use super::super::activation::Activation;
 use super::super::with_slices;
 use super::heads::{Heads, SequenceHeads, Tokens};
 use super::layout::Precision;
-use super::product::{Finish, Weights};
+use super::product::Weights;
 
 /// The weight and bias of a layer that is not trained, in tiles. Cheap to clone.
 #[derive(Clone)]
@@ -28,8 +29,8 @@ impl PackedLinear {
         Ok(weights.map(|weights| Self(Arc::new(weights))))
     }
 
-    /// `finish(x · weightᵀ + bias) + added`: `(…, in)` to `(…, out)`. A row does not depend on the others.
-    pub(crate) fn forward(&self, x: &Tensor, finish: Finish, added: Option<&Tensor>) -> Result<Tensor> {
+    /// `activation(x · weightᵀ + bias) + added`: `(…, in)` to `(…, out)`. A row does not depend on the others.
+    pub(crate) fn forward(&self, x: &Tensor, activation: Option<Activation>, added: Option<&Tensor>) -> Result<Tensor> {
         let (inputs, outputs) = (self.0.inputs(), self.0.outputs());
         if x.dim(D::Minus1)? != inputs {
             candle_core::bail!("linear: input {:?} does not fit weight ({outputs}, {inputs})", x.dims());
@@ -45,9 +46,9 @@ impl PackedLinear {
             }
             Some(added) => {
                 let added = added.contiguous()?;
-                with_slices(&[&x, &added], |slices| Ok(self.0.product(slices[0], finish, Some(slices[1]))))?
+                with_slices(&[&x, &added], |slices| Ok(self.0.product(slices[0], activation, Some(slices[1]))))?
             }
-            None => with_slices(&[&x], |slices| Ok(self.0.product(slices[0], finish, None)))?,
+            None => with_slices(&[&x], |slices| Ok(self.0.product(slices[0], activation, None)))?,
         };
         Tensor::from_vec(product, shape, x.device())
     }

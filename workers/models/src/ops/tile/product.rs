@@ -5,7 +5,7 @@ use std::ops::Range;
 use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 
-use super::super::gelu::gelu_of;
+use super::super::activation::Activation;
 use super::super::kernel::vectorized;
 use super::layout::{EDGE, Precision, Tiles};
 use super::{Block, Instructions, Kernel, Operands};
@@ -28,15 +28,6 @@ pub(crate) struct Weights {
     instructions: Instructions,
 }
 
-/// What is done to a product before it is stored.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Finish {
-    /// The bias is added.
-    Bias,
-    /// And the activation GELU follows.
-    Gelu,
-}
-
 impl Weights {
     /// From the rows of the weight, one for each output. `None` where the processor has no instructions for it.
     pub(crate) fn new(weight: &[f32], bias: &[f32], precision: Precision) -> Option<Self> {
@@ -54,8 +45,8 @@ impl Weights {
         self.bias.len()
     }
 
-    /// `(rows, inputs)` to `(rows, outputs)`; `added` of the result's shape is added at the end.
-    pub(crate) fn product(&self, x: &[f32], finish: Finish, added: Option<&[f32]>) -> Vec<f32> {
+    /// `(rows, inputs)` to `(rows, outputs)`: product, bias, activation, and `added` of the result's shape.
+    pub(crate) fn product(&self, x: &[f32], activation: Option<Activation>, added: Option<&[f32]>) -> Vec<f32> {
         let (inputs, outputs) = (self.inputs, self.outputs());
         let rows = x.len() / inputs.max(1);
         let mut out = vec![0.0; rows * outputs];
@@ -70,7 +61,7 @@ impl Weights {
             left.fill_left(x, (x.len() / inputs, inputs), inputs, 1.0, self.precision);
             let threads = rayon::current_num_threads();
             if chunks >= threads || panels < threads {
-                self.panels(&left, 0..panels, finish, added, (out, outputs));
+                self.panels(&left, 0..panels, activation, added, (out, outputs));
                 return;
             }
             // Too few rows for all threads: each takes some of the columns.
@@ -82,7 +73,7 @@ impl Weights {
                     let first = panels.start * SIDE;
                     let width = outputs.min(panels.end * SIDE) - first;
                     let mut part = vec![0.0; out.len() / outputs * width];
-                    self.panels(&left, panels, finish, added, (&mut part, width));
+                    self.panels(&left, panels, activation, added, (&mut part, width));
                     (first, width, part)
                 })
                 .collect();
@@ -99,9 +90,9 @@ impl Weights {
     }
 
     /// The columns of some panels, of all rows of `left`, into `out`, whose rows are `width` long.
-    fn panels(&self, left: &Tiles, panels: Range<usize>, finish: Finish, added: Option<&[f32]>, (out, width): (&mut [f32], usize)) {
+    fn panels(&self, left: &Tiles, panels: Range<usize>, activation: Option<Activation>, added: Option<&[f32]>, (out, width): (&mut [f32], usize)) {
         let kernel = Kernel::start(self.instructions);
-        vectorized(Panels { weights: self, kernel: &kernel, left, panels, finish, added, out, width });
+        vectorized(Panels { weights: self, kernel: &kernel, left, panels, activation, added, out, width });
     }
 }
 
@@ -110,7 +101,7 @@ struct Panels<'a> {
     kernel: &'a Kernel,
     left: &'a Tiles,
     panels: Range<usize>,
-    finish: Finish,
+    activation: Option<Activation>,
     added: Option<&'a [f32]>,
     out: &'a mut [f32],
     width: usize,
@@ -121,7 +112,7 @@ impl NullaryFnOnce for Panels<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { weights, kernel, left, panels, finish, added, out, width } = self;
+        let Self { weights, kernel, left, panels, activation, added, out, width } = self;
         let outputs = weights.bias.len();
         let rows = out.len() / width;
         let first = panels.start * SIDE;
@@ -144,10 +135,8 @@ impl NullaryFnOnce for Panels<'_> {
                     for ((out, sum), bias) in out.iter_mut().zip(sums).zip(bias) {
                         *out = sum + bias;
                     }
-                    if finish == Finish::Gelu {
-                        for out in out.iter_mut() {
-                            *out = gelu_of(*out);
-                        }
+                    if let Some(activation) = activation {
+                        activation.apply(out);
                     }
                     if let Some(added) = added {
                         for (out, added) in out.iter_mut().zip(&added[row * outputs + column..]) {
