@@ -18,6 +18,7 @@ pub use tokenizer::ClipTokenizer;
 
 use crate::error::Result;
 use crate::layers::{INIT_WEIGHT, Linear, l2_normalize};
+use crate::ops::Precision;
 use crate::preprocess::Pixels;
 use crate::vision::{VisionFamily, VisionModel};
 use pool::PoolingHead;
@@ -96,6 +97,22 @@ impl Clip {
             dtype: vb.dtype(),
             config,
         })
+    }
+
+    /// As [`Med::pack`](crate::med::Med::pack); a ResNet's image side stays as it is.
+    ///
+    /// # Errors
+    /// The model is on another device.
+    pub fn pack(&mut self, precision: Precision) -> Result<()> {
+        match &mut self.image {
+            ImageSide::Vit(model, _) => model.pack(precision)?,
+            ImageSide::Siglip(model, head) => {
+                model.pack(precision)?;
+                head.pack(precision)?;
+            }
+            ImageSide::ResNet(_) => {}
+        }
+        Ok(self.text.pack(precision)?)
     }
 
     /// The configuration.
