@@ -6,6 +6,7 @@ use capfilt_coordinator::export;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::by_hand::{CaptionArgs, ScoreArgs};
 use crate::download::DownloadArgs;
 
 /// Makes vision-language training sets: gathers image-text pairs by query, captions and filters them (CapFilt), rebuilds the dataset,
@@ -55,6 +56,10 @@ pub(crate) enum Verb {
     Status(ViewArgs),
     /// Download a list of image addresses into files for training, with img2dataset's flags and layouts
     Download(Box<DownloadArgs>),
+    /// Caption images with a model, to try it by hand
+    Caption(Box<CaptionArgs>),
+    /// Score texts against images with a filter, a CLIP model or both, to try them by hand
+    Score(ScoreArgs),
     /// Make query lists, and look at how they and texts meet
     #[command(subcommand)]
     Queries(QueriesVerb),

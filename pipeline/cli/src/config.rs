@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use capfilt_coordinator::SqlConfig;
 use capfilt_coordinator::balance::BalanceConfig;
-use capfilt_coordinator::build::BuildConfig;
+use capfilt_coordinator::build::{BuildConfig, Policy, Score};
 use capfilt_coordinator::plan::{PlanConfig, StageParams};
 use capfilt_coordinator::retrain::RetrainConfig;
 use capfilt_crawler::{
@@ -102,6 +102,8 @@ pub(crate) struct ModelsSection {
     pub(crate) captioner: String,
     /// As `captioner`.
     pub(crate) filter: String,
+    /// A checkpoint folder of a CLIP, whose cosines stand beside the filter's scores.
+    pub(crate) clip: Option<String>,
 }
 
 /// `[train.<role>]`: the built-in trainer's settings, or a command and whatever settings it wants.
@@ -176,6 +178,8 @@ pub(crate) struct Inputs {
 pub(crate) struct Models {
     pub(crate) captioner: Digest,
     pub(crate) filter: Digest,
+    /// That of all rounds.
+    pub(crate) clip: Option<Digest>,
 }
 
 impl RunConfig {
@@ -225,10 +229,9 @@ impl RunConfig {
         if !self.run.store.contains(':') {
             text(&mut self.run.store);
         }
-        for model in self.models.iter_mut().flat_map(|models| [&mut models.captioner, &mut models.filter]) {
-            if *model != "promoted" {
-                text(model);
-            }
+        if let Some(models) = &mut self.models {
+            [&mut models.captioner, &mut models.filter].into_iter().filter(|model| **model != "promoted").for_each(text);
+            models.clip.iter_mut().for_each(text);
         }
         if let Some(export) = &mut self.export {
             text(&mut export.folder);
@@ -251,6 +254,11 @@ impl RunConfig {
         }
         if self.models.is_none() && self.run.rounds > 0 {
             let what = "[models] with `captioner` and `filter` is missing; to gather only, set `run.rounds = 0`";
+            return Err(Failure::Usage(what.to_owned()));
+        }
+        let clip = self.models.as_ref().and_then(|models| models.clip.as_ref());
+        if self.build.policy == Policy::Rank && self.build.rank_by == Score::Clip && clip.is_none() {
+            let what = "build.rank_by is \"clip\", but no CLIP scores the texts; name one in `models.clip`, or rank by \"itc\" or \"itm\"";
             return Err(Failure::Usage(what.to_owned()));
         }
         if self.retrain.enabled && self.train.is_empty() {
@@ -322,8 +330,8 @@ impl RunConfig {
             fetch: json(&self.fetch.params(&self.run.snapshot).map_err(|e| Failure::Usage(capfilt_store::chain(&e)))?)?,
             annotated: inputs.annotated.iter().map(json).collect::<Result<_, _>>()?,
             heldout: inputs.heldout.iter().map(json).collect::<Result<_, _>>()?,
-            caption: json(&self.caption)?,
-            score: json(&self.score)?,
+            caption: json(&self.caption.params(&self.worker.vision))?,
+            score: json(&self.score.params(&self.worker.vision, models.and_then(|m| m.clip)))?,
             build: json(&self.build)?,
             train: self.train_params()?,
             evaluate: json(&self.evaluate)?,
@@ -458,6 +466,46 @@ mod tests {
                 SourceConfig::Archive(_) | SourceConfig::List(_) | SourceConfig::Search(_) => {}
             }
         }
+    }
+
+    /// The config of the demo with some settings changed.
+    fn demo(changes: &[&str]) -> Result<RunConfig, String> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/demo.toml");
+        let changes: Vec<String> = changes.iter().map(|change| (*change).to_owned()).collect();
+        RunConfig::load(&path, &changes).map_err(|f| f.text())
+    }
+
+    #[test]
+    fn ranking_by_clip_needs_a_clip() {
+        let rank = ["build.policy=rank", "build.rank_by=clip"];
+        let refused = demo(&rank).unwrap_err();
+        assert!(refused.contains("models.clip"), "{refused}");
+        let config = demo(&[rank[0], rank[1], "models.clip=some/clip"]).unwrap();
+        let clip = config.models.unwrap().clip.unwrap();
+        assert!(clip.ends_with("configs/some/clip") && Path::new(&clip).is_absolute(), "{clip}");
+    }
+
+    #[test]
+    fn what_changes_captions_and_scores_is_in_their_parameters_and_nothing_else_is() {
+        let params = |changes: &[&str], clip: Option<Digest>| {
+            let config = demo(changes).unwrap();
+            let vision = &config.worker.vision;
+            (json(&config.caption.params(vision)).unwrap(), json(&config.score.params(vision, clip)).unwrap())
+        };
+        let (caption, score) = params(&[], None);
+        assert_eq!(score, serde_json::json!({"first_token": "enc"}));
+        assert_eq!(caption["sampling"]["top_p"], 0.9);
+        assert!(caption.get("dtype").is_none() && caption["sampling"].get("strategy").is_none());
+        assert_eq!(params(&["caption.dtype=f32", "score.dtype=f32"], None), (caption.clone(), score.clone()));
+        let (half, half_score) = params(&["worker.vision.device=cuda:0"], None);
+        assert_eq!((&half["dtype"], &half_score["dtype"]), (&Value::from("bf16"), &Value::from("bf16")));
+        assert_eq!(params(&["worker.vision.device=cuda:0", "caption.dtype=f32"], None).0, caption);
+        let digest = Digest::of(b"a clip");
+        assert_eq!(params(&[], Some(digest)).1["clip"], digest.to_string());
+        let beam = params(&["caption.sampling.strategy=beam", "caption.sampling.num_beams=5"], None).0;
+        assert_eq!(beam["sampling"]["num_beams"], 5);
+        let refused = demo(&["caption.sampling.num_beams=5"]).unwrap_err();
+        assert!(refused.contains("strategy"), "{refused}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `capfilt model …`
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -78,6 +78,18 @@ fn before_last(events: &[AliasEvent]) -> Option<&AliasEvent> {
     in_force.iter().rev().nth(1).copied()
 }
 
+/// The checkpoint folder that a person means by `name`.
+///
+/// # Errors
+/// There is no such folder.
+pub(crate) fn open_model(name: &str) -> Result<PathBuf, Failure> {
+    let folder = PathBuf::from(name);
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    Err(Failure::Usage(format!("there is no folder `{name}`; give a checkpoint folder as a model")))
+}
+
 /// The models of the first round: checkpoint folders, put into the store if `write`, or whatever plays the role there. None if the run
 /// has no rounds.
 pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Result<Option<Models>, Failure> {
@@ -98,7 +110,11 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
         }
         digests.push(digest);
     }
-    Ok(Some(Models { captioner: digests[0], filter: digests[1] }))
+    let clip = match &named.clip {
+        Some(folder) => Some(import(write.then_some(store), Path::new(folder), "clip").await?),
+        None => None,
+    };
+    Ok(Some(Models { captioner: digests[0], filter: digests[1], clip }))
 }
 
 /// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
@@ -126,6 +142,12 @@ async fn import(store: Option<&Store>, folder: &Path, role: &str) -> Result<Dige
         let path = folder.join(name);
         let bytes = std::fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
         files.insert((*name).to_owned(), bytes);
+    }
+    // SigLIP's padding.
+    if role == "clip"
+        && let Ok(bytes) = std::fs::read(folder.join("tokenizer_config.json"))
+    {
+        files.insert("tokenizer_config.json".to_owned(), bytes);
     }
     let model = Store::open("memory:").await?.put_model(&files).await?;
     if let Some(store) = store

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
+use serde::Serialize;
 
 use crate::error::{ModelError, Result};
 use crate::med::Med;
@@ -16,7 +17,7 @@ use crate::tokenizer::TextTokenizer;
 const CPU_BATCH: usize = 64;
 
 /// A caption.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Caption {
     /// The text, prompt cut off.
     pub text: String,
@@ -24,6 +25,7 @@ pub struct Caption {
     pub ids: Vec<u32>,
     /// For beams: log-probability of the tokens after the prompt, with the repetition penalty applied, divided by their number to the
     /// power of the length penalty.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<f32>,
 }
 

@@ -1,6 +1,7 @@
 //! CLIP (Radford et al. 2021, arXiv 2103.00020) and SigLIP (Zhai et al. 2023, arXiv 2303.15343): images and texts as vectors of one space,
 //! in the weight layout of Hugging Face's `CLIPModel` and `SiglipModel`.
 
+mod checkpoint;
 mod config;
 mod pool;
 mod resnet;
@@ -12,6 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
 
+pub use checkpoint::is_clip;
 pub use config::{ClipConfig, ClipFamily, ClipTextConfig, ClipVision, ResNetConfig};
 pub use score::{ClipScorer, clip_score};
 pub use tokenizer::ClipTokenizer;
