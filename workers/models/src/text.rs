@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::config::TextConfig;
-use crate::layers::{Embedding, LayerNorm, Linear};
+use crate::layers::{Embedding, LayerNorm, Linear, mlp};
 use crate::ops::{Activation, PackedKeysValues, Precision, attention};
 
 /// Added to the score of a position that must not be seen (the value of BLIP).
@@ -198,8 +198,8 @@ impl Layer {
         if let Some(images) = images {
             x = self.cross.forward_images(&x, images)?;
         }
-        let hidden = self.intermediate.forward_activated(&x, Activation::Gelu)?;
-        self.layer_norm.forward(&self.output.forward_add(&hidden, &x)?)
+        let x = mlp((&self.intermediate, &self.output), &x, None, Activation::Gelu, &x)?;
+        self.layer_norm.forward(&x)
     }
 
     fn pack(&mut self, precision: Precision) -> Result<()> {

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::super::activation::Activation;
 use super::super::with_slices;
-use super::heads::{Heads, SequenceHeads, Tokens};
+use super::heads::{Heads, SequenceHeads, Tokens, attend_itself};
 use super::layout::Precision;
-use super::product::Weights;
+use super::product::{Inputs, Norm, Weights};
+use crate::layers::LayerNorm;
 
 /// The weight and bias of a layer that is not trained, in tiles. Cheap to clone.
 #[derive(Clone)]
@@ -29,29 +30,74 @@ impl PackedLinear {
         Ok(weights.map(|weights| Self(Arc::new(weights))))
     }
 
-    /// `activation(x · weightᵀ + bias) + added`: `(…, in)` to `(…, out)`. A row does not depend on the others.
-    pub(crate) fn forward(&self, x: &Tensor, activation: Option<Activation>, added: Option<&Tensor>) -> Result<Tensor> {
-        let (inputs, outputs) = (self.0.inputs(), self.0.outputs());
-        if x.dim(D::Minus1)? != inputs {
-            candle_core::bail!("linear: input {:?} does not fit weight ({outputs}, {inputs})", x.dims());
-        }
-        let mut shape = x.dims().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = outputs;
-        }
-        let x = x.contiguous()?;
-        let product = match added {
-            Some(added) if added.dims() != shape => {
-                candle_core::bail!("linear: {:?} cannot be added to {shape:?}", added.dims())
-            }
-            Some(added) => {
-                let added = added.contiguous()?;
-                with_slices(&[&x, &added], |slices| Ok(self.0.product(slices[0], activation, Some(slices[1]))))?
-            }
-            None => with_slices(&[&x], |slices| Ok(self.0.product(slices[0], activation, None)))?,
-        };
+    /// `activation(norm(x) · weightᵀ + bias) + added`: `(…, in)` to `(…, out)`. A row does not depend on the others.
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        norm: Option<&LayerNorm>,
+        activation: Option<Activation>,
+        added: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let shape = shape(x, self.0.inputs(), self.0.outputs())?;
+        let product = with_inputs(x, norm, added, &shape, |inputs| self.0.product(inputs, activation))?;
         Tensor::from_vec(product, shape, x.device())
     }
+
+    /// This layer, an activation, another layer, and `added`: `(…, in)` to `(…, out)`.
+    pub(crate) fn mlp(
+        &self,
+        second: &Self,
+        x: &Tensor,
+        norm: Option<&LayerNorm>,
+        activation: Activation,
+        added: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        if self.0.outputs() != second.0.inputs() {
+            candle_core::bail!("mlp: {self:?} and {second:?} do not fit");
+        }
+        let shape = shape(x, self.0.inputs(), second.0.outputs())?;
+        let product = with_inputs(x, norm, added, &shape, |inputs| self.0.mlp(&second.0, inputs, activation))?;
+        Tensor::from_vec(product, shape, x.device())
+    }
+}
+
+/// The shape of what a layer makes of `x`.
+fn shape(x: &Tensor, inputs: usize, outputs: usize) -> Result<Vec<usize>> {
+    let mut shape = x.dims().to_vec();
+    match shape.last_mut() {
+        Some(last) if *last == inputs => *last = outputs,
+        _ => candle_core::bail!("linear: input {:?} does not fit weight ({outputs}, {inputs})", x.dims()),
+    }
+    Ok(shape)
+}
+
+fn with_inputs<R>(
+    x: &Tensor,
+    norm: Option<&LayerNorm>,
+    added: Option<&Tensor>,
+    shape: &[usize],
+    work: impl FnOnce(Inputs<'_>) -> R,
+) -> Result<R> {
+    let mut tensors = vec![x.contiguous()?];
+    if let Some(norm) = norm {
+        if [norm.weight(), norm.bias()].iter().any(|part| x.dims().last() != part.dims().last()) {
+            candle_core::bail!("layer norm of {:?} does not fit {:?}", norm.weight().dims(), x.dims());
+        }
+        tensors.extend([norm.weight().contiguous()?, norm.bias().contiguous()?]);
+    }
+    if let Some(added) = added {
+        if added.dims() != shape {
+            candle_core::bail!("linear: {:?} cannot be added to {shape:?}", added.dims());
+        }
+        tensors.push(added.contiguous()?);
+    }
+    with_slices(&tensors.iter().collect::<Vec<_>>(), |slices| {
+        Ok(work(Inputs {
+            x: slices[0],
+            norm: norm.map(|norm| Norm { weight: slices[1], bias: slices[2], eps: norm.eps() as f32 }),
+            added: added.and_then(|_| slices.last().copied()),
+        }))
+    })
 }
 
 /// Keys and values of several sequences, in tiles. Cheap to clone.
@@ -107,10 +153,12 @@ impl PackedKeysValues {
         let q = q.contiguous()?;
         let mut out = vec![0.0; batch * queries * total];
         with_slices(&[&q], |slices| {
-            out.par_chunks_mut((queries * total).max(1)).zip(&self.sequences).enumerate().for_each(|(number, (out, sequence))| {
-                let q = Tokens { numbers: &slices[0][number * queries * total..], stride: total };
-                sequence.attend(q, self.heads, out);
-            });
+            out.par_chunks_mut((queries * total).max(1)).zip(&self.sequences).enumerate().for_each(
+                |(number, (out, sequence))| {
+                    let q = Tokens { numbers: &slices[0][number * queries * total..], stride: total };
+                    sequence.attend(q, self.heads, out);
+                },
+            );
             Ok(())
         })?;
         Tensor::from_vec(out, q.shape(), q.device())
@@ -132,9 +180,7 @@ pub(crate) fn packed_self_attention(qkv: &Tensor, heads: usize, scale: f64, prec
         let attend = |(number, out): (usize, &mut [f32])| {
             let numbers = &slices[0][number * tokens * triple..];
             let part = |index: usize| Tokens { numbers: &numbers[index * total..], stride: triple };
-            let sequence = SequenceHeads::new(tokens, part(1), part(2), heads)?;
-            sequence.attend(part(0), heads, out);
-            Some(())
+            attend_itself(tokens, part(0), (part(1), part(2)), heads, out)
         };
         Ok(out.par_chunks_mut((tokens * total).max(1)).enumerate().map(attend).collect::<Option<()>>())
     })?;
