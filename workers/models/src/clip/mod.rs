@@ -2,6 +2,7 @@
 //! in the weight layout of Hugging Face's `CLIPModel` and `SiglipModel`.
 
 mod config;
+pub mod openclip;
 mod pool;
 mod resnet;
 mod score;
