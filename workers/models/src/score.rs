@@ -27,7 +27,9 @@ pub enum ItmToken {
 /// The scores of one text for one image.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScoredText {
-    /// Probability of a match by the ITM head.
+    /// Logits of the ITM head: no match, match.
+    pub logits: [f32; 2],
+    /// Probability of a match by the ITM head: softmax of the logits.
     pub itm: f32,
     /// Cosine of the ITC features.
     pub itc: f32,
@@ -117,7 +119,7 @@ impl FilterScorer {
         }
         let states = self.med.encode_images(std::slice::from_ref(image))?;
         let cross = self.med.encoder_cross_cache(&states)?;
-        let mut scores = vec![ScoredText { itm: 0.0, itc: 0.0 }; texts.len()];
+        let mut scores = vec![ScoredText { logits: [0.0; 2], itm: 0.0, itc: 0.0 }; texts.len()];
         let mut left: Vec<usize> = (0..texts.len()).collect();
         while let Some(&first) = left.first() {
             let width = self.padded(texts[first].itc.len());
@@ -164,12 +166,15 @@ impl FilterScorer {
         let cosines = texts.broadcast_mul(&images.unsqueeze(1)?)?.sum(D::Minus1)?;
         let cosines = cosines.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
 
-        let match_probability = |pair: &[f32]| match pair {
-            // softmax of two numbers, class 1
-            [apart, together] => (1.0 / (1.0 + f64::from(apart - together).exp())) as f32,
-            _ => f32::NAN,
+        let scored = |pair: &[f32], itc| {
+            let [apart, together] = *pair else {
+                return Err(ModelError::Config(format!("an ITM head of {} classes, there must be 2", pair.len())));
+            };
+            // Softmax of two numbers, class 1.
+            let itm = (1.0 / (1.0 + f64::from(apart - together).exp())) as f32;
+            Ok(ScoredText { logits: [apart, together], itm, itc })
         };
-        Ok(logits.iter().zip(cosines).map(|(pair, itc)| ScoredText { itm: match_probability(pair), itc }).collect())
+        logits.iter().zip(cosines).map(|(pair, itc)| scored(pair, itc)).collect()
     }
 
     fn padded(&self, length: usize) -> usize {

@@ -8,6 +8,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
+use rayon::prelude::*;
 
 use crate::config::TextConfig;
 use crate::layers::{Embedding, LayerNorm, Linear, mlp};
@@ -278,6 +279,14 @@ impl CrossCache {
         let layers = self.layers.iter().map(|layer| layer.select(images)).collect::<Result<_>>()?;
         Ok(Self { layers })
     }
+
+    /// Leaves the images with these numbers, in this order. Only an image whose place changes is copied.
+    ///
+    /// # Errors
+    /// An image goes to a place behind its own, which would be that of another.
+    pub(crate) fn keep(&mut self, images: &[usize]) -> Result<()> {
+        self.layers.par_iter_mut().try_for_each(|layer| layer.keep(images))
+    }
 }
 
 impl SelfCache {
@@ -287,13 +296,24 @@ impl SelfCache {
         self.length
     }
 
-    /// The cache of the rows with these indices `(n)` (u32), in this order.
+    /// The number of texts in the cache.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.layers.first().map_or(0, |(k, _)| k.dims()[0])
+    }
+
+    /// Leaves the rows with these numbers, in this order; a row may be taken many times.
     ///
     /// # Errors
-    /// An index is out of range.
-    pub fn select(&self, rows: &Tensor) -> Result<Self> {
-        let layers = self.layers.iter().map(|(k, v)| Ok((k.index_select(rows, 0)?, v.index_select(rows, 0)?)));
-        Ok(Self { layers: layers.collect::<Result<_>>()?, length: self.length })
+    /// A number is out of range.
+    pub(crate) fn keep(&mut self, rows: &[u32]) -> Result<()> {
+        let unchanged = rows.len() == self.rows() && rows.iter().zip(0..).all(|(row, place)| *row == place);
+        if let Some((k, _)) = self.layers.first().filter(|_| !unchanged) {
+            let rows = Tensor::new(rows, k.device())?;
+            let kept = self.layers.par_iter().map(|(k, v)| Ok((k.index_select(&rows, 0)?, v.index_select(&rows, 0)?)));
+            self.layers = kept.collect::<Result<_>>()?;
+        }
+        Ok(())
     }
 }
 
@@ -303,6 +323,17 @@ impl KeysValues {
         match self {
             Self::Tensors(k, _) => k.dim(0),
             Self::Packed(packed) => Ok(packed.len()),
+        }
+    }
+
+    /// See [`CrossCache::keep`].
+    fn keep(&mut self, images: &[usize]) -> Result<()> {
+        match self {
+            Self::Tensors(k, v) => keep_rows(k, images).and_then(|()| keep_rows(v, images)),
+            Self::Packed(packed) => {
+                *packed = packed.select(images);
+                Ok(())
+            }
         }
     }
 
@@ -318,6 +349,18 @@ impl KeysValues {
             }
         })
     }
+}
+
+/// Leaves these rows, in place.
+fn keep_rows(cache: &mut Tensor, rows: &[usize]) -> Result<()> {
+    for (to, from) in rows.iter().enumerate().filter(|(to, from)| to != *from) {
+        if to > *from {
+            candle_core::bail!("row {from} cannot go back to place {to}");
+        }
+        cache.slice_set(&cache.narrow(0, *from, 1)?.force_contiguous()?, 0, to)?;
+    }
+    *cache = cache.narrow(0, 0, rows.len())?;
+    Ok(())
 }
 
 /// An additive mask `(b, 1, 1, t)` from a mask `(b, t)` that is 1 for tokens and 0 for padding (any number type).
