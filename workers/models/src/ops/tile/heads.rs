@@ -40,13 +40,16 @@ pub(crate) struct Tokens<'a> {
 impl SequenceHeads {
     /// Of `keys` tokens. `None` where the processor has no instructions for it.
     pub(crate) fn new(keys: usize, k: Tokens<'_>, v: Tokens<'_>, heads: Heads) -> Option<Self> {
-        let instructions = Instructions::best()?;
+        Some(Self::with(Instructions::best()?, keys, k, v, heads))
+    }
+
+    pub(super) fn with(instructions: Instructions, keys: usize, k: Tokens<'_>, v: Tokens<'_>, heads: Heads) -> Self {
         let head = |head: usize| {
             let mut tiles = (Tiles::default(), Tiles::default());
             fill(&mut tiles.0, &mut tiles.1, keys, (k, v), heads, head);
             tiles
         };
-        Some(Self { heads: (0..heads.count).into_par_iter().map(head).collect(), keys, instructions })
+        Self { heads: (0..heads.count).into_par_iter().map(head).collect(), keys, instructions }
     }
 
     /// `softmax(q · kᵀ · scale) · v` for every head, of the queries `(queries, count · width)`, into `out` of that shape.

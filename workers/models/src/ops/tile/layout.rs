@@ -217,7 +217,7 @@ impl NullaryFnOnce for FillRows<'_> {
                 for pair in 0..DEPTH / 2 {
                     let row = |number: usize| {
                         let mut numbers = [0.0; EDGE];
-                        if number < depth {
+                        if number < depth && width > 0 {
                             numbers[..width].copy_from_slice(&from[number * stride + first..][..width]);
                         }
                         numbers

@@ -10,6 +10,8 @@ mod heads;
 mod layout;
 mod ops;
 mod product;
+#[cfg(test)]
+mod tests;
 
 use std::cell::Cell;
 use std::sync::OnceLock;

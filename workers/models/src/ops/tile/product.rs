@@ -84,11 +84,14 @@ impl<'a> Inputs<'a> {
 impl Weights {
     /// From the rows of the weight, one for each output. `None` where the processor has no instructions for it.
     pub(crate) fn new(weight: &[f32], bias: &[f32], precision: Precision) -> Option<Self> {
-        let instructions = Instructions::best()?;
+        Some(Self::with(Instructions::best()?, weight, bias, precision))
+    }
+
+    pub(super) fn with(instructions: Instructions, weight: &[f32], bias: &[f32], precision: Precision) -> Self {
         let inputs = weight.len() / bias.len().max(1);
         let mut right = Tiles::default();
         right.fill_columns(weight, (bias.len(), inputs), inputs, precision);
-        Some(Self { right, bias: bias.to_vec(), inputs, precision, instructions })
+        Self { right, bias: bias.to_vec(), inputs, precision, instructions }
     }
 
     pub(crate) fn inputs(&self) -> usize {
