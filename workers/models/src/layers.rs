@@ -83,6 +83,14 @@ impl Linear {
         Ok(())
     }
 
+    /// The weight `(out, in)` and the bias `(out)`; nothing once packed.
+    pub(crate) fn tensors(&self) -> Option<(&Tensor, &Tensor)> {
+        match &self.0 {
+            Weights::Tensors { weight, bias } => Some((weight, bias)),
+            Weights::Packed(_) => None,
+        }
+    }
+
     /// `(.., in)` to `(.., out)`.
     ///
     /// On the CPU, a row of a frozen layer's result does not depend on the other rows of `x`.

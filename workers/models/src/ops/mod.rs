@@ -26,7 +26,7 @@ pub use gated::{quick_gelu, tanh_gelu};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
-pub(crate) use tile::{PackedKeysValues, PackedLinear, packed_self_attention};
+pub(crate) use tile::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};
 pub use tile::{Precision, has_bf16};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};

@@ -1,16 +1,12 @@
-//! Attention over keys and values that are in tiles already.
+//! Attention of a sequence to itself.
 //!
 //! The scores of 32 queries and all keys stay in the cache; they never become a tensor.
 
 use pulp::NullaryFnOnce;
-use rayon::prelude::*;
 
 use super::super::kernel::{exp, max, sum, vectorized};
 use super::layout::{EDGE, Precision, Tiles};
 use super::{Instructions, Kernel, Scratch, room};
-
-/// Queries that pass by the keys of a head at a time.
-const QUERIES: usize = 16 * EDGE;
 
 /// How a sequence's width is divided.
 #[derive(Clone, Copy, Debug)]
@@ -23,50 +19,11 @@ pub(crate) struct Heads {
     pub(crate) precision: Precision,
 }
 
-/// Keys and values of one sequence, head by head.
-pub(crate) struct SequenceHeads {
-    heads: Vec<(Tiles, Tiles)>,
-    keys: usize,
-    instructions: Instructions,
-}
-
 /// Rows of a sequence: all heads of a token side by side, tokens `stride` apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Tokens<'a> {
     pub(crate) numbers: &'a [f32],
     pub(crate) stride: usize,
-}
-
-impl SequenceHeads {
-    /// Of `keys` tokens. `None` where the processor has no instructions for it.
-    pub(crate) fn new(keys: usize, k: Tokens<'_>, v: Tokens<'_>, heads: Heads) -> Option<Self> {
-        Some(Self::with(Instructions::best()?, keys, k, v, heads))
-    }
-
-    pub(super) fn with(instructions: Instructions, keys: usize, k: Tokens<'_>, v: Tokens<'_>, heads: Heads) -> Self {
-        let head = |head: usize| {
-            let mut tiles = (Tiles::default(), Tiles::default());
-            fill(&mut tiles.0, &mut tiles.1, keys, (k, v), heads, head);
-            tiles
-        };
-        Self { heads: (0..heads.count).into_par_iter().map(head).collect(), keys, instructions }
-    }
-
-    /// `softmax(q · kᵀ · scale) · v` for every head, of the queries `(queries, count · width)`, into `out` of that shape.
-    pub(crate) fn attend(&self, q: Tokens<'_>, heads: Heads, out: &mut [f32]) {
-        let total = heads.count * heads.width;
-        out.par_chunks_mut(QUERIES * total).enumerate().for_each(|(chunk, out)| {
-            let q = Tokens { numbers: &q.numbers[chunk * QUERIES * q.stride..], stride: q.stride };
-            let kernel = Kernel::start(self.instructions, out.len() / total);
-            Scratch::lend(|scratch| {
-                for (head, (k, v)) in self.heads.iter().enumerate() {
-                    let Scratch { left, between: weights, numbers, more_numbers, .. } = &mut *scratch;
-                    let room = Room { left, weights, scores: numbers, mixed: more_numbers };
-                    vectorized(Attend { keys: self.keys, k, v, kernel: &kernel, q, heads, head, room, out });
-                }
-            });
-        });
-    }
 }
 
 /// Makes `k_tiles` and `v_tiles` the keys and values of one head.
@@ -76,15 +33,17 @@ fn fill(k_tiles: &mut Tiles, v_tiles: &mut Tiles, keys: usize, (k, v): (Tokens<'
     v_tiles.fill_rows(&v.numbers[head * width..], (keys, width), v.stride, precision);
 }
 
-/// Attention of one sequence to itself, `tokens` of them; `out` is `(tokens, count · width)`. `None` where the processor has no instructions.
-pub(crate) fn attend_itself(
+/// Attention of one sequence to itself, `tokens` of them: `softmax(q · kᵀ · scale) · v` for every head, into `out`, which is
+/// `(tokens, count · width)`.
+pub(super) fn attend_itself(
+    instructions: Instructions,
     tokens: usize,
     q: Tokens<'_>,
     (k, v): (Tokens<'_>, Tokens<'_>),
     heads: Heads,
     out: &mut [f32],
-) -> Option<()> {
-    let kernel = Kernel::start(Instructions::best()?, tokens);
+) {
+    let kernel = Kernel::start(instructions, tokens);
     Scratch::lend(|Scratch { left, between: weights, keys: k_tiles, values: v_tiles, numbers, more_numbers }| {
         for head in 0..heads.count {
             fill(k_tiles, v_tiles, tokens, (k, v), heads, head);
@@ -92,7 +51,6 @@ pub(crate) fn attend_itself(
             vectorized(Attend { keys: tokens, k: k_tiles, v: v_tiles, kernel: &kernel, q, heads, head, room, out: &mut *out });
         }
     });
-    Some(())
 }
 
 /// What one head is worked on in.

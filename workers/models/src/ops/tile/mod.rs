@@ -2,6 +2,7 @@
 //!
 //! candle's CPU backend has no such product. On a processor with AMX it is about six times as fast as one of f32.
 
+mod absorbed;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(target_arch = "x86_64")]
@@ -17,7 +18,7 @@ use std::cell::Cell;
 use std::sync::OnceLock;
 
 pub use layout::Precision;
-pub(crate) use ops::{PackedKeysValues, PackedLinear, packed_self_attention};
+pub(crate) use ops::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};
 
 use layout::{EDGE, Tile, Tiles};
 

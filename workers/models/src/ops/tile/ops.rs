@@ -7,7 +7,9 @@ use rayon::prelude::*;
 
 use super::super::activation::Activation;
 use super::super::with_slices;
-use super::heads::{Heads, SequenceHeads, Tokens, attend_itself};
+use super::Instructions;
+use super::absorbed::{Absorbed, States};
+use super::heads::{Heads, Tokens, attend_itself};
 use super::layout::Precision;
 use super::product::{Inputs, Norm, Weights};
 use crate::layers::LayerNorm;
@@ -100,68 +102,85 @@ fn with_inputs<R>(
     })
 }
 
-/// Keys and values of several sequences, in tiles. Cheap to clone.
+/// States of several images, in tiles. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct PackedKeysValues {
-    sequences: Vec<Arc<SequenceHeads>>,
-    heads: Heads,
-}
+pub(crate) struct PackedStates(Vec<Arc<States>>);
 
-impl std::fmt::Debug for PackedKeysValues {
+impl std::fmt::Debug for PackedStates {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "PackedKeysValues({} sequences, {:?})", self.sequences.len(), self.heads)
+        write!(f, "PackedStates({})", self.0.len())
     }
 }
 
-impl PackedKeysValues {
-    /// From keys and values `(b, keys, heads · width)`. `None` where the processor has no instructions for it.
-    pub(crate) fn new(k: &Tensor, v: &Tensor, heads: usize, scale: f64, precision: Precision) -> Result<Option<Self>> {
-        let (batch, keys, total) = k.dims3()?;
-        if v.dims() != k.dims() || heads == 0 || total % heads != 0 {
-            candle_core::bail!("attention: k {:?}, v {:?} do not fit {heads} heads", k.dims(), v.dims());
+impl PackedStates {
+    /// The number of images.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The images with these numbers, in this order.
+    pub(crate) fn select(&self, numbers: &[usize]) -> Self {
+        Self(numbers.iter().map(|&n| Arc::clone(&self.0[n])).collect())
+    }
+}
+
+/// Cross-attention of a layer that is not trained. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct PackedCrossAttention(Arc<Absorbed>);
+
+impl std::fmt::Debug for PackedCrossAttention {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PackedCrossAttention({:?}, depth {})", self.0.heads(), self.0.depth())
+    }
+}
+
+impl PackedCrossAttention {
+    /// From the weights `(heads · width, depth)` of keys and values, and the bias of the values. `None` where the processor has no
+    /// instructions for it.
+    pub(crate) fn new(
+        key: &Tensor,
+        value: &Tensor,
+        value_bias: &Tensor,
+        heads: usize,
+        scale: f64,
+        precision: Precision,
+    ) -> Result<Option<Self>> {
+        let (total, _) = key.dims2()?;
+        if value.dims() != key.dims() || value_bias.dims() != [total] || heads == 0 || total % heads != 0 {
+            candle_core::bail!("attention: weights {:?} and {:?} do not fit {heads} heads", key.dims(), value.dims());
         }
         let heads = Heads { count: heads, width: total / heads, scale: scale as f32, precision };
-        let (k, v) = (k.contiguous()?, v.contiguous()?);
-        let sequences = with_slices(&[&k, &v], |slices| {
-            Ok((0..batch)
-                .into_par_iter()
-                .map(|sequence| {
-                    let tokens = |side: usize| Tokens { numbers: &slices[side][sequence * keys * total..], stride: total };
-                    SequenceHeads::new(keys, tokens(0), tokens(1), heads).map(Arc::new)
-                })
-                .collect::<Option<Vec<_>>>())
-        })?;
-        Ok(sequences.map(|sequences| Self { sequences, heads }))
+        let tensors = [key.contiguous()?, value.contiguous()?, value_bias.contiguous()?];
+        with_slices(&tensors.each_ref(), |slices| {
+            Ok(Instructions::best()
+                .map(|instructions| Self(Arc::new(Absorbed::new(instructions, slices[0], slices[1], slices[2], heads)))))
+        })
     }
 
-    /// The number of sequences.
-    pub(crate) fn len(&self) -> usize {
-        self.sequences.len()
-    }
-
-    /// The sequences with these numbers, in this order.
-    pub(crate) fn select(&self, numbers: &[usize]) -> Self {
-        Self { sequences: numbers.iter().map(|&n| Arc::clone(&self.sequences[n])).collect(), heads: self.heads }
-    }
-
-    /// `softmax(q · kᵀ · scale) · v` for each head of queries `(b, queries, heads · width)`.
-    pub(crate) fn attend(&self, q: &Tensor) -> Result<Tensor> {
-        let (batch, queries, total) = q.dims3()?;
-        if batch != self.sequences.len() || total != self.heads.count * self.heads.width {
-            candle_core::bail!("attention: queries {:?} do not fit {self:?}", q.dims());
+    /// Image states `(b, n, depth)`, ready for every layer of this depth and precision.
+    pub(crate) fn states(&self, states: &Tensor) -> Result<PackedStates> {
+        let (_, count, depth) = states.dims3()?;
+        if depth != self.0.depth() || count == 0 {
+            candle_core::bail!("attention: states {:?} do not fit {self:?}", states.dims());
         }
+        let states = states.contiguous()?;
+        with_slices(&[&states], |slices| {
+            let images = slices[0].par_chunks(count * depth);
+            Ok(PackedStates(images.map(|image| Arc::new(States::new(image, depth, self.0.heads()))).collect()))
+        })
+    }
+
+    /// What queries `(images, queries, heads · width)` see of their image, of that shape.
+    pub(crate) fn attend(&self, q: &Tensor, states: &PackedStates) -> Result<Tensor> {
+        let Heads { count, width, .. } = self.0.heads();
+        let (images, _, total) = q.dims3()?;
+        if images != states.len() || total != count * width {
+            candle_core::bail!("attention: queries {:?} do not fit {self:?} and {states:?}", q.dims());
+        }
+        let images: Vec<&States> = states.0.iter().map(AsRef::as_ref).collect();
         let q = q.contiguous()?;
-        let mut out = vec![0.0; batch * queries * total];
-        with_slices(&[&q], |slices| {
-            out.par_chunks_mut((queries * total).max(1)).zip(&self.sequences).enumerate().for_each(
-                |(number, (out, sequence))| {
-                    let q = Tokens { numbers: &slices[0][number * queries * total..], stride: total };
-                    sequence.attend(q, self.heads, out);
-                },
-            );
-            Ok(())
-        })?;
-        Tensor::from_vec(out, q.shape(), q.device())
+        let seen = with_slices(&[&q], |slices| Ok(self.0.attend(slices[0], &images)))?;
+        Tensor::from_vec(seen, q.shape(), q.device())
     }
 }
 
@@ -172,17 +191,18 @@ pub(crate) fn packed_self_attention(qkv: &Tensor, heads: usize, scale: f64, prec
     if heads == 0 || triple % (3 * heads) != 0 {
         candle_core::bail!("attention: width {triple} does not hold queries, keys and values of {heads} heads");
     }
+    let Some(instructions) = Instructions::best() else { return Ok(None) };
     let total = triple / 3;
     let heads = Heads { count: heads, width: total / heads, scale: scale as f32, precision };
     let qkv = qkv.contiguous()?;
     let mut out = vec![0.0; batch * tokens * total];
-    let done = with_slices(&[&qkv], |slices| {
-        let attend = |(number, out): (usize, &mut [f32])| {
+    with_slices(&[&qkv], |slices| {
+        out.par_chunks_mut((tokens * total).max(1)).enumerate().for_each(|(number, out)| {
             let numbers = &slices[0][number * tokens * triple..];
             let part = |index: usize| Tokens { numbers: &numbers[index * total..], stride: triple };
-            attend_itself(tokens, part(0), (part(1), part(2)), heads, out)
-        };
-        Ok(out.par_chunks_mut((tokens * total).max(1)).enumerate().map(attend).collect::<Option<()>>())
+            attend_itself(instructions, tokens, part(0), (part(1), part(2)), heads, out);
+        });
+        Ok(())
     })?;
-    done.map(|()| Tensor::from_vec(out, (batch, tokens, total), qkv.device())).transpose()
+    Tensor::from_vec(out, (batch, tokens, total), qkv.device()).map(Some)
 }

@@ -5,7 +5,8 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::heads::{Heads, SequenceHeads, Tokens};
+use super::absorbed::{Absorbed, States};
+use super::heads::{Heads, Tokens, attend_itself};
 use super::product::{Inputs, Norm, Weights};
 use super::{Instructions, Precision, has_bf16};
 use crate::ops::Activation;
@@ -121,32 +122,71 @@ fn an_mlp_is_its_two_layers() {
     }
 }
 
+/// `softmax(q · kᵀ · scale) · v` of one query and head, in f64.
+fn mix(scores: &[f64], value: impl Fn(usize) -> f64) -> f64 {
+    let weights: Vec<f64> = scores.iter().map(|score| score.exp()).collect();
+    let all: f64 = weights.iter().sum();
+    weights.iter().enumerate().map(|(key, weight)| weight / all * value(key)).sum()
+}
+
 #[test]
-fn attention_equals_the_definition_for_few_and_many_queries() {
+fn attention_of_a_sequence_to_itself_equals_the_definition() {
     for &instructions in Instructions::found() {
         for (precision, most) in [(Precision::Bf16, 2e-2), (Precision::Bf16x3, 1e-4)] {
-            for (queries, keys, width) in [(1, 1, 8), (1, 577, 64), (40, 77, 24), (300, 50, 64)] {
+            for (tokens, width) in [(1, 8), (16, 64), (77, 24), (300, 64)] {
                 let heads = Heads { count: 3, width, scale: (width as f32).powf(-0.5), precision };
                 let total = 3 * width;
-                let (q, k, v) = (random(queries * total, 18), random(keys * total, 19), random(keys * total, 20));
-                let tokens = |numbers| Tokens { numbers, stride: total };
-                let sequence = SequenceHeads::with(instructions, keys, tokens(&k), tokens(&v), heads);
-                let mut out = vec![f32::NAN; queries * total];
-                sequence.attend(tokens(&q), heads, &mut out);
-                for query in [0, queries / 2, queries - 1] {
-                    let mut alone = vec![f32::NAN; total];
-                    sequence.attend(tokens(&q[query * total..][..total]), heads, &mut alone);
-                    assert_eq!(alone, out[query * total..][..total], "{instructions:?} query {query} of {queries}");
-                    for head in 0..3 {
-                        let at = |rows: &[f32], row: usize, i: usize| f64::from(rows[row * total + head * width + i]);
-                        let score = |key: usize| (0..width).map(|i| at(&q, query, i) * at(&k, key, i)).sum::<f64>();
-                        let weights: Vec<f64> = (0..keys).map(|key| (score(key) * f64::from(heads.scale)).exp()).collect();
-                        let all: f64 = weights.iter().sum();
-                        for i in 0..width {
-                            let expected = (0..keys).map(|key| weights[key] / all * at(&v, key, i)).sum::<f64>();
-                            let error = (at(&out, query, i) - expected).abs();
-                            assert!(error < most, "{instructions:?} {precision:?} {queries}x{keys}x{width}: off by {error}");
-                        }
+                let [q, k, v] = [18, 19, 20].map(|seed| random(tokens * total, seed));
+                let of = |numbers| Tokens { numbers, stride: total };
+                let mut out = vec![f32::NAN; tokens * total];
+                attend_itself(instructions, tokens, of(&q), (of(&k), of(&v)), heads, &mut out);
+                for (query, head, i) in [(0, 0, 0), (tokens / 2, 1, width / 2), (tokens - 1, 2, width - 1)] {
+                    let at = |rows: &[f32], row: usize, i: usize| f64::from(rows[row * total + head * width + i]);
+                    let score = |key: usize| (0..width).map(|i| at(&q, query, i) * at(&k, key, i)).sum::<f64>();
+                    let scores: Vec<f64> = (0..tokens).map(|key| score(key) * f64::from(heads.scale)).collect();
+                    let error = (at(&out, query, i) - mix(&scores, |key| at(&v, key, i))).abs();
+                    assert!(error < most, "{instructions:?} {precision:?} {tokens} tokens of {width}: off by {error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn absorbed_cross_attention_equals_the_definition_whatever_else_is_asked() {
+    let (count, width, depth, images) = (3, 20, 48, 3);
+    let total = count * width;
+    for &instructions in Instructions::found() {
+        for (precision, most) in [(Precision::Bf16, 4e-2), (Precision::Bf16x3, 2e-4)] {
+            for (states_count, per_image) in [(1, 1), (50, 1), (577, 2), (40, 13)] {
+                let heads = Heads { count, width, scale: (width as f32).powf(-0.5), precision };
+                let half = |numbers: Vec<f32>| numbers.into_iter().map(|x| x * 0.3).collect::<Vec<f32>>();
+                let (key, value) = (half(random(total * depth, 21)), half(random(total * depth, 22)));
+                let (bias, q) = (random(total, 23), random(images * per_image * total, 24));
+                let numbers = random(images * states_count * depth, 25);
+                let absorbed = Absorbed::new(instructions, &key, &value, &bias, heads);
+                let states: Vec<States> =
+                    numbers.chunks(states_count * depth).map(|image| States::new(image, depth, heads)).collect();
+                let seen = absorbed.attend(&q, &states.iter().collect::<Vec<_>>());
+                for (image, states) in states.iter().enumerate() {
+                    let row = image * per_image + per_image / 2;
+                    let alone = absorbed.attend(&q[row * total..][..total], &[states]);
+                    assert_eq!(alone, seen[row * total..][..total], "{instructions:?} row {row}");
+                    let of_image = &numbers[image * states_count * depth..][..states_count * depth];
+                    let project = |weight: &[f32], at: usize, state: usize| {
+                        let terms = (0..depth).map(|i| f64::from(weight[at * depth + i]) * f64::from(of_image[state * depth + i]));
+                        terms.sum::<f64>()
+                    };
+                    for (head, i) in [(0, 0), (2, width - 1)] {
+                        let score = |state: usize| {
+                            let at = |i: usize| head * width + i;
+                            (0..width).map(|i| f64::from(q[row * total + at(i)]) * project(&key, at(i), state)).sum::<f64>()
+                        };
+                        let scores: Vec<f64> = (0..states_count).map(|state| score(state) * f64::from(heads.scale)).collect();
+                        let at = head * width + i;
+                        let expected = mix(&scores, |state| project(&value, at, state)) + f64::from(bias[at]);
+                        let error = (f64::from(seen[row * total + at]) - expected).abs();
+                        assert!(error < most, "{instructions:?} {precision:?} {states_count} states: off by {error}");
                     }
                 }
             }
