@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::layers::{LayerNorm, Linear};
+use crate::layers::{LayerNorm, Linear, mlp};
 pub use crate::ops::Activation;
 use crate::ops::{Precision, attention, attention_packed, packed_self_attention};
 
@@ -83,8 +83,8 @@ impl Block {
     /// # Errors
     /// Shapes do not fit.
     pub(crate) fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        let x = self.attention.forward(&self.layer_norm1.forward(x)?, mask, x)?;
-        self.mlp.forward_add(&self.layer_norm2.forward(&x)?, &x)
+        let x = self.attention.forward_add(x, &self.layer_norm1, mask)?;
+        self.mlp.forward_add(&x, &self.layer_norm2)
     }
 
     /// See [`Linear::pack`].
@@ -117,16 +117,17 @@ impl SelfAttention {
         self.output.pack(precision)
     }
 
-    /// Of `x`, projected, and `added`.
-    fn forward(&self, x: &Tensor, mask: Option<&Tensor>, added: &Tensor) -> Result<Tensor> {
+    /// `x` and what its tokens, normalised, see in each other.
+    fn forward_add(&self, x: &Tensor, norm: &LayerNorm, mask: Option<&Tensor>) -> Result<Tensor> {
         let mixed = match &self.inputs {
-            Inputs::Fused(qkv) => self.mix(&qkv.forward(x)?, mask)?,
+            Inputs::Fused(qkv) => self.mix(&qkv.forward_normed(x, norm)?, mask)?,
             Inputs::Split(parts) => {
                 let [q, k, v] = &**parts;
-                attention(&q.forward(x)?, &k.forward(x)?, &v.forward(x)?, self.heads, self.scale, mask)?
+                let normal = norm.forward(x)?;
+                attention(&q.forward(&normal)?, &k.forward(&normal)?, &v.forward(&normal)?, self.heads, self.scale, mask)?
             }
         };
-        self.output.forward_add(&mixed, added)
+        self.output.forward_add(&mixed, x)
     }
 
     /// Queries, keys and values side by side to what each token sees.
@@ -154,12 +155,12 @@ impl Mlp {
         })
     }
 
-    /// Of `(.., width)`, and `added` of that shape.
+    /// `x` `(.., width)` and what the layers make of it, normalised.
     ///
     /// # Errors
     /// Shapes do not fit.
-    pub(crate) fn forward_add(&self, x: &Tensor, added: &Tensor) -> Result<Tensor> {
-        self.fc2.forward_add(&self.fc1.forward_activated(x, self.activation)?, added)
+    pub(crate) fn forward_add(&self, x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
+        mlp((&self.fc1, &self.fc2), x, Some(norm), self.activation, x)
     }
 
     /// See [`Linear::pack`].

@@ -83,6 +83,14 @@ impl Linear {
         Ok(())
     }
 
+    /// The weight `(out, in)` and the bias `(out)`; nothing once packed.
+    pub(crate) fn tensors(&self) -> Option<(&Tensor, &Tensor)> {
+        match &self.0 {
+            Weights::Tensors { weight, bias } => Some((weight, bias)),
+            Weights::Packed(_) => None,
+        }
+    }
+
     /// `(.., in)` to `(.., out)`.
     ///
     /// On the CPU, a row of a frozen layer's result does not depend on the other rows of `x`.
@@ -92,7 +100,18 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.0 {
             Weights::Tensors { weight, bias } => linear(x, weight, Some(bias)),
-            Weights::Packed(packed) => packed.forward(x, None, None),
+            Weights::Packed(packed) => packed.forward(x, None, None, None),
+        }
+    }
+
+    /// [`Self::forward`] of `norm(x)`.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_normed(&self, x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
+        match &self.0 {
+            Weights::Tensors { .. } => self.forward(&norm.forward(x)?),
+            Weights::Packed(packed) => packed.forward(x, Some(norm), None, None),
         }
     }
 
@@ -103,7 +122,7 @@ impl Linear {
     pub fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         match &self.0 {
             Weights::Tensors { .. } => activation.forward(&self.forward(x)?),
-            Weights::Packed(packed) => packed.forward(x, Some(activation), None),
+            Weights::Packed(packed) => packed.forward(x, None, Some(activation), None),
         }
     }
 
@@ -114,9 +133,30 @@ impl Linear {
     pub fn forward_add(&self, x: &Tensor, added: &Tensor) -> Result<Tensor> {
         match &self.0 {
             Weights::Tensors { .. } => self.forward(x)? + added,
-            Weights::Packed(packed) => packed.forward(x, None, Some(added)),
+            Weights::Packed(packed) => packed.forward(x, None, None, Some(added)),
         }
     }
+}
+
+/// `second(activation(first(norm(x)))) + added`, the MLP of a transformer; in `MED`'s post-norm blocks without `norm`.
+///
+/// # Errors
+/// Shapes do not fit.
+pub(crate) fn mlp(
+    (first, second): (&Linear, &Linear),
+    x: &Tensor,
+    norm: Option<&LayerNorm>,
+    activation: Activation,
+    added: &Tensor,
+) -> Result<Tensor> {
+    if let (Weights::Packed(first), Weights::Packed(second)) = (&first.0, &second.0) {
+        return first.mlp(second, x, norm, activation, Some(added));
+    }
+    let hidden = match norm {
+        Some(norm) => first.forward_activated(&norm.forward(x)?, activation)?,
+        None => first.forward_activated(x, activation)?,
+    };
+    second.forward_add(&hidden, added)
 }
 
 /// Layer normalisation over the last dimension, with weight and bias.
@@ -139,6 +179,18 @@ impl LayerNorm {
             bias: vb.get_with_hints(size, "bias", Init::Const(0.0))?,
             eps,
         })
+    }
+
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    pub(crate) fn bias(&self) -> &Tensor {
+        &self.bias
+    }
+
+    pub(crate) fn eps(&self) -> f64 {
+        self.eps
     }
 
     /// `(.., size)` to the same shape.

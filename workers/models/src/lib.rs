@@ -28,5 +28,6 @@ pub mod text;
 pub mod tokenizer;
 pub mod train;
 pub mod vision;
+pub mod vqa;
 
 pub use error::{ModelError, Result};

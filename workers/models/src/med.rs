@@ -42,9 +42,10 @@ pub struct Med {
     encoder: Option<Encoder>,
 }
 
+/// The decoder with its language-model head: `text_decoder.*`.
 #[derive(Debug, Clone)]
-struct Decoder {
-    bert: TextModel,
+pub(crate) struct Decoder {
+    pub(crate) bert: TextModel,
     transform: Linear,
     layer_norm: LayerNorm,
     vocabulary: Linear,
@@ -258,7 +259,7 @@ impl Med {
 
 impl Decoder {
     #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
-    fn load(config: &TextConfig, vb: VarBuilder<'_>) -> candle_core::Result<Self> {
+    pub(crate) fn load(config: &TextConfig, vb: VarBuilder<'_>) -> candle_core::Result<Self> {
         let (d, vocab) = (config.hidden_size, config.vocab_size);
         let bert = TextModel::load(config, vb.pp("bert"))?;
         let head = vb.pp("cls.predictions");
@@ -277,7 +278,7 @@ impl Decoder {
     }
 
     /// `(.., d)` to `(.., vocab)`.
-    fn logits(&self, states: &Tensor) -> candle_core::Result<Tensor> {
+    pub(crate) fn logits(&self, states: &Tensor) -> candle_core::Result<Tensor> {
         let hidden = self.transform.forward_activated(states, Activation::Gelu)?;
         self.vocabulary.forward(&self.layer_norm.forward(&hidden)?)
     }

@@ -7,6 +7,7 @@ use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{ModelError, Result};
 
@@ -14,7 +15,8 @@ use crate::error::{ModelError, Result};
 const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
-/// `Image.Resampling.BICUBIC` of Pillow.
+/// `Image.Resampling` of Pillow.
+const BILINEAR: u32 = 2;
 const BICUBIC: u32 = 3;
 
 /// One image, ready for the model: normalised f32 of shape `(3, side, side)`.
@@ -68,101 +70,220 @@ impl Pixels {
     }
 }
 
-/// BLIP's evaluation transform: resize straight to a square (bicubic, the whole image, no crop), scale to [0, 1], normalise.
+/// The evaluation transform of a model: resize (the whole image), perhaps crop the middle, scale to [0, 1], normalise.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Preprocessor {
+    fit: Fit,
+    filter: FilterType,
     side: usize,
     mean: [f32; 3],
     std: [f32; 3],
 }
 
-/// `preprocessor_config.json` of Hugging Face's `BlipImageProcessor`.
+/// How an image becomes a square.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fit {
+    /// Its sides are stretched to the square's (BLIP, SigLIP).
+    Stretch,
+    /// Its shorter edge gets this length, and the middle is cut out (CLIP).
+    Crop { shortest_edge: usize, middle: Middle },
+}
+
+/// Where the middle begins when an odd number of pixels is too many.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Middle {
+    /// Half of them, rounded down (transformers).
+    Down,
+    /// Half of them, rounded to the even neighbour (torchvision, which OpenCLIP uses).
+    Even,
+}
+
+impl Middle {
+    fn start(self, spare: usize) -> usize {
+        match self {
+            Self::Down => spare / 2,
+            Self::Even => spare / 2 + usize::from(spare % 4 == 3),
+        }
+    }
+}
+
+/// `preprocessor_config.json` of an image processor of Hugging Face.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(default)]
 struct PreprocessorFile {
+    /// The older `feature_extractor_type` has the same beginning: CLIP, Blip, Siglip.
+    #[serde(alias = "feature_extractor_type")]
     image_processor_type: String,
     do_resize: bool,
-    size: Size,
+    size: Option<Size>,
     resample: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    do_center_crop: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crop_size: Option<Size>,
     do_rescale: bool,
     rescale_factor: f64,
     do_normalize: bool,
-    image_mean: [f32; 3],
-    image_std: [f32; 3],
+    image_mean: Option<[f32; 3]>,
+    image_std: Option<[f32; 3]>,
     do_convert_rgb: bool,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(untagged)]
 enum Size {
     Rectangle { height: usize, width: usize },
-    Square(usize),
+    Shortest { shortest_edge: usize },
+    Number(usize),
 }
 
 impl Default for PreprocessorFile {
     fn default() -> Self {
         Self {
-            image_processor_type: "BlipImageProcessor".to_owned(),
+            image_processor_type: String::new(),
             do_resize: true,
-            size: Size::Square(384),
+            size: None,
             resample: BICUBIC,
+            do_center_crop: None,
+            crop_size: None,
             do_rescale: true,
             rescale_factor: 1.0 / 255.0,
             do_normalize: true,
-            image_mean: CLIP_MEAN,
-            image_std: CLIP_STD,
+            image_mean: None,
+            image_std: None,
             do_convert_rgb: true,
         }
     }
 }
 
+impl PreprocessorFile {
+    /// The transform, or why there is none.
+    fn preprocessor(&self) -> std::result::Result<Preprocessor, String> {
+        let is = |family: &str| self.image_processor_type.to_lowercase().starts_with(family);
+        // What the classes of transformers 5 do where a key is missing.
+        let crops = self.do_center_crop.unwrap_or(is("clip"));
+        let size = self.size.unwrap_or(match () {
+            () if is("siglip") => Size::Rectangle { height: 224, width: 224 },
+            () if crops => Size::Shortest { shortest_edge: 224 },
+            () => Size::Rectangle { height: 384, width: 384 },
+        });
+        let stretched = match size {
+            Size::Rectangle { height, width } if height == width => Some(height),
+            Size::Rectangle { height, width } => return Err(format!("asks for images of {width}x{height}, not for squares")),
+            Size::Number(side) if !crops => Some(side),
+            Size::Number(_) | Size::Shortest { .. } => None,
+        };
+        let cropped = match self.crop_size.unwrap_or(Size::Number(224)) {
+            Size::Number(side) => side,
+            Size::Rectangle { height, width } if height == width => height,
+            other => return Err(format!("crops to {other:?}, not to a square")),
+        };
+        let (fit, side) = match (size, stretched) {
+            (_, Some(side)) if !crops || side == cropped => (Fit::Stretch, side),
+            (Size::Number(edge) | Size::Shortest { shortest_edge: edge }, None) if crops && edge >= cropped => {
+                (Fit::Crop { shortest_edge: edge, middle: Middle::Down }, cropped)
+            }
+            _ => return Err(format!("resizes to {size:?} and crops to {cropped}, which gives no full square")),
+        };
+        let filter = match self.resample {
+            BILINEAR => FilterType::Bilinear,
+            BICUBIC => FilterType::CatmullRom,
+            other => return Err(format!("resamples with filter {other}, not with the bilinear 2 or the bicubic 3")),
+        };
+        let usual = self.do_resize && self.do_rescale && (self.rescale_factor * 255.0 - 1.0).abs() < 1e-6 && self.do_normalize;
+        if !usual {
+            return Err("asks for another transform than resize, 1/255 and normalisation".to_owned());
+        }
+        let (mean, std) = if is("siglip") { ([0.5; 3], [0.5; 3]) } else { (CLIP_MEAN, CLIP_STD) };
+        let (mean, std) = (self.image_mean.unwrap_or(mean), self.image_std.unwrap_or(std));
+        Preprocessor { fit, filter, side, mean, std }.checked()
+    }
+}
+
+/// `preprocess_cfg` of OpenCLIP's `open_clip_config.json`.
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+struct OpenClipFile {
+    mean: [f32; 3],
+    std: [f32; 3],
+    interpolation: String,
+    resize_mode: String,
+}
+
+impl Default for OpenClipFile {
+    fn default() -> Self {
+        Self { mean: CLIP_MEAN, std: CLIP_STD, interpolation: "bicubic".to_owned(), resize_mode: "shortest".to_owned() }
+    }
+}
+
+impl OpenClipFile {
+    /// The transform (`image_transform` of OpenCLIP's `transform.py`) for images of this side, or why there is none.
+    fn preprocessor(&self, side: usize) -> std::result::Result<Preprocessor, String> {
+        let fit = match self.resize_mode.as_str() {
+            "shortest" => Fit::Crop { shortest_edge: side, middle: Middle::Even },
+            "squash" => Fit::Stretch,
+            other => return Err(format!("has resize_mode {other:?}, not \"shortest\" or \"squash\"")),
+        };
+        let filter = match self.interpolation.as_str() {
+            "bilinear" => FilterType::Bilinear,
+            // `random` is of training.
+            "bicubic" | "random" => FilterType::CatmullRom,
+            other => return Err(format!("has interpolation {other:?}, not \"bilinear\" or \"bicubic\"")),
+        };
+        Preprocessor { fit, filter, side, mean: self.mean, std: self.std }.checked()
+    }
+}
+
 impl Preprocessor {
-    /// For a model with images of this side and CLIP's mean and deviation.
+    /// BLIP's, for a model with images of this side: stretched, with CLIP's mean and deviation.
     #[must_use]
     pub fn new(side: usize) -> Self {
-        Self { side, mean: CLIP_MEAN, std: CLIP_STD }
+        Self { fit: Fit::Stretch, filter: FilterType::CatmullRom, side, mean: CLIP_MEAN, std: CLIP_STD }
     }
 
     /// Reads `preprocessor_config.json` of a checkpoint directory.
     ///
     /// # Errors
-    /// The file cannot be read or parsed, or asks for another transform than this one.
+    /// The file cannot be read or parsed, or asks for a transform that is not implemented.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = file(dir);
         let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
-        let parsed: PreprocessorFile =
-            serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
-        let side = match parsed.size {
-            Size::Square(side) => side,
-            Size::Rectangle { height, width } if height == width => height,
-            Size::Rectangle { height, width } => {
-                return Err(ModelError::Config(format!(
-                    "{} asks for images of {width}x{height}, only squares are implemented",
-                    path.display()
-                )));
-            }
-        };
-        let usual = parsed.do_resize
-            && parsed.resample == BICUBIC
-            && parsed.do_rescale
-            && (parsed.rescale_factor * 255.0 - 1.0).abs() < 1e-6
-            && parsed.do_normalize;
-        if !usual || side == 0 || parsed.image_std.contains(&0.0) {
-            return Err(ModelError::Config(format!(
-                "{} asks for another transform than bicubic resize, 1/255 and normalisation",
-                path.display()
-            )));
-        }
-        Ok(Self { side, mean: parsed.image_mean, std: parsed.image_std })
+        Self::from_json(&text, &path)
     }
 
-    /// The text of a `preprocessor_config.json` that [`Self::from_dir`] and transformers read back.
+    /// From the text of a `preprocessor_config.json`; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`].
+    pub fn from_json(text: &str, path: &Path) -> Result<Self> {
+        let parsed: PreprocessorFile =
+            serde_json::from_str(text).map_err(|source| ModelError::Json { path: path.to_owned(), source })?;
+        parsed.preprocessor().map_err(|what| ModelError::Config(format!("{} {what}", path.display())))
+    }
+
+    /// From the text of OpenCLIP's `open_clip_config.json` (its `preprocess_cfg`), for a model with images of this side; `path` is for
+    /// messages.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`].
+    pub fn from_open_clip(text: &str, side: usize, path: &Path) -> Result<Self> {
+        let json = |source| ModelError::Json { path: path.to_owned(), source };
+        let mut whole: Value = serde_json::from_str(text).map_err(json)?;
+        let parsed: OpenClipFile = match whole.get_mut("preprocess_cfg") {
+            Some(part) => serde_json::from_value(part.take()).map_err(json)?,
+            None => OpenClipFile::default(),
+        };
+        parsed.preprocessor(side).map_err(|what| ModelError::Config(format!("{} {what}", path.display())))
+    }
+
+    /// The text of a `preprocessor_config.json` that [`Self::from_dir`] and transformers read back; BLIP's ([`Self::new`]).
     #[must_use]
     pub fn to_json(&self) -> String {
         let file = PreprocessorFile {
-            size: Size::Rectangle { height: self.side, width: self.side },
-            image_mean: self.mean,
-            image_std: self.std,
+            image_processor_type: "BlipImageProcessor".to_owned(),
+            size: Some(Size::Rectangle { height: self.side, width: self.side }),
+            image_mean: Some(self.mean),
+            image_std: Some(self.std),
             ..PreprocessorFile::default()
         };
         // Numbers and short strings always serialise.
@@ -175,10 +296,17 @@ impl Preprocessor {
         self.side
     }
 
-    /// Resizes (as Pillow's bicubic does, to 8 bits) and normalises one image.
+    fn checked(self) -> std::result::Result<Self, String> {
+        match self.side == 0 || self.std.contains(&0.0) {
+            true => Err("asks for images of side 0 or a deviation of 0".to_owned()),
+            false => Ok(self),
+        }
+    }
+
+    /// Resizes (as Pillow does, to 8 bits) and normalises one image.
     ///
     /// # Errors
-    /// The image has no pixels.
+    /// The image has no pixels, or one side is so much longer than the other that the crop is less than a pixel.
     pub fn prepare(&self, image: &RgbImage) -> Result<Pixels> {
         let (width, height) = image.dimensions();
         let fail = |reason: String| ModelError::Image { width, height, reason };
@@ -188,14 +316,19 @@ impl Preprocessor {
         let side = self.side;
         let square = u32::try_from(side).map_err(|e| fail(e.to_string()))?;
         let source = ImageRef::new(width, height, image.as_raw(), PixelType::U8x3).map_err(|e| fail(e.to_string()))?;
+        let (left, box_width) = self.window(width, height);
+        let (top, box_height) = self.window(height, width);
         // CatmullRom is the cubic with a = -0.5 that Pillow calls bicubic, with the same support when shrinking. Pillow goes along rows
-        // first and rounds to 8 bits in between; the other order differs by up to 16 steps at sharp edges.
-        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
+        // first and rounds to 8 bits in between; the other order differs by up to 16 steps at sharp edges. Only what ends in the crop is
+        // computed: a filter at the border of the window still sees the pixels beyond.
+        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(self.filter));
         let mut resizer = Resizer::new();
         let mut narrow = Image::new(square, height, PixelType::U8x3);
         let mut target = Image::new(square, square, PixelType::U8x3);
-        resizer.resize(&source, &mut narrow, &options).map_err(|e| fail(e.to_string()))?;
-        resizer.resize(&narrow, &mut target, &options).map_err(|e| fail(e.to_string()))?;
+        let rows = options.crop(left, 0.0, box_width, f64::from(height));
+        let columns = options.crop(0.0, top, f64::from(square), box_height);
+        resizer.resize(&source, &mut narrow, &rows).map_err(|e| fail(e.to_string()))?;
+        resizer.resize(&narrow, &mut target, &columns).map_err(|e| fail(e.to_string()))?;
 
         let mut values = vec![0.0; 3 * side * side];
         for (channel, plane) in values.chunks_exact_mut(side * side).enumerate() {
@@ -206,6 +339,20 @@ impl Preprocessor {
             }
         }
         Pixels::new(side, values)
+    }
+
+    /// Start and length, along a side of `length` pixels beside one of `other`, of what ends in the square.
+    fn window(&self, length: u32, other: u32) -> (f64, f64) {
+        match self.fit {
+            Fit::Stretch => (0.0, f64::from(length)),
+            Fit::Crop { shortest_edge, middle } => {
+                // The longer side is rounded down, as in `get_resize_output_image_size` of transformers and in torchvision.
+                let (length, other) = (length as usize, other as usize);
+                let resized = if length <= other { shortest_edge } else { shortest_edge * length / other };
+                let scale = length as f64 / resized as f64;
+                (middle.start(resized - self.side) as f64 * scale, self.side as f64 * scale)
+            }
+        }
     }
 }
 

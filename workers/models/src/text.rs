@@ -11,8 +11,8 @@ use candle_nn::VarBuilder;
 use rayon::prelude::*;
 
 use crate::config::TextConfig;
-use crate::layers::{Embedding, LayerNorm, Linear};
-use crate::ops::{Activation, PackedKeysValues, Precision, attention};
+use crate::layers::{Embedding, LayerNorm, Linear, mlp};
+use crate::ops::{Activation, PackedCrossAttention, PackedStates, Precision, attention};
 
 /// Added to the score of a position that must not be seen (the value of BLIP).
 const MASKED: f32 = -10_000.0;
@@ -36,12 +36,13 @@ pub struct CrossCache {
     layers: Vec<KeysValues>,
 }
 
-/// Keys and values of the images for one layer.
+/// What one layer reads of the images.
 #[derive(Debug, Clone)]
 enum KeysValues {
     /// `(images, states, d)` each.
     Tensors(Tensor, Tensor),
-    Packed(PackedKeysValues),
+    /// The states themselves, the same for all layers.
+    Packed(PackedStates),
 }
 
 /// Keys and values of the tokens so far, preallocated for the longest text: per layer `(rows, max_length, d)`.
@@ -70,8 +71,8 @@ struct Attention {
     value: Linear,
     dense: Linear,
     layer_norm: LayerNorm,
-    /// Of the products with keys and values of images, once packed.
-    precision: Option<Precision>,
+    /// Cross-attention with the weights of keys and values absorbed, once packed.
+    absorbed: Option<PackedCrossAttention>,
 }
 
 impl TextModel {
@@ -109,8 +110,15 @@ impl TextModel {
     /// # Errors
     /// The width is not the one of the config.
     pub fn cross_cache(&self, image_states: &Tensor) -> Result<CrossCache> {
-        let layers = self.layers.iter().map(|layer| layer.cross.image_keys_values(image_states)).collect::<Result<_>>()?;
-        Ok(CrossCache { layers })
+        let packed = self.layers.first().and_then(|layer| layer.cross.absorbed.as_ref());
+        if let Some(states) = packed.map(|absorbed| absorbed.states(image_states)).transpose()? {
+            return Ok(CrossCache { layers: self.layers.iter().map(|_| KeysValues::Packed(states.clone())).collect() });
+        }
+        let layers = self.layers.iter().map(|layer| {
+            let (k, v) = layer.cross.keys_values(image_states)?;
+            Ok(KeysValues::Tensors(k, v))
+        });
+        Ok(CrossCache { layers: layers.collect::<Result<_>>()? })
     }
 
     /// Ids `(rows, t)` to hidden states `(rows, t, d)`, whole sequences at once.
@@ -199,12 +207,13 @@ impl Layer {
         if let Some(images) = images {
             x = self.cross.forward_images(&x, images)?;
         }
-        let hidden = self.intermediate.forward_activated(&x, Activation::Gelu)?;
-        self.layer_norm.forward(&self.output.forward_add(&hidden, &x)?)
+        let x = mlp((&self.intermediate, &self.output), &x, None, Activation::Gelu, &x)?;
+        self.layer_norm.forward(&x)
     }
 
     fn pack(&mut self, precision: Precision) -> Result<()> {
         self.attention.pack(precision)?;
+        self.cross.absorb(precision)?;
         self.cross.pack(precision)?;
         self.intermediate.pack(precision)?;
         self.output.pack(precision)
@@ -223,12 +232,11 @@ impl Attention {
             value: Linear::load(source, d, vb.pp("self.value"))?,
             dense: Linear::load(d, d, vb.pp("output.dense"))?,
             layer_norm: LayerNorm::load(d, config.layer_norm_eps, vb.pp("output.LayerNorm"))?,
-            precision: None,
+            absorbed: None,
         })
     }
 
     fn pack(&mut self, precision: Precision) -> Result<()> {
-        self.precision = Some(precision);
         [&mut self.query, &mut self.key, &mut self.value, &mut self.dense].into_iter().try_for_each(|layer| layer.pack(precision))
     }
 
@@ -237,11 +245,12 @@ impl Attention {
         Ok((self.key.forward(source)?, self.value.forward(source)?))
     }
 
-    /// Image states `(images, n, source)` to keys and values that are kept.
-    fn image_keys_values(&self, states: &Tensor) -> Result<KeysValues> {
-        let (k, v) = self.keys_values(states)?;
-        let packed = self.precision.map(|precision| PackedKeysValues::new(&k, &v, self.heads, self.scale, precision));
-        Ok(packed.transpose()?.flatten().map_or(KeysValues::Tensors(k, v), KeysValues::Packed))
+    /// Takes the weights of keys and values over to the side of the queries; before they are packed.
+    fn absorb(&mut self, precision: Precision) -> Result<()> {
+        if let (Some((key, _)), Some((value, bias))) = (self.key.tensors(), self.value.tensors()) {
+            self.absorbed = PackedCrossAttention::new(key, value, bias, self.heads, self.scale, precision)?;
+        }
+        Ok(())
     }
 
     fn forward(&self, x: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
@@ -260,7 +269,10 @@ impl Attention {
         let q = self.query.forward(x)?.reshape((count, rows / count * t, d))?;
         let mixed = match images {
             KeysValues::Tensors(k, v) => attention(&q, k, v, self.heads, self.scale, None)?,
-            KeysValues::Packed(packed) => packed.attend(&q)?,
+            KeysValues::Packed(states) => match &self.absorbed {
+                Some(absorbed) => absorbed.attend(&q, states)?,
+                None => candle_core::bail!("the states of the images are for a packed model"),
+            },
         };
         self.output(x, &mixed.reshape((rows, t, d))?)
     }

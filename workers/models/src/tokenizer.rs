@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use serde_json::{Value, json};
 use tokenizers::decoders::wordpiece::WordPiece as WordPieceDecoder;
 use tokenizers::models::wordpiece::{WordPiece, WordPieceTrainerBuilder};
 use tokenizers::normalizers::BertNormalizer;
@@ -20,13 +21,16 @@ use crate::special;
 /// Words that a cleaned caption keeps at most (`max_words` of BLIP's `pre_caption`).
 pub const MAX_WORDS: usize = 50;
 
+/// Characters that cleaning takes out.
+const PUNCTUATION: &str = ".!\"()*#:;~";
+
 /// A caption as BLIP's models were trained on it (`pre_caption` of `data/utils.py`): lower case, the characters
 /// `. ! " ( ) * # : ; ~` and every run of white space become one space, at most `max_words` words.
 #[must_use]
 pub fn clean_caption(text: &str, max_words: usize) -> String {
     let lower = text.to_lowercase();
     let mut clean = String::with_capacity(lower.len());
-    let words = lower.split(|c: char| c.is_whitespace() || ".!\"()*#:;~".contains(c)).filter(|word| !word.is_empty());
+    let words = lower.split(|c: char| c.is_whitespace() || PUNCTUATION.contains(c)).filter(|word| !word.is_empty());
     for (i, word) in words.take(max_words).enumerate() {
         if i > 0 {
             clean.push(' ');
@@ -34,6 +38,14 @@ pub fn clean_caption(text: &str, max_words: usize) -> String {
         clean.push_str(word);
     }
     clean
+}
+
+/// A question as BLIP's models were trained on it (`pre_question` of `data/utils.py`): lower case, without the characters
+/// `. ! " ( ) * # : ; ~`, at most `max_words` words.
+#[must_use]
+pub fn clean_question(text: &str, max_words: usize) -> String {
+    let lower: String = text.to_lowercase().chars().filter(|c| !PUNCTUATION.contains(*c)).collect();
+    lower.split_whitespace().take(max_words).collect::<Vec<_>>().join(" ")
 }
 
 /// The token that opens a text and so tells the model its mode.
@@ -98,7 +110,7 @@ pub struct TextTokenizer {
 }
 
 impl TextTokenizer {
-    /// Reads `tokenizer.json` of a checkpoint directory for a model with this text config.
+    /// Reads `tokenizer.json` of a checkpoint directory, or, where there is none, BERT's `vocab.txt`, for a model with this text config.
     ///
     /// `[DEC]`, `[SEP]` and padding are what the config says. `[ENC]` is what the config says, else the tokenizer's, else the id after
     /// `[DEC]` (BLIP's own tokenizer adds both in this order; the published `tokenizer.json` files have neither).
@@ -107,9 +119,21 @@ impl TextTokenizer {
     /// The file cannot be read or parsed, has ids outside the vocabulary of the model, or disagrees with the config about a special
     /// token.
     pub fn from_dir(dir: &Path, config: &TextConfig) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
-        let json = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
-        Self::from_json(json, config, &path)
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source });
+        let (path, vocab) = (file(dir), dir.join("vocab.txt"));
+        if path.exists() || !vocab.exists() {
+            return Self::from_json(read(&path)?, config, &path);
+        }
+        let settings = dir.join("tokenizer_config.json");
+        let lowercase = match settings.exists() {
+            true => {
+                let value: Value = serde_json::from_str(&read(&settings)?)
+                    .map_err(|source| ModelError::Json { path: settings.clone(), source })?;
+                value["do_lower_case"].as_bool().unwrap_or(true)
+            }
+            false => true,
+        };
+        Self::from_json(json_from_vocab(&read(&vocab)?, lowercase), config, &vocab)
     }
 
     /// A tokenizer from the text of a `tokenizer.json`; `path` is for messages.
@@ -216,6 +240,31 @@ impl TextTokenizer {
             .map_err(|e| ModelError::Tokenizer { what: format!("cannot split {text:?}"), source: Some(e) })?;
         Ok(encoding.get_ids().to_vec())
     }
+}
+
+/// The text of BERT's `tokenizer.json` from that of its `vocab.txt` (a token a line; the id is the line's number).
+#[must_use]
+pub fn json_from_vocab(vocab: &str, lowercase: bool) -> String {
+    let ids: serde_json::Map<String, Value> = vocab.lines().zip(0..).map(|(token, id)| (token.to_owned(), json!(id))).collect();
+    let added: Vec<Value> = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        .iter()
+        .filter_map(|token| Some((token, ids.get(*token)?)))
+        .map(|(token, id)| {
+            json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        })
+        .collect();
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+        "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null,
+                       "lowercase": lowercase},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": null,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100, "vocab": ids},
+    })
+    .to_string()
 }
 
 /// Trains a lower-case BERT `WordPiece` vocabulary of at most `vocab_size` tokens on captions and returns the text of its

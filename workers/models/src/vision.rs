@@ -83,6 +83,12 @@ impl VisionModel {
         })
     }
 
+    /// Images that a CPU thread encodes together: so many that their states have the rows for which products are fast.
+    pub(crate) fn images_together(&self) -> usize {
+        const ROWS: usize = 512;
+        (ROWS / self.config.num_patches()).max(1)
+    }
+
     /// See [`Med::pack`](crate::med::Med::pack).
     pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
         self.patch.pack(precision)?;

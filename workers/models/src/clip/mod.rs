@@ -3,6 +3,7 @@
 
 mod checkpoint;
 mod config;
+pub mod openclip;
 mod pool;
 mod resnet;
 mod score;
@@ -163,8 +164,8 @@ impl Clip {
         Ok(l2_normalize(&features)?)
     }
 
-    /// [`Self::image_features`] for prepared images. On a CPU each image is encoded by itself, several at a time, so that its features do
-    /// not depend on the others.
+    /// [`Self::image_features`] for prepared images. On a CPU several threads take some images each; features do not depend on the other
+    /// images.
     ///
     /// # Errors
     /// There is no image, or one has another size than the config says.
@@ -172,7 +173,13 @@ impl Clip {
         if !self.device.is_cpu() || images.len() < 2 {
             return self.image_features(&Pixels::stack(images, &self.device)?);
         }
-        let features = images.par_iter().map(|image| self.encode_images(std::slice::from_ref(image)));
+        let together = match &self.image {
+            ImageSide::Vit(model, _) | ImageSide::Siglip(model, _) => model.images_together(),
+            ImageSide::ResNet(_) => 1,
+        };
+        let together = together.min(images.len().div_ceil(rayon::current_num_threads()));
+        let features =
+            images.par_chunks(together).map(|images| self.image_features(&Pixels::stack(images, &self.device)?));
         Ok(Tensor::cat(&features.collect::<Result<Vec<_>>>()?, 0)?)
     }
 

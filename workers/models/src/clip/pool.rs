@@ -62,6 +62,6 @@ impl PoolingHead {
         let query = self.query.forward(&self.probe)?.broadcast_as((b, 1, d))?;
         let (k, v) = (self.key.forward(states)?, self.value.forward(states)?);
         let x = self.output.forward(&attention(&query, &k, &v, self.heads, self.scale, None)?)?;
-        self.mlp.forward_add(&self.layer_norm.forward(&x)?, &x)?.squeeze(1)
+        self.mlp.forward_add(&x, &self.layer_norm)?.squeeze(1)
     }
 }

@@ -8,8 +8,8 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::marker::PhantomData;
 
-use super::layout::{DEPTH, Tile};
-use super::{Block, Operands};
+use super::Operands;
+use super::layout::{DEPTH, EDGE, Tile};
 
 /// `ARCH_REQ_XCOMP_PERM` of `arch_prctl`, and the state component that holds tiles.
 const REQUEST_PERMISSION: libc::c_int = 0x1023;
@@ -34,31 +34,51 @@ struct Config {
 }
 
 /// A time during which this thread's tile registers are set up.
-pub(super) struct Session(PhantomData<*const ()>);
+pub(super) struct Session {
+    narrow: bool,
+    /// Registers belong to one thread.
+    _thread: PhantomData<*const ()>,
+}
 
 impl Session {
-    /// Must only be called where [`available`] has said yes.
-    pub(super) fn start() -> Self {
-        const TILES: usize = 8;
+    /// For left sides of `rows` rows in all. Must only be called where [`available`] has said yes.
+    pub(super) fn start(rows: usize) -> Self {
+        let narrow = rows <= EDGE;
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..TILES].fill(64);
-        config.rows[..TILES].fill(16);
+        config.row_bytes[..8].fill(64);
+        config.rows[..8].fill(EDGE as u8);
+        if narrow {
+            // Results and the left side: the time of a product goes with its rows.
+            config.rows[..5].fill(rows.max(1) as u8);
+        }
         // SAFETY: `config` is valid for palette 1; the processor has AMX.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly)) };
-        Self(PhantomData)
+        Self { narrow, _thread: PhantomData }
+    }
+
+    /// Rows and columns of a result.
+    #[inline(always)]
+    pub(super) fn shape(&self) -> (usize, usize) {
+        if self.narrow { (EDGE, 4 * EDGE) } else { (2 * EDGE, 2 * EDGE) }
     }
 
     /// See [`Kernel::multiply`](super::Kernel::multiply).
     #[inline(always)]
-    pub(super) fn multiply(&self, operands: Operands<'_>, block: &mut Block) {
-        let Operands { left, right, steps, pieces } = operands;
-        assert!(steps > 0 && [left[0], left[1], right[0], right[1]].iter().all(|tiles| tiles.len() >= steps * pieces));
-        let [a0, a1, b0, b1] = [left[0], left[1], right[0], right[1]].map(<[Tile]>::as_ptr);
-        match pieces {
-            // SAFETY: the pointers are good for `steps · pieces` tiles, the block for 32 rows of 32 numbers.
-            1 => unsafe { single(a0, a1, b0, b1, steps, block.0.as_mut_ptr()) },
-            // SAFETY: the same.
-            _ => unsafe { double(a0, a1, b0, b1, steps, block.0.as_mut_ptr()) },
+    pub(super) fn multiply(&self, operands: &Operands<'_>, out: &mut [f32], stride: usize) {
+        let &Operands { left, right, steps, pieces } = operands;
+        let size = steps * pieces;
+        let (left_blocks, right_blocks) = if self.narrow { (1, 4) } else { (2, 2) };
+        assert!(steps > 0 && left.len() >= left_blocks * size && right.len() >= right_blocks * size);
+        assert!(stride >= right_blocks * EDGE && out.len() >= (left_blocks * EDGE - 1) * stride + right_blocks * EDGE);
+        let args = Args { left: left.as_ptr(), right: right.as_ptr(), size, steps, out: out.as_mut_ptr(), stride };
+        // SAFETY: all that the kernels read and write was measured above.
+        unsafe {
+            match (self.narrow, pieces) {
+                (false, 1) => wide_single(args),
+                (false, _) => wide_double(args),
+                (true, 1) => narrow_single(args),
+                (true, _) => narrow_double(args),
+            }
         }
     }
 }
@@ -70,24 +90,37 @@ impl Drop for Session {
     }
 }
 
-/// The four products of two left and two right tiles, added up over the steps: `tmm0` to `tmm3` are the quarters of the block.
-macro_rules! kernel {
-    ($name:ident, $bytes:literal, $($step:literal),+) => {
+struct Args {
+    left: *const Tile,
+    right: *const Tile,
+    /// Tiles of a block.
+    size: usize,
+    steps: usize,
+    out: *mut f32,
+    stride: usize,
+}
+
+/// Two left and two right blocks: `tmm0` to `tmm3` are the quarters of the result.
+macro_rules! wide {
+    ($name:ident, $bytes:literal, $($line:literal),+) => {
         #[inline(always)]
-        unsafe fn $name(a0: *const Tile, a1: *const Tile, b0: *const Tile, b1: *const Tile, steps: usize, block: *mut f32) {
+        unsafe fn $name(args: Args) {
+            let Args { left, right, size, steps, out, stride } = args;
             // SAFETY: as the caller promises.
             unsafe {
                 asm!(
                     "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
                     "2:",
-                    $($step,)+
+                    $($line,)+
                     concat!("add {a0}, ", $bytes), concat!("add {a1}, ", $bytes),
                     concat!("add {b0}, ", $bytes), concat!("add {b1}, ", $bytes),
                     "dec {steps}", "jnz 2b",
-                    "tilestored [{c} + {s}*2], tmm0", "tilestored [{c} + {s}*2 + 64], tmm1",
-                    "tilestored [{c} + {s}*2 + 2048], tmm2", "tilestored [{c} + {s}*2 + 2112], tmm3",
-                    a0 = inout(reg) a0 => _, a1 = inout(reg) a1 => _, b0 = inout(reg) b0 => _, b1 = inout(reg) b1 => _,
-                    steps = inout(reg) steps => _, c = in(reg) block, s = in(reg) DEPTH * size_of::<u16>(),
+                    "tilestored [{c0} + {stride}*1], tmm0", "tilestored [{c0} + {stride}*1 + 64], tmm1",
+                    "tilestored [{c1} + {stride}*1], tmm2", "tilestored [{c1} + {stride}*1 + 64], tmm3",
+                    a0 = inout(reg) left => _, a1 = inout(reg) left.add(size) => _,
+                    b0 = inout(reg) right => _, b1 = inout(reg) right.add(size) => _,
+                    c0 = in(reg) out, c1 = in(reg) out.add(EDGE * stride),
+                    steps = inout(reg) steps => _, s = in(reg) DEPTH * size_of::<u16>(), stride = in(reg) stride * size_of::<f32>(),
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
@@ -97,8 +130,9 @@ macro_rules! kernel {
     };
 }
 
-kernel!(
-    single, "1024",
+wide!(
+    wide_single,
+    "1024",
     "tileloadd tmm4, [{a0} + {s}*1]",
     "tileloadd tmm6, [{b0} + {s}*1]",
     "tdpbf16ps tmm0, tmm4, tmm6",
@@ -110,9 +144,11 @@ kernel!(
 );
 
 // Small products first: low · high, high · high, high · low.
-kernel!(
-    double, "2048",
-    "tileloadd tmm4, [{a0} + {s}*1 + 1024]", "tileloadd tmm6, [{b0} + {s}*1]",
+wide!(
+    wide_double,
+    "2048",
+    "tileloadd tmm4, [{a0} + {s}*1 + 1024]",
+    "tileloadd tmm6, [{b0} + {s}*1]",
     "tdpbf16ps tmm0, tmm4, tmm6",
     "tileloadd tmm7, [{b1} + {s}*1]",
     "tdpbf16ps tmm1, tmm4, tmm7",
@@ -131,4 +167,78 @@ kernel!(
     "tdpbf16ps tmm1, tmm4, tmm7",
     "tdpbf16ps tmm2, tmm5, tmm6",
     "tdpbf16ps tmm3, tmm5, tmm7"
+);
+
+/// One left and four right blocks, in the same order of sums; `tmm0` to `tmm3` are side by side.
+macro_rules! narrow {
+    ($name:ident, $bytes:literal, $($line:literal),+) => {
+        #[inline(always)]
+        unsafe fn $name(args: Args) {
+            let Args { left, right, size, steps, out, stride } = args;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!(
+                    "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                    "2:",
+                    $($line,)+
+                    concat!("add {a}, ", $bytes), concat!("add {b0}, ", $bytes), concat!("add {b1}, ", $bytes),
+                    concat!("add {b2}, ", $bytes), concat!("add {b3}, ", $bytes),
+                    "dec {steps}", "jnz 2b",
+                    "tilestored [{c} + {stride}*1], tmm0", "tilestored [{c} + {stride}*1 + 64], tmm1",
+                    "tilestored [{c} + {stride}*1 + 128], tmm2", "tilestored [{c} + {stride}*1 + 192], tmm3",
+                    a = inout(reg) left => _,
+                    b0 = inout(reg) right => _, b1 = inout(reg) right.add(size) => _,
+                    b2 = inout(reg) right.add(2 * size) => _, b3 = inout(reg) right.add(3 * size) => _,
+                    c = in(reg) out,
+                    steps = inout(reg) steps => _, s = in(reg) DEPTH * size_of::<u16>(), stride = in(reg) stride * size_of::<f32>(),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+narrow!(
+    narrow_single,
+    "1024",
+    "tileloadd tmm4, [{a} + {s}*1]",
+    "tileloadd tmm5, [{b0} + {s}*1]",
+    "tileloadd tmm6, [{b1} + {s}*1]",
+    "tdpbf16ps tmm0, tmm4, tmm5",
+    "tileloadd tmm7, [{b2} + {s}*1]",
+    "tdpbf16ps tmm1, tmm4, tmm6",
+    "tileloadd tmm5, [{b3} + {s}*1]",
+    "tdpbf16ps tmm2, tmm4, tmm7",
+    "tdpbf16ps tmm3, tmm4, tmm5"
+);
+
+narrow!(
+    narrow_double,
+    "2048",
+    "tileloadd tmm4, [{a} + {s}*1 + 1024]",
+    "tileloadd tmm5, [{b0} + {s}*1]",
+    "tileloadd tmm6, [{b1} + {s}*1]",
+    "tdpbf16ps tmm0, tmm4, tmm5",
+    "tileloadd tmm7, [{b2} + {s}*1]",
+    "tdpbf16ps tmm1, tmm4, tmm6",
+    "tileloadd tmm5, [{b3} + {s}*1]",
+    "tdpbf16ps tmm2, tmm4, tmm7",
+    "tdpbf16ps tmm3, tmm4, tmm5",
+    "tileloadd tmm4, [{a} + {s}*1]",
+    "tileloadd tmm5, [{b0} + {s}*1]",
+    "tdpbf16ps tmm0, tmm4, tmm5",
+    "tdpbf16ps tmm1, tmm4, tmm6",
+    "tdpbf16ps tmm2, tmm4, tmm7",
+    "tileloadd tmm5, [{b3} + {s}*1]",
+    "tdpbf16ps tmm3, tmm4, tmm5",
+    "tileloadd tmm5, [{b0} + {s}*1 + 1024]",
+    "tileloadd tmm6, [{b1} + {s}*1 + 1024]",
+    "tdpbf16ps tmm0, tmm4, tmm5",
+    "tileloadd tmm7, [{b2} + {s}*1 + 1024]",
+    "tdpbf16ps tmm1, tmm4, tmm6",
+    "tileloadd tmm5, [{b3} + {s}*1 + 1024]",
+    "tdpbf16ps tmm2, tmm4, tmm7",
+    "tdpbf16ps tmm3, tmm4, tmm5"
 );

@@ -7,8 +7,8 @@ use std::arch::x86_64::{
 };
 use std::mem::transmute;
 
+use super::Operands;
 use super::layout::{DEPTH, EDGE, Tile};
-use super::{Block, Operands};
 
 /// Rows at a time: with two vectors of results each, as many as hide the latency of the instruction.
 const ROWS: usize = 8;
@@ -18,20 +18,22 @@ pub(super) fn available() -> bool {
     is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
 }
 
-/// See [`Kernel::multiply`](super::Kernel::multiply). Must only be called where [`available`] has said yes.
-pub(super) fn multiply(operands: Operands<'_>, block: &mut Block) {
+/// See [`Kernel::multiply`](super::Kernel::multiply): two left and two right blocks. Must only be called where [`available`] has said yes.
+pub(super) fn multiply(operands: &Operands<'_>, out: &mut [f32], stride: usize) {
     // SAFETY: the processor has the instructions.
-    unsafe { blocks(operands, block) }
+    unsafe { blocks(operands, out, stride) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn blocks(operands: Operands<'_>, block: &mut Block) {
-    let Operands { left, right, steps, pieces } = operands;
-    for (half, left) in left.into_iter().enumerate() {
+fn blocks(operands: &Operands<'_>, out: &mut [f32], stride: usize) {
+    let &Operands { left, right, steps, pieces } = operands;
+    let (upper, lower) = right.split_at(steps * pieces);
+    for (half, left) in left.chunks_exact(steps * pieces).enumerate().take(2) {
         for first in (0..EDGE).step_by(ROWS) {
             let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
-            let sides = left.chunks_exact(pieces).zip(right[0].chunks_exact(pieces)).zip(right[1].chunks_exact(pieces));
-            for ((left, upper), lower) in sides.take(steps) {
+            for ((left, upper), lower) in
+                left.chunks_exact(pieces).zip(upper.chunks_exact(pieces)).zip(lower.chunks_exact(pieces))
+            {
                 match pieces {
                     1 => add(&mut sums, &left[0], first, [&upper[0], &lower[0]]),
                     _ => {
@@ -42,7 +44,7 @@ fn blocks(operands: Operands<'_>, block: &mut Block) {
                 }
             }
             for (row, sums) in sums.iter().enumerate() {
-                let out = &mut block.0[(half * EDGE + first + row) * 2 * EDGE..][..2 * EDGE];
+                let out = &mut out[(half * EDGE + first + row) * stride..][..2 * EDGE];
                 store(sums[0], &mut out[..EDGE]);
                 store(sums[1], &mut out[EDGE..]);
             }

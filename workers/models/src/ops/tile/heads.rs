@@ -1,19 +1,12 @@
-//! Attention over keys and values that are in tiles already.
+//! Attention of a sequence to itself.
 //!
 //! The scores of 32 queries and all keys stay in the cache; they never become a tensor.
 
 use pulp::NullaryFnOnce;
-use rayon::prelude::*;
 
 use super::super::kernel::{exp, max, sum, vectorized};
 use super::layout::{EDGE, Precision, Tiles};
-use super::{Block, Instructions, Kernel, Operands};
-
-/// Queries of a block.
-const SIDE: usize = 2 * EDGE;
-
-/// Queries that pass by the keys of a head while these are in the near cache.
-const QUERIES: usize = 8 * SIDE;
+use super::{Instructions, Kernel, Scratch, room};
 
 /// How a sequence's width is divided.
 #[derive(Clone, Copy, Debug)]
@@ -26,13 +19,6 @@ pub(crate) struct Heads {
     pub(crate) precision: Precision,
 }
 
-/// Keys and values of one sequence, head by head.
-pub(crate) struct SequenceHeads {
-    heads: Vec<(Tiles, Tiles)>,
-    keys: usize,
-    instructions: Instructions,
-}
-
 /// Rows of a sequence: all heads of a token side by side, tokens `stride` apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Tokens<'a> {
@@ -40,36 +26,51 @@ pub(crate) struct Tokens<'a> {
     pub(crate) stride: usize,
 }
 
-impl SequenceHeads {
-    /// Of `keys` tokens. `None` where the processor has no instructions for it.
-    pub(crate) fn new(keys: usize, k: Tokens<'_>, v: Tokens<'_>, heads: Heads) -> Option<Self> {
-        let instructions = Instructions::best()?;
-        let head = |number: usize| {
-            let (k_part, v_part) = (&k.numbers[number * heads.width..], &v.numbers[number * heads.width..]);
-            (
-                Tiles::of_columns(k_part, (keys, heads.width), k.stride, heads.precision),
-                Tiles::of_rows(v_part, (keys, heads.width), v.stride, heads.precision),
-            )
-        };
-        Some(Self { heads: (0..heads.count).into_par_iter().map(head).collect(), keys, instructions })
-    }
-
-    /// `softmax(q · kᵀ · scale) · v` for every head, of the queries `(queries, count · width)`, into `out` of that shape.
-    pub(crate) fn attend(&self, q: Tokens<'_>, heads: Heads, out: &mut [f32]) {
-        let total = heads.count * heads.width;
-        out.par_chunks_mut(QUERIES * total).enumerate().for_each(|(chunk, out)| {
-            let q = Tokens { numbers: &q.numbers[chunk * QUERIES * q.stride..], stride: q.stride };
-            let kernel = Kernel::start(self.instructions);
-            vectorized(Attend { sequence: self, kernel: &kernel, q, heads, out });
-        });
-    }
+/// Makes `k_tiles` and `v_tiles` the keys and values of one head.
+fn fill(k_tiles: &mut Tiles, v_tiles: &mut Tiles, keys: usize, (k, v): (Tokens<'_>, Tokens<'_>), heads: Heads, head: usize) {
+    let Heads { width, precision, .. } = heads;
+    k_tiles.fill_columns(&k.numbers[head * width..], (keys, width), k.stride, precision);
+    v_tiles.fill_rows(&v.numbers[head * width..], (keys, width), v.stride, precision);
 }
 
+/// Attention of one sequence to itself, `tokens` of them: `softmax(q · kᵀ · scale) · v` for every head, into `out`, which is
+/// `(tokens, count · width)`.
+pub(super) fn attend_itself(
+    instructions: Instructions,
+    tokens: usize,
+    q: Tokens<'_>,
+    (k, v): (Tokens<'_>, Tokens<'_>),
+    heads: Heads,
+    out: &mut [f32],
+) {
+    let kernel = Kernel::start(instructions, tokens);
+    Scratch::lend(|Scratch { left, between: weights, keys: k_tiles, values: v_tiles, numbers, more_numbers }| {
+        for head in 0..heads.count {
+            fill(k_tiles, v_tiles, tokens, (k, v), heads, head);
+            let room = Room { left: &mut *left, weights: &mut *weights, scores: &mut *numbers, mixed: &mut *more_numbers };
+            vectorized(Attend { keys: tokens, k: k_tiles, v: v_tiles, kernel: &kernel, q, heads, head, room, out: &mut *out });
+        }
+    });
+}
+
+/// What one head is worked on in.
+struct Room<'a> {
+    left: &'a mut Tiles,
+    weights: &'a mut Tiles,
+    scores: &'a mut Vec<f32>,
+    mixed: &'a mut Vec<f32>,
+}
+
+/// All queries of `out` and one head.
 struct Attend<'a> {
-    sequence: &'a SequenceHeads,
+    keys: usize,
+    k: &'a Tiles,
+    v: &'a Tiles,
     kernel: &'a Kernel,
     q: Tokens<'a>,
     heads: Heads,
+    head: usize,
+    room: Room<'a>,
     out: &'a mut [f32],
 }
 
@@ -78,59 +79,40 @@ impl NullaryFnOnce for Attend<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { sequence, kernel, q, heads, out } = self;
+        let Self { keys, k, v, kernel, q, heads, head, room: Room { left, weights, scores, mixed }, out } = self;
         let Heads { count, width, scale, precision } = heads;
-        let (total, keys) = (count * width, sequence.keys);
+        let total = count * width;
         let queries = out.len() / total;
-        // Columns of the scores, whole panels; those beyond the keys are never read.
-        let padded = keys.next_multiple_of(SIDE);
-        let (mut left, mut weights) = (Tiles::empty(), Tiles::empty());
-        let mut scores = vec![0.0; SIDE * padded];
-        let mut block = Block::ZERO;
-        for (head, (k, v)) in sequence.heads.iter().enumerate() {
-            for first in (0..queries).step_by(SIDE) {
-                let rows = (queries - first).min(SIDE);
-                let from = &q.numbers[first * q.stride + head * width..];
-                left.fill_left(from, (rows, width), q.stride, scale, precision);
-                for panel in 0..padded / SIDE {
-                    kernel.multiply(operands(&left, k, panel), &mut block);
-                    for (scores, sums) in scores.chunks_exact_mut(padded).zip(block.0.chunks_exact(SIDE)).take(rows) {
-                        scores[panel * SIDE..][..SIDE].copy_from_slice(sums);
-                    }
+        let (height, columns) = kernel.shape();
+        // Columns of the scores and of the mixed values, whole blocks; those beyond the keys and the width are never read.
+        let (score_row, mixed_row) = (keys.next_multiple_of(columns), width.next_multiple_of(columns));
+        let (scores, mixed) = (room(scores, height * score_row), room(mixed, height * mixed_row));
+        weights.begin_left((height, keys), precision);
+        for first in (0..queries).step_by(height) {
+            let rows = (queries - first).min(height);
+            left.fill_left(&q.numbers[first * q.stride + head * width..], (rows, width), q.stride, scale, precision);
+            for column in 0..score_row / columns {
+                kernel.multiply((left, 0), (k, column), &mut scores[column * columns..], score_row);
+            }
+            let mut inverse = [0.0; 2 * EDGE];
+            for (row, (scores, inverse)) in scores.chunks_exact_mut(score_row).zip(&mut inverse).enumerate().take(rows) {
+                let scores = &mut scores[..keys];
+                let largest = max(scores);
+                for score in scores.iter_mut() {
+                    *score = exp(*score - largest);
                 }
-                let mut inverse = [0.0; SIDE];
-                for (scores, inverse) in scores.chunks_exact_mut(padded).zip(&mut inverse).take(rows) {
-                    let scores = &mut scores[..keys];
-                    let largest = max(scores);
-                    for score in scores.iter_mut() {
-                        *score = exp(*score - largest);
-                    }
-                    *inverse = 1.0 / sum(keys, |i| scores[i]);
-                }
-                weights.fill_left(&scores, (rows, keys), padded, 1.0, precision);
-                for panel in 0..width.div_ceil(SIDE) {
-                    kernel.multiply(operands(&weights, v, panel), &mut block);
-                    let columns = (width - panel * SIDE).min(SIDE);
-                    for (row, (sums, inverse)) in block.0.chunks_exact(SIDE).zip(&inverse).enumerate().take(rows) {
-                        let out = &mut out[(first + row) * total + head * width + panel * SIDE..][..columns];
-                        for (out, sum) in out.iter_mut().zip(sums) {
-                            *out = sum * inverse;
-                        }
-                    }
+                *inverse = 1.0 / sum(keys, |i| scores[i]);
+                weights.write_row(row, 0, scores, 1.0);
+            }
+            for column in 0..mixed_row / columns {
+                kernel.multiply((weights, 0), (v, column), &mut mixed[column * columns..], mixed_row);
+            }
+            for (row, (mixed, inverse)) in mixed.chunks_exact(mixed_row).zip(&inverse).enumerate().take(rows) {
+                let out = &mut out[(first + row) * total + head * width..][..width];
+                for (out, mixed) in out.iter_mut().zip(mixed) {
+                    *out = mixed * inverse;
                 }
             }
         }
-    }
-}
-
-/// One pair of blocks of `left` and a panel of `right`.
-#[inline(always)]
-fn operands<'a>(left: &'a Tiles, right: &'a Tiles, panel: usize) -> Operands<'a> {
-    debug_assert_eq!(left.steps, right.steps);
-    Operands {
-        left: [left.block(0), left.block(1)],
-        right: [right.block(2 * panel), right.block(2 * panel + 1)],
-        steps: left.steps,
-        pieces: left.pieces,
     }
 }

@@ -45,8 +45,8 @@ impl Precision {
 /// A matrix of tiles.
 ///
 /// Tiles lie in the order (block of 16 rows or columns, step of 32 along the depth, piece): what a kernel reads for one block lies in one
-/// stretch. A right side has an even number of blocks.
-#[derive(Clone)]
+/// stretch. The number of blocks is even on the left and a multiple of four on the right.
+#[derive(Default)]
 pub(super) struct Tiles {
     pub(super) tiles: Vec<Tile>,
     /// Steps along the depth.
@@ -55,44 +55,75 @@ pub(super) struct Tiles {
 }
 
 impl Tiles {
-    pub(super) fn empty() -> Self {
-        Self { tiles: Vec::new(), steps: 0, pieces: 1 }
-    }
-
-    /// The tiles of a block, all its steps and pieces.
+    /// The tiles from a block on.
     #[inline(always)]
-    pub(super) fn block(&self, block: usize) -> &[Tile] {
-        let size = self.steps * self.pieces;
-        &self.tiles[block * size..][..size]
+    pub(super) fn blocks(&self, first: usize) -> &[Tile] {
+        &self.tiles[first * self.steps * self.pieces..]
     }
 
-    /// Room for `blocks` blocks of `depth`; what was there is of no meaning any more.
+    /// Room for `blocks` blocks of `depth`. What is in it has no meaning: whoever fills it writes whole tiles of a right side, and whole rows
+    /// of a left one, whose other rows are computed with and never read.
     fn reshape(&mut self, blocks: usize, depth: usize, precision: Precision) {
         (self.steps, self.pieces) = (depth.div_ceil(DEPTH), precision.pieces());
-        self.tiles.resize(blocks * self.steps * self.pieces, Tile::ZERO);
+        let count = blocks * self.steps * self.pieces;
+        if self.tiles.len() < count {
+            self.tiles.resize(count, Tile::ZERO);
+        }
     }
 
-    /// Makes this the left side of `rows` rows of `depth` numbers, which begin `stride` apart in `from`, each multiplied by `scale`. An even
-    /// number of blocks.
-    pub(super) fn fill_left(&mut self, from: &[f32], (rows, depth): (usize, usize), stride: usize, scale: f32, precision: Precision) {
+    /// Makes this a left side, `rows` by `depth`, whose rows are then [written](Self::write_row).
+    pub(super) fn begin_left(&mut self, (rows, depth): (usize, usize), precision: Precision) {
         self.reshape(rows.div_ceil(2 * EDGE) * 2, depth, precision);
-        vectorized(FillLeft { tiles: self, from, rows, depth, stride, scale });
     }
 
-    /// The right side whose columns are `columns` rows of `depth` numbers in `from`, `stride` apart: the weight of a layer, or keys.
-    pub(super) fn of_columns(from: &[f32], (columns, depth): (usize, usize), stride: usize, precision: Precision) -> Self {
-        let mut tiles = Self::empty();
-        tiles.reshape(columns.div_ceil(2 * EDGE) * 2, depth, precision);
-        vectorized(FillColumns { tiles: &mut tiles, from, columns, depth, stride });
-        tiles
+    /// Makes this the left side of `rows` rows of `depth` numbers, which begin `stride` apart in `from`, each multiplied by `scale`.
+    #[inline(always)]
+    pub(super) fn fill_left(
+        &mut self,
+        from: &[f32],
+        (rows, depth): (usize, usize),
+        stride: usize,
+        scale: f32,
+        precision: Precision,
+    ) {
+        self.reshape(rows.div_ceil(2 * EDGE) * 2, depth, precision);
+        for row in 0..rows {
+            self.write_row(row, 0, &from[row * stride..][..depth], scale);
+        }
     }
 
-    /// The right side whose rows are `depth` rows of `columns` numbers in `from`, `stride` apart: values.
-    pub(super) fn of_rows(from: &[f32], (depth, columns): (usize, usize), stride: usize, precision: Precision) -> Self {
-        let mut tiles = Self::empty();
-        tiles.reshape(columns.div_ceil(2 * EDGE) * 2, depth, precision);
-        vectorized(FillRows { tiles: &mut tiles, from, depth, columns, stride });
-        tiles
+    /// Writes `numbers`, each multiplied by `scale`, into a row of a left side, from a step on.
+    #[inline(always)]
+    pub(super) fn write_row(&mut self, row: usize, first_step: usize, numbers: &[f32], scale: f32) {
+        let (steps, count) = (self.steps, self.pieces);
+        let tiles = &mut self.tiles[((row / EDGE) * steps + first_step) * count..];
+        for (part, tiles) in numbers.chunks(DEPTH).zip(tiles.chunks_exact_mut(count)) {
+            let mut scaled = [0.0; DEPTH];
+            if let Some(whole) = part.first_chunk::<DEPTH>() {
+                for (scaled, x) in scaled.iter_mut().zip(whole) {
+                    *scaled = x * scale;
+                }
+            } else {
+                for (scaled, x) in scaled.iter_mut().zip(part) {
+                    *scaled = x * scale;
+                }
+            }
+            pieces(&scaled, tiles, row % EDGE * DEPTH);
+        }
+    }
+
+    /// Makes this the right side whose columns are `columns` rows of `depth` numbers in `from`, `stride` apart: the weight of a layer, or keys.
+    pub(super) fn fill_columns(&mut self, from: &[f32], (columns, depth): (usize, usize), stride: usize, precision: Precision) {
+        let blocks = columns.div_ceil(4 * EDGE) * 4;
+        self.reshape(blocks, depth, precision);
+        vectorized(FillColumns { tiles: self, blocks, from, columns, depth, stride });
+    }
+
+    /// Makes this the right side whose rows are `depth` rows of `columns` numbers in `from`, `stride` apart: values.
+    pub(super) fn fill_rows(&mut self, from: &[f32], (depth, columns): (usize, usize), stride: usize, precision: Precision) {
+        let blocks = columns.div_ceil(4 * EDGE) * 4;
+        self.reshape(blocks, depth, precision);
+        vectorized(FillRows { tiles: self, blocks, from, depth, columns, stride });
     }
 }
 
@@ -123,47 +154,9 @@ fn pieces(numbers: &[f32; DEPTH], tiles: &mut [Tile], at: usize) {
     }
 }
 
-struct FillLeft<'a> {
-    tiles: &'a mut Tiles,
-    from: &'a [f32],
-    rows: usize,
-    depth: usize,
-    stride: usize,
-    scale: f32,
-}
-
-impl NullaryFnOnce for FillLeft<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn call(self) {
-        let Self { tiles, from, rows, depth, stride, scale } = self;
-        let (steps, count) = (tiles.steps, tiles.pieces);
-        for (block, tiles) in tiles.tiles.chunks_exact_mut(steps * count).enumerate() {
-            for row in 0..EDGE {
-                let number = block * EDGE + row;
-                let from = if number < rows { &from[number * stride..][..depth] } else { &[] };
-                for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
-                    let mut numbers = [0.0; DEPTH];
-                    let part = from.get(step * DEPTH..).unwrap_or(&[]);
-                    if let Some(whole) = part.first_chunk::<DEPTH>() {
-                        for (number, x) in numbers.iter_mut().zip(whole) {
-                            *number = x * scale;
-                        }
-                    } else {
-                        for (number, x) in numbers.iter_mut().zip(part) {
-                            *number = x * scale;
-                        }
-                    }
-                    pieces(&numbers, tiles, row * DEPTH);
-                }
-            }
-        }
-    }
-}
-
 struct FillColumns<'a> {
     tiles: &'a mut Tiles,
+    blocks: usize,
     from: &'a [f32],
     columns: usize,
     depth: usize,
@@ -175,11 +168,11 @@ impl NullaryFnOnce for FillColumns<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { tiles, from, columns, depth, stride } = self;
+        let Self { tiles, blocks, from, columns, depth, stride } = self;
         let (steps, count) = (tiles.steps, tiles.pieces);
         // One column's numbers as they would lie in a left side; their pairs then go to every 16th pair of the tile.
         let mut row = [Tile::ZERO; 2];
-        for (block, tiles) in tiles.tiles.chunks_exact_mut(steps * count).enumerate() {
+        for (block, tiles) in tiles.tiles.chunks_exact_mut(steps * count).enumerate().take(blocks) {
             for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
                 for column in 0..EDGE {
                     let number = block * EDGE + column;
@@ -203,6 +196,7 @@ impl NullaryFnOnce for FillColumns<'_> {
 
 struct FillRows<'a> {
     tiles: &'a mut Tiles,
+    blocks: usize,
     from: &'a [f32],
     depth: usize,
     columns: usize,
@@ -214,16 +208,16 @@ impl NullaryFnOnce for FillRows<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { tiles, from, depth, columns, stride } = self;
+        let Self { tiles, blocks, from, depth, columns, stride } = self;
         let (steps, count) = (tiles.steps, tiles.pieces);
-        for (block, tiles) in tiles.tiles.chunks_exact_mut(steps * count).enumerate() {
+        for (block, tiles) in tiles.tiles.chunks_exact_mut(steps * count).enumerate().take(blocks) {
             let first = block * EDGE;
             let width = columns.saturating_sub(first).min(EDGE);
             for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
                 for pair in 0..DEPTH / 2 {
                     let row = |number: usize| {
                         let mut numbers = [0.0; EDGE];
-                        if number < depth {
+                        if number < depth && width > 0 {
                             numbers[..width].copy_from_slice(&from[number * stride + first..][..width]);
                         }
                         numbers

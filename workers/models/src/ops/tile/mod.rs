@@ -2,6 +2,7 @@
 //!
 //! candle's CPU backend has no such product. On a processor with AMX it is about six times as fast as one of f32.
 
+mod absorbed;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(target_arch = "x86_64")]
@@ -10,29 +11,54 @@ mod heads;
 mod layout;
 mod ops;
 mod product;
+#[cfg(test)]
+mod tests;
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 
 pub use layout::Precision;
-pub(crate) use ops::{PackedKeysValues, PackedLinear, packed_self_attention};
+pub(crate) use ops::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};
 
-use layout::Tile;
+use layout::{EDGE, Tile, Tiles};
 
-/// 32 rows of 32 numbers: what one call of a kernel makes.
-#[repr(C, align(64))]
-struct Block([f32; 32 * 32]);
-
-impl Block {
-    const ZERO: Self = Self([0.0; 32 * 32]);
-}
-
-/// What a block is the product of: two left and two right blocks of tiles, with `steps` steps of `pieces` tiles each.
-#[derive(Clone, Copy)]
+/// What is multiplied: some blocks of a left and of a right side, each block `steps` steps of `pieces` tiles.
 struct Operands<'a> {
-    left: [&'a [Tile]; 2],
-    right: [&'a [Tile]; 2],
+    left: &'a [Tile],
+    right: &'a [Tile],
     steps: usize,
     pieces: usize,
+}
+
+/// Room that a thread works in, kept from one product to the next: fresh memory costs as much as some of the work.
+#[derive(Default)]
+struct Scratch {
+    left: Tiles,
+    /// What lies between the two layers of an MLP; the weights of attention.
+    between: Tiles,
+    keys: Tiles,
+    values: Tiles,
+    numbers: Vec<f32>,
+    more_numbers: Vec<f32>,
+}
+
+impl Scratch {
+    /// Lends this thread's room. Within `work` there is another one.
+    fn lend<R>(work: impl FnOnce(&mut Self) -> R) -> R {
+        thread_local!(static ROOM: Cell<Scratch> = Cell::default());
+        let mut scratch = ROOM.take();
+        let result = work(&mut scratch);
+        ROOM.set(scratch);
+        result
+    }
+}
+
+/// The first `count` of some numbers, more of them if need be; what they are has no meaning.
+fn room(numbers: &mut Vec<f32>, count: usize) -> &mut [f32] {
+    if numbers.len() < count {
+        numbers.resize(count, 0.0);
+    }
+    &mut numbers[..count]
 }
 
 /// The instructions of this processor for such products; where there are none the type has no value.
@@ -81,23 +107,44 @@ enum Kernel {
 }
 
 impl Kernel {
-    fn start(instructions: Instructions) -> Self {
+    /// For left sides of `rows` rows in all. Where these are few, another shape of blocks makes the same sums faster.
+    fn start(instructions: Instructions, rows: usize) -> Self {
         match instructions {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Instructions::Amx => Self::Amx(amx::Session::start()),
+            Instructions::Amx => Self::Amx(amx::Session::start(rows)),
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512 => Self::Avx512,
         }
     }
 
-    /// `block` becomes the product. Its sums run along the depth, in an order that is the same for every row.
+    /// Rows and columns of what [`Self::multiply`] makes.
     #[inline(always)]
-    fn multiply(&self, operands: Operands<'_>, block: &mut Block) {
+    fn shape(&self) -> (usize, usize) {
         match *self {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Self::Amx(ref session) => session.multiply(operands, block),
+            Self::Amx(ref session) => session.shape(),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => avx512::multiply(operands, block),
+            Self::Avx512 => (2 * EDGE, 2 * EDGE),
+        }
+    }
+
+    /// Writes the product of block `row` of the left side and block `column` of the right side, in blocks of [`Self::shape`], into `out`,
+    /// whose rows are `stride` apart. Sums run along the depth, in an order that is the same for every row and shape.
+    #[inline(always)]
+    fn multiply(&self, (left, row): (&Tiles, usize), (right, column): (&Tiles, usize), out: &mut [f32], stride: usize) {
+        debug_assert_eq!((left.steps, left.pieces), (right.steps, right.pieces));
+        let (rows, columns) = self.shape();
+        let operands = Operands {
+            left: left.blocks(row * rows / EDGE),
+            right: right.blocks(column * columns / EDGE),
+            steps: left.steps,
+            pieces: left.pieces,
+        };
+        match *self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(ref session) => session.multiply(&operands, out, stride),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::multiply(&operands, out, stride),
         }
     }
 }
