@@ -8,9 +8,9 @@ mod model;
 mod pixels;
 mod score;
 
-pub use capfilt_models::ModelError;
+pub use capfilt_models::{ModelError, files};
 pub use caption::{CaptionConfig, CaptionStage};
-pub use model::{VisionWorkerConfig, check_checkpoint};
+pub use model::{VisionWorkerConfig, check_checkpoint, write_checkpoint};
 pub use score::{ScoreConfig, ScoreStage};
 
 /// Raised whenever the same image and model would give other captions or scores than before.

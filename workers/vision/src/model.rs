@@ -83,23 +83,25 @@ impl<M: 'static> ModelSlot<M> {
     }
 }
 
-/// Checks that `folder` holds a checkpoint that can play `role` (`captioner` or `filter`): every file, every tensor in its place, and
-/// every number finite.
+/// Checks that `folder` holds a checkpoint, and one that can play `role` (`captioner` or `filter`) if a role is given: every file, every
+/// tensor in its place, and every number finite. One tensor is in memory at a time.
 ///
 /// # Errors
 /// What is missing or does not fit, by name.
-pub fn check_checkpoint(folder: &Path, role: &str) -> Result<(), ModelError> {
+pub fn check_checkpoint(folder: &Path, role: Option<&str>) -> Result<(), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
     checkpoint.tokenizer()?;
     checkpoint.preprocessor()?;
     let parts = checkpoint.parts();
-    if role == "captioner" && !parts.decoder {
+    if role == Some("captioner") && !parts.decoder {
         return Err(ModelError::MissingPart { wanted: "a captioner", missing: "text_decoder" });
     }
-    if role == "filter" && !parts.encoder {
+    if role == Some("filter") && !parts.encoder {
         return Err(ModelError::MissingPart { wanted: "a filter", missing: "text_encoder" });
     }
-    for (name, tensor) in checkpoint.tensors(&Device::Cpu)? {
+    let weights = checkpoint.weights();
+    for (name, _) in weights.tensors() {
+        let tensor = weights.read(name, &Device::Cpu)?.to_dtype(DType::F32)?;
         if !tensor.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
             return Err(ModelError::Config(format!(
                 "the tensor {name} of {} holds numbers that are not finite",
@@ -108,6 +110,15 @@ pub fn check_checkpoint(folder: &Path, role: &str) -> Result<(), ModelError> {
         }
     }
     Ok(())
+}
+
+/// Writes the checkpoint in `folder`, of whatever format, into a new or empty folder as transformers saves one: `config.json`,
+/// `model.safetensors`, `tokenizer.json` and `preprocessor_config.json`.
+///
+/// # Errors
+/// It cannot be opened, or the folder not be written.
+pub fn write_checkpoint(folder: &Path, target: &Path) -> Result<(), ModelError> {
+    Checkpoint::open(folder)?.write(target)
 }
 
 /// The number type in which models run on a device.
