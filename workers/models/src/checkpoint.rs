@@ -283,7 +283,7 @@ fn write_texts(dir: &Path, config: &str, tokenizer: &str, preprocessor: &str) ->
 fn same_image_size(config: &MedConfig, weights: &Weights) -> Result<()> {
     let vision = &config.vision_config;
     let Some(&[1, positions, _]) = weights.get(POSITIONS).map(|stored| stored.shape()) else { return Ok(()) };
-    if positions == vision.num_positions() || positions == 0 {
+    if positions == vision.num_patches() + 1 || positions == 0 {
         return Ok(());
     }
     let side = (positions - 1).isqrt() * vision.patch_size;

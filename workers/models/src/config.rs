@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::block::Activation;
 use crate::error::{ModelError, Result};
 
 /// No width, side or vocabulary is larger, so that sizes of tensors can be reckoned with.
@@ -11,7 +12,7 @@ const MAX_SIZE: usize = 1 << 24;
 /// No transformer is deeper.
 const MAX_LAYERS: usize = 1 << 10;
 
-/// The vision transformer (`vision_config` of `BlipConfig`).
+/// The vision transformer (`vision_config`); missing keys take the defaults of `BlipVisionConfig`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VisionConfig {
@@ -27,8 +28,8 @@ pub struct VisionConfig {
     pub image_size: usize,
     /// Side of a patch in pixels; divides `image_size`.
     pub patch_size: usize,
-    /// Activation; only `gelu` (the exact, erf form) is implemented.
-    pub hidden_act: String,
+    /// Activation of the MLP.
+    pub hidden_act: Activation,
     /// Epsilon of every layer norm.
     pub layer_norm_eps: f64,
 }
@@ -42,18 +43,18 @@ impl Default for VisionConfig {
             num_attention_heads: 12,
             image_size: 384,
             patch_size: 16,
-            hidden_act: "gelu".to_owned(),
+            hidden_act: Activation::Gelu,
             layer_norm_eps: 1e-5,
         }
     }
 }
 
 impl VisionConfig {
-    /// Number of image states: one class token and the patches.
+    /// Number of whole patches.
     #[must_use]
-    pub fn num_positions(&self) -> usize {
+    pub fn num_patches(&self) -> usize {
         let grid = self.image_size / self.patch_size;
-        grid * grid + 1
+        grid * grid
     }
 }
 
@@ -75,8 +76,8 @@ pub struct TextConfig {
     pub num_attention_heads: usize,
     /// Longest text in tokens.
     pub max_position_embeddings: usize,
-    /// Activation; only `gelu` (the exact, erf form) is implemented.
-    pub hidden_act: String,
+    /// Activation; always [`Activation::Gelu`].
+    pub hidden_act: Activation,
     /// Epsilon of every layer norm.
     pub layer_norm_eps: f64,
     /// Token `[DEC]`, which starts every generated text.
@@ -103,7 +104,7 @@ impl Default for TextConfig {
             num_hidden_layers: 12,
             num_attention_heads: 8,
             max_position_embeddings: 512,
-            hidden_act: "gelu".to_owned(),
+            hidden_act: Activation::Gelu,
             layer_norm_eps: 1e-12,
             bos_token_id: 30_522,
             pad_token_id: 0,
@@ -233,10 +234,8 @@ impl MedConfig {
                 return Err(ModelError::Config(format!("{part} {divisor} does not divide {whole} {value}")));
             }
         }
-        for (key, act) in [("vision_config.hidden_act", &v.hidden_act), ("text_config.hidden_act", &t.hidden_act)] {
-            if act != "gelu" {
-                return Err(ModelError::Config(format!("{key} is {act:?}, only \"gelu\" is implemented")));
-            }
+        if t.hidden_act != Activation::Gelu {
+            return Err(ModelError::Config(format!("text_config.hidden_act is {:?}, BERT has only gelu", t.hidden_act)));
         }
         let ids = [
             ("bos_token_id", Some(t.bos_token_id)),

@@ -1,11 +1,13 @@
 //! The models of capfilt, on candle.
 //!
-//! This crate knows how a MED (BLIP's multimodal mixture of encoder-decoder) is made of tensors, how its checkpoint lies on
+//! This crate knows how a MED (BLIP's multimodal mixture of encoder-decoder) and a CLIP are made of tensors, how a checkpoint lies on
 //! disk in the Hugging Face layout, how an image and a text become its input, how captions are drawn from it, how pairs are
 //! scored by it and how it is trained. It is synchronous and computes; it never knows where data comes from or goes to, what a
 //! task, a shard or a run is, and imports nothing of this workspace.
 
+pub mod block;
 pub mod checkpoint;
+pub mod clip;
 pub mod config;
 pub mod device;
 pub mod error;

@@ -8,10 +8,10 @@ use rayon::prelude::*;
 use crate::config::{MedConfig, TextConfig};
 use crate::error::{ModelError, Result};
 use crate::layers::{LayerNorm, Linear, l2_normalize};
-use crate::ops::gelu;
+use crate::ops::{Activation, Precision};
 use crate::preprocess::Pixels;
 use crate::text::{CrossCache, SelfCache, TextModel, causal_mask, padding_mask};
-use crate::vision::VisionModel;
+use crate::vision::{VisionFamily, VisionModel};
 
 /// Which text parts a MED has. The vision transformer is always there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,13 +82,31 @@ impl Med {
             false => None,
         };
         Ok(Self {
-            vision: VisionModel::load(&config.vision_config, vb.pp("vision_model"))?,
+            vision: VisionModel::load(&config.vision_config, VisionFamily::Blip, vb.pp("vision_model"))?,
             decoder,
             encoder,
             device: vb.device().clone(),
             dtype: vb.dtype(),
             config,
         })
+    }
+
+    /// Multiplies from now on by the processor's instructions for bfloat16, where it has some; elsewhere nothing changes. The model must be
+    /// in main memory, in f32: what lies between the products stays so. It can no longer be trained.
+    ///
+    /// # Errors
+    /// The model is on another device.
+    pub fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.vision.pack(precision)?;
+        if let Some(decoder) = &mut self.decoder {
+            decoder.bert.pack(precision)?;
+            decoder.transform.pack(precision)?;
+            decoder.vocabulary.pack(precision)?;
+        }
+        if let Some(encoder) = &mut self.encoder {
+            encoder.bert.pack(precision)?;
+        }
+        Ok(())
     }
 
     /// The configuration.
@@ -260,7 +278,7 @@ impl Decoder {
 
     /// `(.., d)` to `(.., vocab)`.
     fn logits(&self, states: &Tensor) -> candle_core::Result<Tensor> {
-        let hidden = gelu(&self.transform.forward(states)?)?;
+        let hidden = self.transform.forward_activated(states, Activation::Gelu)?;
         self.vocabulary.forward(&self.layer_norm.forward(&hidden)?)
     }
 }

@@ -86,7 +86,7 @@ impl SimpleBackend for Recorder {
         let parameter = Parameter { name: name.to_owned(), shape: shape.dims().to_vec(), init };
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(parameter);
         // A variable, as in training: no layer lays it out anew, which would fill memory.
-        Var::zeros(1, dtype, device)?.broadcast_as(shape)
+        Var::zeros((), dtype, device)?.broadcast_as(shape)
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {

@@ -11,7 +11,7 @@ use candle_nn::VarBuilder;
 
 use crate::config::TextConfig;
 use crate::layers::{Embedding, LayerNorm, Linear};
-use crate::ops::{attention, gelu};
+use crate::ops::{Activation, PackedKeysValues, Precision, attention};
 
 /// Added to the score of a position that must not be seen (the value of BLIP).
 const MASKED: f32 = -10_000.0;
@@ -32,7 +32,15 @@ pub struct TextModel {
 /// text `j` of image `i`.
 #[derive(Debug, Clone)]
 pub struct CrossCache {
-    layers: Vec<(Tensor, Tensor)>,
+    layers: Vec<KeysValues>,
+}
+
+/// Keys and values of the images for one layer.
+#[derive(Debug, Clone)]
+enum KeysValues {
+    /// `(images, states, d)` each.
+    Tensors(Tensor, Tensor),
+    Packed(PackedKeysValues),
 }
 
 /// Keys and values of the tokens so far, preallocated for the longest text: per layer `(rows, max_length, d)`.
@@ -61,6 +69,8 @@ struct Attention {
     value: Linear,
     dense: Linear,
     layer_norm: LayerNorm,
+    /// Of the products with keys and values of images, once packed.
+    precision: Option<Precision>,
 }
 
 impl TextModel {
@@ -88,12 +98,17 @@ impl TextModel {
         self.words.weight()
     }
 
+    /// See [`Med::pack`](crate::med::Med::pack).
+    pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.pack(precision))
+    }
+
     /// Keys and values of the image states `(b, n, d_v)` for every layer.
     ///
     /// # Errors
     /// The width is not the one of the config.
     pub fn cross_cache(&self, image_states: &Tensor) -> Result<CrossCache> {
-        let layers = self.layers.iter().map(|layer| layer.cross.keys_values(image_states)).collect::<Result<_>>()?;
+        let layers = self.layers.iter().map(|layer| layer.cross.image_keys_values(image_states)).collect::<Result<_>>()?;
         Ok(CrossCache { layers })
     }
 
@@ -177,21 +192,21 @@ impl Layer {
         x: &Tensor,
         (k, v): (&Tensor, &Tensor),
         mask: Option<&Tensor>,
-        image: Option<&(Tensor, Tensor)>,
+        images: Option<&KeysValues>,
     ) -> Result<Tensor> {
         let mut x = self.attention.forward(x, k, v, mask)?;
-        if let Some((k, v)) = image {
-            // All texts of an image ask the same keys and values: they go in as one long query.
-            let (rows, t, d) = x.dims3()?;
-            let images = k.dim(0)?;
-            if rows % images != 0 {
-                candle_core::bail!("{rows} texts cannot be spread evenly over {images} images");
-            }
-            let queries = x.reshape((images, rows / images * t, d))?;
-            x = self.cross.forward(&queries, k, v, None)?.reshape((rows, t, d))?;
+        if let Some(images) = images {
+            x = self.cross.forward_images(&x, images)?;
         }
-        let hidden = gelu(&self.intermediate.forward(&x)?)?;
-        self.layer_norm.forward(&(self.output.forward(&hidden)? + x)?)
+        let hidden = self.intermediate.forward_activated(&x, Activation::Gelu)?;
+        self.layer_norm.forward(&self.output.forward_add(&hidden, &x)?)
+    }
+
+    fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.attention.pack(precision)?;
+        self.cross.pack(precision)?;
+        self.intermediate.pack(precision)?;
+        self.output.pack(precision)
     }
 }
 
@@ -207,7 +222,13 @@ impl Attention {
             value: Linear::load(source, d, vb.pp("self.value"))?,
             dense: Linear::load(d, d, vb.pp("output.dense"))?,
             layer_norm: LayerNorm::load(d, config.layer_norm_eps, vb.pp("output.LayerNorm"))?,
+            precision: None,
         })
+    }
+
+    fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.precision = Some(precision);
+        [&mut self.query, &mut self.key, &mut self.value, &mut self.dense].into_iter().try_for_each(|layer| layer.pack(precision))
     }
 
     /// `(b, n, source)` to keys and values `(b, n, d)`.
@@ -215,10 +236,36 @@ impl Attention {
         Ok((self.key.forward(source)?, self.value.forward(source)?))
     }
 
+    /// Image states `(images, n, source)` to keys and values that are kept.
+    fn image_keys_values(&self, states: &Tensor) -> Result<KeysValues> {
+        let (k, v) = self.keys_values(states)?;
+        let packed = self.precision.map(|precision| PackedKeysValues::new(&k, &v, self.heads, self.scale, precision));
+        Ok(packed.transpose()?.flatten().map_or(KeysValues::Tensors(k, v), KeysValues::Packed))
+    }
+
     fn forward(&self, x: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         let q = self.query.forward(x)?;
-        let mixed = self.dense.forward(&attention(&q, k, v, self.heads, self.scale, mask)?)?;
-        self.layer_norm.forward(&(mixed + x)?)
+        self.output(x, &attention(&q, k, v, self.heads, self.scale, mask)?)
+    }
+
+    /// Texts `(rows, t, d)` ask images; the rows of an image stand side by side.
+    fn forward_images(&self, x: &Tensor, images: &KeysValues) -> Result<Tensor> {
+        let (rows, t, d) = x.dims3()?;
+        let count = images.len()?;
+        if rows % count.max(1) != 0 {
+            candle_core::bail!("{rows} texts cannot be spread evenly over {count} images");
+        }
+        // All texts of an image ask the same keys and values: they go in as one long query.
+        let q = self.query.forward(x)?.reshape((count, rows / count * t, d))?;
+        let mixed = match images {
+            KeysValues::Tensors(k, v) => attention(&q, k, v, self.heads, self.scale, None)?,
+            KeysValues::Packed(packed) => packed.attend(&q)?,
+        };
+        self.output(x, &mixed.reshape((rows, t, d))?)
+    }
+
+    fn output(&self, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
+        self.layer_norm.forward(&self.dense.forward_add(mixed, x)?)
     }
 }
 
@@ -228,7 +275,8 @@ impl CrossCache {
     /// # Errors
     /// An index is out of range.
     pub fn select(&self, images: &Tensor) -> Result<Self> {
-        Ok(Self { layers: select(&self.layers, images)? })
+        let layers = self.layers.iter().map(|layer| layer.select(images)).collect::<Result<_>>()?;
+        Ok(Self { layers })
     }
 }
 
@@ -244,12 +292,32 @@ impl SelfCache {
     /// # Errors
     /// An index is out of range.
     pub fn select(&self, rows: &Tensor) -> Result<Self> {
-        Ok(Self { layers: select(&self.layers, rows)?, length: self.length })
+        let layers = self.layers.iter().map(|(k, v)| Ok((k.index_select(rows, 0)?, v.index_select(rows, 0)?)));
+        Ok(Self { layers: layers.collect::<Result<_>>()?, length: self.length })
     }
 }
 
-fn select(layers: &[(Tensor, Tensor)], indices: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
-    layers.iter().map(|(k, v)| Ok((k.index_select(indices, 0)?, v.index_select(indices, 0)?))).collect()
+impl KeysValues {
+    /// The number of images.
+    fn len(&self) -> Result<usize> {
+        match self {
+            Self::Tensors(k, _) => k.dim(0),
+            Self::Packed(packed) => Ok(packed.len()),
+        }
+    }
+
+    fn select(&self, images: &Tensor) -> Result<Self> {
+        Ok(match self {
+            Self::Tensors(k, v) => Self::Tensors(k.index_select(images, 0)?, v.index_select(images, 0)?),
+            Self::Packed(packed) => {
+                let images: Vec<usize> = images.to_vec1::<u32>()?.into_iter().map(|image| image as usize).collect();
+                if images.iter().any(|&image| image >= packed.len()) {
+                    candle_core::bail!("{images:?} are not all among {} images", packed.len());
+                }
+                Self::Packed(packed.select(&images))
+            }
+        })
+    }
 }
 
 /// An additive mask `(b, 1, 1, t)` from a mask `(b, t)` that is 1 for tokens and 0 for padding (any number type).

@@ -1,33 +1,35 @@
-//! The vision transformer of BLIP (pre-norm, with a class token), `vision_model.*` in the weight file.
+//! The vision transformer (pre-norm, Dosovitskiy et al. 2021, arXiv 2010.11929) as BLIP, CLIP and SigLIP have it: `vision_model.*` in
+//! the weight file.
 
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
+use crate::block::{Block, BlockConfig, load_blocks};
 use crate::config::VisionConfig;
 use crate::layers::{INIT_WEIGHT, LayerNorm, Linear};
-use crate::ops::{attention_packed, gelu};
+use crate::ops::Precision;
+
+/// Whose vision transformer it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VisionFamily {
+    /// A class token, one weight for queries, keys and values.
+    Blip,
+    /// A class token, no bias of the patches, a layer norm before the first block.
+    Clip,
+    /// No class token.
+    Siglip,
+}
 
 /// Turns pixels into image states.
 #[derive(Debug, Clone)]
 pub struct VisionModel {
     config: VisionConfig,
     patch: Linear,
-    class: Tensor,
+    class: Option<Tensor>,
     positions: Tensor,
+    pre_layernorm: Option<LayerNorm>,
     blocks: Vec<Block>,
     post_layernorm: LayerNorm,
-}
-
-#[derive(Debug, Clone)]
-struct Block {
-    heads: usize,
-    scale: f64,
-    layer_norm1: LayerNorm,
-    qkv: Linear,
-    projection: Linear,
-    layer_norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
 }
 
 impl VisionModel {
@@ -36,39 +38,80 @@ impl VisionModel {
     /// # Errors
     /// A tensor is missing or misshapen.
     #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
-    pub fn load(config: &VisionConfig, vb: VarBuilder<'_>) -> Result<Self> {
-        let (d, p) = (config.hidden_size, config.patch_size);
+    pub fn load(config: &VisionConfig, family: VisionFamily, vb: VarBuilder<'_>) -> Result<Self> {
+        let (d, p, eps) = (config.hidden_size, config.patch_size, config.layer_norm_eps);
+        let patches = config.num_patches();
         let embeddings = vb.pp("embeddings");
         // A convolution whose stride is its kernel is a matrix product over flattened patches.
         let kernel = embeddings.get_with_hints((d, 3, p, p), "patch_embedding.weight", INIT_WEIGHT)?.reshape((d, 3 * p * p))?;
-        let bias = embeddings.get(d, "patch_embedding.bias")?;
-        let layers = vb.pp("encoder.layers");
+        let bias = match family {
+            VisionFamily::Clip => Tensor::zeros(d, vb.dtype(), vb.device())?,
+            VisionFamily::Blip | VisionFamily::Siglip => embeddings.get(d, "patch_embedding.bias")?,
+        };
+        let (class, positions) = match family {
+            VisionFamily::Blip => (
+                Some(embeddings.get_with_hints((1, 1, d), "class_embedding", INIT_WEIGHT)?),
+                embeddings.get_with_hints((1, 1 + patches, d), "position_embedding", INIT_WEIGHT)?,
+            ),
+            VisionFamily::Clip => (
+                Some(embeddings.get_with_hints(d, "class_embedding", INIT_WEIGHT)?.reshape((1, 1, d))?),
+                embeddings.get_with_hints((1 + patches, d), "position_embedding.weight", INIT_WEIGHT)?,
+            ),
+            VisionFamily::Siglip => (None, embeddings.get_with_hints((patches, d), "position_embedding.weight", INIT_WEIGHT)?),
+        };
+        let pre_layernorm = match family {
+            // Spelt so in transformers.
+            VisionFamily::Clip => Some(LayerNorm::load(d, eps, vb.pp("pre_layrnorm"))?),
+            VisionFamily::Blip | VisionFamily::Siglip => None,
+        };
+        let block = BlockConfig {
+            width: d,
+            heads: config.num_attention_heads,
+            mlp_width: config.intermediate_size,
+            activation: config.hidden_act,
+            eps,
+            fused: family == VisionFamily::Blip,
+        };
         Ok(Self {
             patch: Linear::new(kernel, bias)?,
-            class: embeddings.get_with_hints((1, 1, d), "class_embedding", INIT_WEIGHT)?,
-            positions: embeddings.get_with_hints((1, config.num_positions(), d), "position_embedding", INIT_WEIGHT)?,
-            blocks: (0..config.num_hidden_layers).map(|i| Block::load(config, layers.pp(i))).collect::<Result<_>>()?,
-            post_layernorm: LayerNorm::load(d, config.layer_norm_eps, vb.pp("post_layernorm"))?,
+            class,
+            positions,
+            pre_layernorm,
+            blocks: load_blocks(&block, config.num_hidden_layers, vb.pp("encoder.layers"))?,
+            post_layernorm: LayerNorm::load(d, eps, vb.pp("post_layernorm"))?,
             config: config.clone(),
         })
     }
 
-    /// Normalised pixels `(b, 3, s, s)` to image states `(b, 1 + patches, d)`, class token first, patches row by row.
+    /// See [`Med::pack`](crate::med::Med::pack).
+    pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.patch.pack(precision)?;
+        self.blocks.iter_mut().try_for_each(|block| block.pack(precision))
+    }
+
+    /// Normalised pixels `(b, 3, s, s)` to image states `(b, n, d)` after the last layer norm: the class token first if there is one, then
+    /// the patches row by row.
     ///
     /// # Errors
     /// The images are not `image_size` square.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let patches = self.patch.forward(&self.patches(pixels)?)?;
         let b = patches.dim(0)?;
-        let class = self.class.broadcast_as((b, 1, self.config.hidden_size))?;
-        let mut x = Tensor::cat(&[&class, &patches], 1)?.broadcast_add(&self.positions)?;
+        let states = match &self.class {
+            Some(class) => Tensor::cat(&[&class.broadcast_as((b, 1, self.config.hidden_size))?, &patches], 1)?,
+            None => patches,
+        };
+        let mut x = states.broadcast_add(&self.positions)?;
+        if let Some(norm) = &self.pre_layernorm {
+            x = norm.forward(&x)?;
+        }
         for block in &self.blocks {
-            x = block.forward(&x)?;
+            x = block.forward(&x, None)?;
         }
         self.post_layernorm.forward(&x)
     }
 
-    /// `(b, 3, s, s)` to `(b, patches, 3·p·p)`.
+    /// `(b, 3, s, s)` to `(b, patches, 3·p·p)`. Pixels to the right and below of the last whole patch are left out, as a convolution does.
     fn patches(&self, pixels: &Tensor) -> Result<Tensor> {
         let (s, p) = (self.config.image_size, self.config.patch_size);
         let (b, channels, height, width) = pixels.dims4()?;
@@ -76,31 +119,7 @@ impl VisionModel {
             candle_core::bail!("the model takes images of shape [3, {s}, {s}], got [{channels}, {height}, {width}]");
         }
         let grid = s / p;
+        let pixels = pixels.narrow(2, 0, grid * p)?.narrow(3, 0, grid * p)?;
         pixels.reshape(&[b, 3, grid, p, grid, p])?.permute([0, 2, 4, 1, 3, 5])?.reshape((b, grid * grid, 3 * p * p))
-    }
-}
-
-impl Block {
-    #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
-    fn load(config: &VisionConfig, vb: VarBuilder<'_>) -> Result<Self> {
-        let (d, eps) = (config.hidden_size, config.layer_norm_eps);
-        Ok(Self {
-            heads: config.num_attention_heads,
-            scale: ((d / config.num_attention_heads) as f64).powf(-0.5),
-            layer_norm1: LayerNorm::load(d, eps, vb.pp("layer_norm1"))?,
-            qkv: Linear::load(d, 3 * d, vb.pp("self_attn.qkv"))?,
-            projection: Linear::load(d, d, vb.pp("self_attn.projection"))?,
-            layer_norm2: LayerNorm::load(d, eps, vb.pp("layer_norm2"))?,
-            fc1: Linear::load(d, config.intermediate_size, vb.pp("mlp.fc1"))?,
-            fc2: Linear::load(config.intermediate_size, d, vb.pp("mlp.fc2"))?,
-        })
-    }
-
-    /// `(b, n, d)` to `(b, n, d)`.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let qkv = self.qkv.forward(&self.layer_norm1.forward(x)?)?;
-        let x = (x + self.projection.forward(&attention_packed(&qkv, self.heads, self.scale, None)?)?)?;
-        let hidden = gelu(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
-        x + self.fc2.forward(&hidden)?
     }
 }

@@ -7,20 +7,27 @@
 //!
 //! Results do not depend on the number of threads: work is cut by rows, and sums over rows are added in the order of fixed blocks.
 
+mod activation;
 mod attention;
 mod cross_entropy;
+mod gated;
 mod gelu;
 mod kernel;
 mod layer_norm;
 mod linear;
+mod tile;
 #[cfg(test)]
 mod tests;
 
+pub use activation::Activation;
 pub use attention::{attention, attention_packed};
 pub use cross_entropy::smoothed_cross_entropy;
+pub use gated::{quick_gelu, tanh_gelu};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use tile::{Precision, has_bf16};
+pub(crate) use tile::{PackedKeysValues, PackedLinear, packed_self_attention};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 

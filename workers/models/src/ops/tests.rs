@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::{attention, attention_packed, gelu, layer_norm, linear, smoothed_cross_entropy};
+use super::{attention, attention_packed, gelu, layer_norm, linear, quick_gelu, smoothed_cross_entropy, tanh_gelu};
 
 /// Deterministic numbers in ±`spread`.
 fn random(shape: &[usize], spread: f32, seed: u64) -> Tensor {
@@ -76,6 +76,17 @@ fn layer_norm_equals_its_composed_form() {
             centred.broadcast_div(&(variance + 1e-5)?.sqrt()?)?.broadcast_mul(&x[1])?.broadcast_add(&x[2])
         },
     );
+}
+
+#[test]
+fn the_stand_ins_for_gelu_equal_their_composed_forms() {
+    let inputs = [random(&[3, 50, 7], 6.0, 1)];
+    compare(&inputs, 2e-6, |x| quick_gelu(&x[0]), |x| &x[0] / ((&x[0] * -1.702)?.exp()? + 1.0)?);
+    let tanh = |x: &[Tensor]| {
+        let inner = ((&x[0] + (x[0].powf(3.0)? * 0.044_715)?)? * (2.0 / std::f64::consts::PI).sqrt())?;
+        (&x[0] * 0.5)? * (inner.tanh()? + 1.0)?
+    };
+    compare(&inputs, 4e-6, |x| tanh_gelu(&x[0]), tanh);
 }
 
 #[test]

@@ -1,0 +1,175 @@
+//! The pre-norm transformer block of BLIP's and CLIP's vision transformers and of CLIP's text transformer.
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::layers::{LayerNorm, Linear};
+pub use crate::ops::Activation;
+use crate::ops::{Precision, attention, attention_packed, packed_self_attention};
+
+/// Sizes and kind of a block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BlockConfig {
+    /// Width of the states.
+    pub(crate) width: usize,
+    /// Attention heads; divides `width`.
+    pub(crate) heads: usize,
+    /// Width inside the MLP.
+    pub(crate) mlp_width: usize,
+    /// Inside the MLP.
+    pub(crate) activation: Activation,
+    /// Epsilon of the layer norms.
+    pub(crate) eps: f64,
+    /// One weight for queries, keys and values (BLIP's `qkv` and `projection`), or three (CLIP's `q_proj` … and `out_proj`).
+    pub(crate) fused: bool,
+}
+
+/// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+#[derive(Debug, Clone)]
+pub(crate) struct Block {
+    layer_norm1: LayerNorm,
+    attention: SelfAttention,
+    layer_norm2: LayerNorm,
+    mlp: Mlp,
+}
+
+#[derive(Debug, Clone)]
+struct SelfAttention {
+    heads: usize,
+    scale: f64,
+    inputs: Inputs,
+    output: Linear,
+    /// Of the products in attention, once packed.
+    precision: Option<Precision>,
+}
+
+/// Projections to queries, keys and values.
+#[derive(Debug, Clone)]
+enum Inputs {
+    Fused(Linear),
+    Split(Box<[Linear; 3]>),
+}
+
+/// Two dense layers with an activation in between.
+#[derive(Debug, Clone)]
+pub(crate) struct Mlp {
+    fc1: Linear,
+    activation: Activation,
+    fc2: Linear,
+}
+
+/// Reads the blocks `0..count` below the builder's prefix.
+///
+/// # Errors
+/// A tensor is missing or misshapen.
+#[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
+pub(crate) fn load_blocks(config: &BlockConfig, count: usize, vb: VarBuilder<'_>) -> Result<Vec<Block>> {
+    (0..count).map(|i| Block::load(config, vb.pp(i))).collect()
+}
+
+impl Block {
+    #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
+    fn load(config: &BlockConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        Ok(Self {
+            layer_norm1: LayerNorm::load(config.width, config.eps, vb.pp("layer_norm1"))?,
+            attention: SelfAttention::load(config, vb.pp("self_attn"))?,
+            layer_norm2: LayerNorm::load(config.width, config.eps, vb.pp("layer_norm2"))?,
+            mlp: Mlp::load(config, vb.pp("mlp"))?,
+        })
+    }
+
+    /// `(b, n, width)` to the same shape; `mask` is additive, `(b or 1, 1, n or 1, n)`.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub(crate) fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        let x = self.attention.forward(&self.layer_norm1.forward(x)?, mask, x)?;
+        self.mlp.forward_add(&self.layer_norm2.forward(&x)?, &x)
+    }
+
+    /// See [`Linear::pack`].
+    pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.attention.pack(precision)?;
+        self.mlp.pack(precision)
+    }
+}
+
+impl SelfAttention {
+    #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
+    fn load(config: &BlockConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        let d = config.width;
+        let square = |name: &str| Linear::load(d, d, vb.pp(name));
+        let (inputs, output) = match config.fused {
+            true => (Inputs::Fused(Linear::load(d, 3 * d, vb.pp("qkv"))?), square("projection")?),
+            false => (Inputs::Split(Box::new([square("q_proj")?, square("k_proj")?, square("v_proj")?])), square("out_proj")?),
+        };
+        Ok(Self { heads: config.heads, scale: attention_scale(d, config.heads), inputs, output, precision: None })
+    }
+
+    fn pack(&mut self, precision: Precision) -> Result<()> {
+        if let Inputs::Split(parts) = &self.inputs {
+            self.inputs = Inputs::Fused(Linear::concat(&**parts)?);
+        }
+        if let Inputs::Fused(qkv) = &mut self.inputs {
+            qkv.pack(precision)?;
+        }
+        self.precision = Some(precision);
+        self.output.pack(precision)
+    }
+
+    /// Of `x`, projected, and `added`.
+    fn forward(&self, x: &Tensor, mask: Option<&Tensor>, added: &Tensor) -> Result<Tensor> {
+        let mixed = match &self.inputs {
+            Inputs::Fused(qkv) => self.mix(&qkv.forward(x)?, mask)?,
+            Inputs::Split(parts) => {
+                let [q, k, v] = &**parts;
+                attention(&q.forward(x)?, &k.forward(x)?, &v.forward(x)?, self.heads, self.scale, mask)?
+            }
+        };
+        self.output.forward_add(&mixed, added)
+    }
+
+    /// Queries, keys and values side by side to what each token sees.
+    fn mix(&self, qkv: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        if let (Some(precision), None) = (self.precision, mask)
+            && let Some(mixed) = packed_self_attention(qkv, self.heads, self.scale, precision)?
+        {
+            return Ok(mixed);
+        }
+        attention_packed(qkv, self.heads, self.scale, mask)
+    }
+}
+
+impl Mlp {
+    /// Reads `fc1` and `fc2`.
+    ///
+    /// # Errors
+    /// A tensor is missing or misshapen.
+    #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
+    pub(crate) fn load(config: &BlockConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        Ok(Self {
+            fc1: Linear::load(config.width, config.mlp_width, vb.pp("fc1"))?,
+            activation: config.activation,
+            fc2: Linear::load(config.mlp_width, config.width, vb.pp("fc2"))?,
+        })
+    }
+
+    /// Of `(.., width)`, and `added` of that shape.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub(crate) fn forward_add(&self, x: &Tensor, added: &Tensor) -> Result<Tensor> {
+        self.fc2.forward_add(&self.fc1.forward_activated(x, self.activation)?, added)
+    }
+
+    /// See [`Linear::pack`].
+    pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.fc1.pack(precision)?;
+        self.fc2.pack(precision)
+    }
+}
+
+/// What scores of a head are multiplied with: the inverse root of its width.
+pub(crate) fn attention_scale(width: usize, heads: usize) -> f64 {
+    ((width / heads) as f64).powf(-0.5)
+}

@@ -1,0 +1,146 @@
+//! Texts for CLIP: byte-pair ids with a first and a last token.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tokenizers::Tokenizer;
+
+use super::ClipFamily;
+use crate::error::{ModelError, Result};
+
+/// What opens and ends a text in CLIP's vocabulary.
+const START: &str = "<|startoftext|>";
+const END: &str = "<|endoftext|>";
+
+/// Words of CLIP's tokenizer: contractions, runs of letters, single digits, runs of anything else (OpenAI's `simple_tokenizer.py`).
+const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
+/// A tokenizer with CLIP's rules of length.
+#[derive(Debug, Clone)]
+pub struct ClipTokenizer {
+    inner: Tokenizer,
+    pad: u32,
+    /// SigLIP was trained on texts that fill the context.
+    fills_context: bool,
+}
+
+impl ClipTokenizer {
+    /// Reads `tokenizer.json` of a checkpoint directory, or, where there is none, `vocab.json` and `merges.txt`. Padding is the `pad_token`
+    /// of `tokenizer_config.json`, or else what ends a text.
+    ///
+    /// # Errors
+    /// The files cannot be read or parsed, or the tokenizer puts nothing at the end of a text.
+    pub fn from_dir(dir: &Path, family: ClipFamily) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source });
+        let merges = dir.join("merges.txt");
+        let text = match !path.exists() && merges.exists() {
+            true => Self::json_from_merges(&read(&dir.join("vocab.json"))?, &read(&merges)?, &dir.join("vocab.json"))?,
+            false => read(&path)?,
+        };
+        let settings = dir.join("tokenizer_config.json");
+        let pad = match settings.exists() {
+            true => {
+                let value: Value = serde_json::from_str(&read(&settings)?)
+                    .map_err(|source| ModelError::Json { path: settings.clone(), source })?;
+                let token = &value["pad_token"];
+                token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
+            }
+            false => None,
+        };
+        Self::from_json(&text, pad.as_deref(), family, &path)
+    }
+
+    /// A tokenizer from the text of a `tokenizer.json` and the token that pads; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`].
+    pub fn from_json(json: &str, pad_token: Option<&str>, family: ClipFamily, path: &Path) -> Result<Self> {
+        let fail = |what: String, source| ModelError::Tokenizer { what, source };
+        let mut inner =
+            Tokenizer::from_bytes(json.as_bytes()).map_err(|e| fail(format!("{} does not parse", path.display()), Some(e)))?;
+        // Lengths are this crate's business.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| fail("cannot switch truncation off".to_owned(), Some(e)))?;
+        let empty = inner.encode_fast("", true).map_err(|e| fail("cannot split an empty text".to_owned(), Some(e)))?;
+        let Some(&end) = empty.get_ids().last() else {
+            return Err(fail(format!("{} puts nothing at the end of a text, which CLIP reads", path.display()), None));
+        };
+        let pad = pad_token.and_then(|token| inner.token_to_id(token)).unwrap_or(end);
+        Ok(Self { inner, pad, fills_context: family == ClipFamily::Siglip })
+    }
+
+    /// The text of CLIP's `tokenizer.json` from those of `vocab.json` (token to id) and `merges.txt` (a version line, then a pair a line);
+    /// `path` is for messages.
+    ///
+    /// # Errors
+    /// The vocabulary does not parse, or lacks CLIP's first and last token.
+    pub fn json_from_merges(vocab: &str, merges: &str, path: &Path) -> Result<String> {
+        let vocab: Value = serde_json::from_str(vocab).map_err(|source| ModelError::Json { path: path.to_owned(), source })?;
+        let id = |token: &str| {
+            let missing = || ModelError::Tokenizer { what: format!("{} has no token {token}", path.display()), source: None };
+            vocab[token].as_u64().ok_or_else(missing)
+        };
+        let (start, end) = (id(START)?, id(END)?);
+        let merges: Vec<&str> = merges.lines().filter(|line| !line.starts_with("#version") && !line.trim().is_empty()).collect();
+        let added = |id: u64, token: &str| {
+            json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        };
+        let tokenizer = json!({
+            "version": "1.0", "truncation": null, "padding": null,
+            "added_tokens": [added(start, START), added(end, END)],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "NFC"},
+                {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+                {"type": "Lowercase"},
+            ]},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Removed", "invert": true},
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            ]},
+            "post_processor": {"type": "RobertaProcessing", "sep": [END, end], "cls": [START, start],
+                               "trim_offsets": false, "add_prefix_space": false},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "dropout": null, "unk_token": END, "continuing_subword_prefix": "",
+                      "end_of_word_suffix": "</w>", "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+                      "vocab": vocab, "merges": merges},
+        });
+        Ok(tokenizer.to_string())
+    }
+
+    /// Number of tokens.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The id of padding.
+    #[must_use]
+    pub fn pad_id(&self) -> u32 {
+        self.pad
+    }
+
+    /// Ids of a text with its first and last token. A text of more than `max_len` tokens is cut before its last one; SigLIP's are padded
+    /// to `max_len`.
+    ///
+    /// # Errors
+    /// `max_len` is below 2, or the tokenizer library fails.
+    pub fn encode(&self, text: &str, max_len: usize) -> Result<Vec<u32>> {
+        if max_len < 2 {
+            return Err(ModelError::Input(format!("a text of {max_len} tokens has no room for its first and last token")));
+        }
+        let encoding = self
+            .inner
+            .encode_fast(text, true)
+            .map_err(|e| ModelError::Tokenizer { what: format!("cannot split {text:?}"), source: Some(e) })?;
+        let mut ids = encoding.get_ids().to_vec();
+        if ids.len() > max_len {
+            ids.drain(max_len - 1..ids.len() - 1);
+        }
+        if self.fills_context {
+            ids.resize(max_len, self.pad);
+        }
+        Ok(ids)
+    }
+}
