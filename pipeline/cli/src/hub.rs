@@ -52,7 +52,8 @@ impl HubName {
                 && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
         };
         let revision_fits = revision.split('/').all(word);
-        (word(owner) && word(name) && revision_fits).then(|| Self { repository: repository.to_owned(), revision: revision.to_owned() })
+        (word(owner) && word(name) && revision_fits)
+            .then(|| Self { repository: repository.to_owned(), revision: revision.to_owned() })
     }
 }
 
@@ -88,12 +89,22 @@ struct Listing {
 struct Sibling {
     rfilename: String,
     size: Option<u64>,
+    #[serde(rename = "blobId")]
+    blob_id: Option<String>,
     lfs: Option<Lfs>,
 }
 
 #[derive(Deserialize)]
 struct Lfs {
     sha256: String,
+}
+
+impl Sibling {
+    /// The name of its bytes in the cache.
+    fn blob(&self) -> Option<&str> {
+        let name = self.lfs.as_ref().map(|lfs| &lfs.sha256).or(self.blob_id.as_ref())?;
+        name.bytes().all(|b| b.is_ascii_hexdigit()).then_some(name)
+    }
 }
 
 impl Hub {
@@ -205,7 +216,8 @@ impl Hub {
             return Err(anyhow!("cannot fetch `{name}`: {} does not answer as the hub does", self.endpoint));
         }
         moved.fetch_add(1, Ordering::Relaxed);
-        let files = Files::pick(listing.siblings.iter().map(|s| s.rfilename.as_str())).map_err(|what| anyhow!("`{name}` {what}"))?;
+        let files =
+            Files::pick(listing.siblings.iter().map(|s| s.rfilename.as_str())).map_err(|what| anyhow!("`{name}` {what}"))?;
         let fetch = Fetch { hub: self, doors: &doors, name, commit, siblings: &listing.siblings, moved };
         for file in files.small.iter().chain([&files.weights]) {
             fetch.file(file)?;
@@ -228,7 +240,11 @@ impl Hub {
     fn doors(&self) -> anyhow::Result<Doors> {
         let api = |token| {
             let builder = ApiBuilder::from_cache(Cache::new(self.cache.clone()));
-            builder.with_endpoint(self.endpoint.clone()).with_token(token).with_user_agent("capfilt", env!("CARGO_PKG_VERSION")).build()
+            builder
+                .with_endpoint(self.endpoint.clone())
+                .with_token(token)
+                .with_user_agent("capfilt", env!("CARGO_PKG_VERSION"))
+                .build()
         };
         let tokens = [None].into_iter().chain(self.token.clone().map(Some));
         Ok(Doors(tokens.map(api).collect::<Result<_, _>>().context("no client for the hub")?))
@@ -243,7 +259,9 @@ impl Hub {
             }
             Some(401) => format!("{endpoint} knows no such repository, or does not take the token"),
             Some(403) => {
-                format!("access is restricted; accept the terms at {endpoint}/{repository}, and set HF_TOKEN to a token of that account")
+                format!(
+                    "access is restricted; accept the terms at {endpoint}/{repository}, and set HF_TOKEN to a token of that account"
+                )
             }
             Some(404) => format!("{endpoint} has no repository `{repository}` with a revision `{}`", name.revision),
             Some(status) => format!("{endpoint} answered with status {status}"),
@@ -296,12 +314,21 @@ impl Fetch<'_> {
     fn file(&self, file: &str) -> anyhow::Result<()> {
         let name = self.name;
         let sibling = self.siblings.iter().find(|s| s.rfilename == file);
-        let sibling = sibling.with_context(|| format!("`{name}` is not whole: it has no `{file}`, which its index of shards names"))?;
+        let sibling =
+            sibling.with_context(|| format!("`{name}` is not whole: it has no `{file}`, which its index of shards names"))?;
         let pointer = self.hub.snapshot(name, self.commit).join(file);
         if let (Ok(there), Some(size)) = (std::fs::metadata(&pointer), sibling.size)
             && there.len() == size
         {
             return Ok(());
+        }
+        let blobs = Cache::new(self.hub.cache.clone()).repo(name.at(self.commit));
+        let blob = sibling.blob().map(|blob| blobs.blob_path(blob));
+        self.clear(&pointer, blob.as_deref(), sibling);
+        if let Some(blob) = &blob
+            && matches!(damage(blob, sibling), Ok(None))
+        {
+            return link(blob, &pointer).with_context(|| format!("cannot write `{}`", pointer.display()));
         }
         let mut last = String::new();
         for attempt in 0..ATTEMPTS {
@@ -309,18 +336,20 @@ impl Fetch<'_> {
                 tracing::warn!("`{file}` of `{name}`: {last}; trying again");
                 std::thread::sleep(FIRST_PAUSE * 2_u32.pow(attempt - 1));
             }
-            self.clear(&pointer, sibling);
+            self.clear(&pointer, blob.as_deref(), sibling);
             let download = |api: &Api| self.download(&api.repo(name.at(self.commit)), file);
             match self.doors.ask(download) {
                 Ok(path) => match damage(&path, sibling).with_context(|| format!("cannot read `{}`", path.display()))? {
                     None => return Ok(()),
                     Some(what) => last = what,
                 },
-                Err(error) if is_unreachable(&error) || matches!(status(&error), Some(416)) => last = self.hub.explain(name, &error),
+                Err(error) if is_unreachable(&error) || matches!(status(&error), Some(416)) => {
+                    last = self.hub.explain(name, &error)
+                }
                 Err(error) => return Err(anyhow!("cannot fetch `{file}` of `{name}`: {}", self.hub.explain(name, &error))),
             }
         }
-        self.clear(&pointer, sibling);
+        self.clear(&pointer, blob.as_deref(), sibling);
         Err(anyhow!("cannot fetch `{file}` of `{name}`, {ATTEMPTS} times in a row: {last}"))
     }
 
@@ -330,23 +359,32 @@ impl Fetch<'_> {
     }
 
     /// Removes what is in the way of a good copy: a damaged one, and a part that is no part of it.
-    fn clear(&self, pointer: &Path, sibling: &Sibling) {
-        if let Ok(blob) = std::fs::canonicalize(pointer)
-            && !matches!(damage(&blob, sibling), Ok(None))
-        {
-            let _ = std::fs::remove_file(blob);
+    fn clear(&self, pointer: &Path, blob: Option<&Path>, sibling: &Sibling) {
+        for file in std::fs::canonicalize(pointer).ok().as_deref().into_iter().chain(blob) {
+            if file.exists() && !matches!(damage(file, sibling), Ok(None)) {
+                let _ = std::fs::remove_file(file);
+            }
         }
         if !pointer.exists() {
             let _ = std::fs::remove_file(pointer);
         }
-        if let (Some(lfs), Some(size)) = (&sibling.lfs, sibling.size) {
-            let blob = Cache::new(self.hub.cache.clone()).repo(self.name.at(self.commit)).blob_path(&lfs.sha256);
+        if let (Some(blob), Some(size)) = (blob, sibling.size) {
             let part = blob.with_extension("part");
             if std::fs::metadata(&part).is_ok_and(|part| part.len() >= size) {
                 let _ = std::fs::remove_file(part);
             }
         }
     }
+}
+
+/// Makes a file of a snapshot: a link to its bytes, relative as those of other tools.
+fn link(blob: &Path, pointer: &Path) -> std::io::Result<()> {
+    if pointer.exists() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(pointer.parent().unwrap_or(pointer))?;
+    let name = blob.file_name().unwrap_or_default();
+    std::os::unix::fs::symlink(Path::new("../../blobs").join(name), pointer)
 }
 
 /// Shows a download, and that it moves.

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use capfilt_schemas::{AliasEvent, Digest, StageKind};
-use capfilt_store::{CHECKPOINT_FILES, IMPORTED, ROLES, Store};
+use capfilt_store::{IMPORTED, ROLES, Store};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -245,19 +245,21 @@ pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: Opt
 async fn import(store: Option<&Store>, folder: &Path, role: Option<&str>) -> Result<Digest, Failure> {
     usable(folder, role)?;
     let written;
-    let as_stored = CHECKPOINT_FILES.iter().all(|name| folder.join(name).is_file());
+    let names = capfilt_vision::stored_files(folder).context("cannot read the checkpoint")?;
+    let as_stored = names.iter().all(|name| folder.join(name).is_file());
     let folder = if as_stored {
         folder
     } else {
         written = tempfile::tempdir().context("cannot make a temporary folder")?;
-        capfilt_vision::write_checkpoint(folder, written.path()).context("cannot bring the checkpoint into the store's layout")?;
+        capfilt_vision::write_checkpoint(folder, written.path())
+            .context("cannot bring the checkpoint into the store's layout")?;
         written.path()
     };
-    let model = Store::open("memory:").await?.put_checkpoint(folder).await?;
+    let model = Store::open("memory:").await?.put_files(folder, &names).await?;
     if let Some(store) = store
         && !store.holds(&model).await?
     {
-        store.put_checkpoint(folder).await?;
+        store.put_files(folder, &names).await?;
     }
     Ok(model.digest)
 }
@@ -315,7 +317,9 @@ async fn resolve(store: &Store, name: &str) -> Result<Digest, Failure> {
     let found: Vec<Digest> = known.into_iter().filter(|d| d.to_string().starts_with(name)).collect();
     match found[..] {
         [one] => Ok(one),
-        [] => Err(Failure::Usage(format!("no model `{name}` in the store; give a role, a digest, a checkpoint folder or a name of the hub (`owner/name`)"))),
+        [] => Err(Failure::Usage(format!(
+            "no model `{name}` in the store; give a role, a digest, a checkpoint folder or a name of the hub (`owner/name`)"
+        ))),
         _ => Err(Failure::Usage(format!("`{name}` fits {} models; give more characters", found.len()))),
     }
 }

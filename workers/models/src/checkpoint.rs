@@ -9,15 +9,17 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::clip::{Clip, ClipConfig, ClipFamily, ClipTokenizer, ClipVision};
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result, TensorProblem, TensorProblems};
-use crate::files::{CONFIG, Files, WEIGHTS};
+use crate::files::{CONFIG, Files, OPEN_CLIP_CONFIG, TOKENIZER_CONFIG, WEIGHTS};
 use crate::med::{Med, Parts};
 use crate::original::{infer_config, is_original, translate};
-use crate::parameters::parameters;
+use crate::parameters::{asked_for, parameters};
 use crate::preprocess::{self, Preprocessor};
 use crate::tokenizer::{self, TextTokenizer};
 use crate::weights::{Weights, write_file};
@@ -29,14 +31,21 @@ const HEAD_WEIGHT: &str = "text_decoder.cls.predictions.decoder.weight";
 const HEAD_BIAS: &str = "text_decoder.cls.predictions.decoder.bias";
 /// A constant that older files carry along.
 const CONSTANT: &str = ".position_ids";
-const POSITIONS: &str = "vision_model.embeddings.position_embedding";
+
+/// What a checkpoint holds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Family {
+    /// A MED: a captioner, a filter, or both.
+    Blip(MedConfig, Parts),
+    /// A CLIP or SigLIP.
+    Clip(ClipConfig),
+}
 
 /// An opened checkpoint: its config, and where its tensors lie, checked against each other. The numbers stay on disk.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
-    config: MedConfig,
-    parts: Parts,
+    family: Family,
     weights: Arc<Weights>,
     /// BLIP's own files came without the preparation of images, which was always the same.
     original: bool,
@@ -45,38 +54,28 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens a checkpoint directory and compares every tensor of its weights with what its config asks for.
     ///
-    /// The weights are those that [`Files::pick`] names. BLIP's own names become those of transformers, and without a `config.json`
-    /// such files are told by their shapes. The parts are those that the weights have: `text_decoder.*` makes a captioner,
-    /// `text_encoder.*` a filter, both a full MED.
+    /// The family is the `model_type` of `config.json`; the weights are those that [`Files::pick`] names. BLIP's own names become those of
+    /// transformers, and without a `config.json` such files are told by their shapes. The parts of a MED are those that the weights
+    /// have: `text_decoder.*` makes a captioner, `text_encoder.*` a filter, both a full MED.
     ///
     /// # Errors
     /// A file is unreadable, the config is unusable, or tensors are missing, unknown, misshapen or in another format than F32, F16,
     /// BF16: all of them are named.
     pub fn open(dir: &Path) -> Result<Self> {
-        let config = match dir.join(CONFIG).exists() || Files::of_folder(dir).is_err() {
-            true => Some(MedConfig::from_dir(dir)?),
-            false => None,
-        };
+        let config = Config::of(dir)?;
         let mut weights = Weights::open(dir)?;
         let original = is_original(&weights);
         if original {
             weights = weights.rename(translate)?;
         }
-        let config = match config {
-            Some(config) => config,
-            None if original => infer_config(&weights, dir)?,
-            None => MedConfig::from_dir(dir)?,
+        let family = match config {
+            Config::Clip(config) => Family::Clip(config),
+            Config::Blip(config) => Family::Blip(config, parts(&weights)?),
+            Config::None if original => Family::Blip(infer_config(&weights, dir)?, parts(&weights)?),
+            Config::None => Family::Blip(MedConfig::from_dir(dir)?, parts(&weights)?),
         };
-        let has = |prefix: &str| weights.tensors().any(|(name, _)| name.starts_with(prefix));
-        let parts = Parts { decoder: has("text_decoder."), encoder: has("text_encoder.") };
-        if !parts.decoder && !parts.encoder {
-            return Err(ModelError::Config(format!(
-                "{} has neither text_decoder nor text_encoder tensors: it is no BLIP checkpoint",
-                weights.path().display()
-            )));
-        }
-        same_image_size(&config, &weights)?;
-        let problems = compare(&config, parts, &weights)?;
+        same_image_size(&family, &weights)?;
+        let problems = compare(&family, &weights)?;
         if !problems.is_empty() {
             return Err(ModelError::Tensors { path: weights.path().to_owned(), problems: TensorProblems(problems) });
         }
@@ -90,7 +89,7 @@ impl Checkpoint {
             // Two names of the same bytes.
             weights.remove(HEAD_WEIGHT);
         }
-        Ok(Self { dir: dir.to_owned(), config, parts, weights: Arc::new(weights), original })
+        Ok(Self { dir: dir.to_owned(), family, weights: Arc::new(weights), original })
     }
 
     /// The directory.
@@ -99,24 +98,53 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// The config.
+    /// What it holds.
     #[must_use]
-    pub fn config(&self) -> &MedConfig {
-        &self.config
+    pub fn family(&self) -> &Family {
+        &self.family
     }
 
-    /// The parts that the weight file has.
-    #[must_use]
-    pub fn parts(&self) -> Parts {
-        self.parts
-    }
-
-    /// The model with all its parts on a device; use f32 on a CPU.
+    /// The config of a MED.
     ///
     /// # Errors
-    /// The device has no memory, or does not know the number type.
+    /// It is another model.
+    pub fn config(&self) -> Result<&MedConfig> {
+        match &self.family {
+            Family::Blip(config, _) => Ok(config),
+            Family::Clip(_) => Err(self.is_no("BLIP")),
+        }
+    }
+
+    /// The parts of a MED that the weights have; none for another model.
+    #[must_use]
+    pub fn parts(&self) -> Parts {
+        match self.family {
+            Family::Blip(_, parts) => parts,
+            Family::Clip(_) => Parts { decoder: false, encoder: false },
+        }
+    }
+
+    fn is_no(&self, wanted: &str) -> ModelError {
+        ModelError::Config(format!("{} holds no {wanted}", self.dir.display()))
+    }
+
+    /// The MED with all its parts on a device; use f32 on a CPU.
+    ///
+    /// # Errors
+    /// It is another model, the device has no memory, or does not know the number type.
     pub fn med(&self, device: &Device, dtype: DType) -> Result<Med> {
-        Med::load(&self.config, self.weights.builder(dtype, device), self.parts)
+        Med::load(self.config()?, self.weights.builder(dtype, device), self.parts())
+    }
+
+    /// The CLIP on a device; use f32 on a CPU.
+    ///
+    /// # Errors
+    /// It is another model, the device has no memory, or does not know the number type.
+    pub fn clip(&self, device: &Device, dtype: DType) -> Result<Clip> {
+        match &self.family {
+            Family::Clip(config) => Clip::load(config, self.weights.builder(dtype, device)),
+            Family::Blip(..) => Err(self.is_no("CLIP")),
+        }
     }
 
     /// The weights under their names in Hugging Face's layout: all that the config asks for, perhaps with an untied language-model
@@ -135,19 +163,34 @@ impl Checkpoint {
         self.weights.tensors().map(|(name, _)| read(name)).collect()
     }
 
-    /// The tokenizer.
+    /// The tokenizer of a MED.
     ///
     /// # Errors
-    /// As [`TextTokenizer::from_dir`].
+    /// It is another model, the tokenizer is missing, or as [`TextTokenizer::from_dir`].
     pub fn tokenizer(&self) -> Result<TextTokenizer> {
-        TextTokenizer::from_dir(&self.dir, &self.config.text_config).map_err(|error| match error {
+        let config = self.config()?;
+        TextTokenizer::from_dir(&self.dir, &config.text_config).map_err(|e| self.without_tokenizer(e, "BLIP has one for all"))
+    }
+
+    /// The tokenizer of a CLIP.
+    ///
+    /// # Errors
+    /// It is another model, the tokenizer is missing, or as [`ClipTokenizer::from_dir`].
+    pub fn clip_tokenizer(&self) -> Result<ClipTokenizer> {
+        let Family::Clip(config) = &self.family else { return Err(self.is_no("CLIP")) };
+        ClipTokenizer::from_dir(&self.dir, config.family)
+            .map_err(|e| self.without_tokenizer(e, "or its vocab.json and merges.txt"))
+    }
+
+    fn without_tokenizer(&self, error: ModelError, hint: &str) -> ModelError {
+        match error {
             ModelError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 let dir = self.dir.display();
-                let what = format!("{dir} has no tokenizer.json; put there that of the model's repository (BLIP has one for all)");
+                let what = format!("{dir} has no tokenizer.json; put there that of the model's repository ({hint})");
                 ModelError::Tokenizer { what, source: None }
             }
             other => other,
-        })
+        }
     }
 
     /// The image transform.
@@ -155,11 +198,15 @@ impl Checkpoint {
     /// # Errors
     /// As [`Preprocessor::from_dir`], or it makes images of another size than the model takes.
     pub fn preprocessor(&self) -> Result<Preprocessor> {
+        let taken = match &self.family {
+            Family::Blip(config, _) => config.vision_config.image_size,
+            Family::Clip(config) => config.image_size(),
+        };
         if self.original && !preprocess::file(&self.dir).exists() {
-            return Ok(Preprocessor::new(self.config.vision_config.image_size));
+            return Ok(Preprocessor::new(taken));
         }
         let preprocessor = Preprocessor::from_dir(&self.dir)?;
-        let (made, taken) = (preprocessor.side(), self.config.vision_config.image_size);
+        let made = preprocessor.side();
         if made != taken {
             return Err(ModelError::Config(format!(
                 "{} makes images of side {made}, config.json says {taken}",
@@ -174,7 +221,7 @@ impl Checkpoint {
     /// # Errors
     /// A file is unreadable.
     pub fn digest(&self) -> Result<String> {
-        let mut paths = vec![self.dir.join(CONFIG)];
+        let mut paths = vec![self.dir.join(CONFIG), self.dir.join(OPEN_CLIP_CONFIG)];
         paths.extend(self.weights.files().map(Path::to_owned));
         paths.extend([tokenizer::file(&self.dir), preprocess::file(&self.dir)]);
         let mut hash = Sha256::new();
@@ -203,31 +250,49 @@ impl Checkpoint {
     /// # Errors
     /// The directory has files or cannot be written, a file is unreadable, or the tokenizer is missing.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let text_file = |path: &Path| std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source });
-        let config_path = self.dir.join(CONFIG);
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source });
+        let (config_path, tokenizer_path, preprocessor_path) =
+            (self.dir.join(CONFIG), tokenizer::file(&self.dir), preprocess::file(&self.dir));
         let json_error = |source| ModelError::Json { path: config_path.clone(), source };
-        let mut config = match config_path.exists() {
-            true => serde_json::from_str::<Value>(&text_file(&config_path)?).map_err(json_error)?,
-            false => serde_json::to_value(&self.config).map_err(json_error)?,
+        let mut config = match (config_path.exists(), &self.family) {
+            (false, Family::Blip(config, _)) => serde_json::to_value(config).map_err(json_error)?,
+            _ => serde_json::from_str::<Value>(&read(&config_path)?).map_err(json_error)?,
         };
         if let Value::Object(fields) = &mut config {
             fields.entry("architectures").or_insert_with(|| json!([self.architecture()]));
-            fields.entry("model_type").or_insert_with(|| json!(self.config.model_type));
+            fields.entry("model_type").or_insert_with(|| json!("blip"));
         }
-        let preprocessor_path = preprocess::file(&self.dir);
         let preprocessor = match preprocessor_path.exists() {
-            true => text_file(&preprocessor_path)?,
+            true => read(&preprocessor_path)?,
             false => self.preprocessor()?.to_json(),
         };
-        let tokenizer = self.tokenizer()?;
+        let tokenizer = match &self.family {
+            Family::Blip(..) => self.tokenizer()?.json().to_owned(),
+            Family::Clip(_) if tokenizer_path.exists() => read(&tokenizer_path)?,
+            Family::Clip(_) => {
+                let vocabulary = self.dir.join("vocab.json");
+                ClipTokenizer::json_from_merges(&read(&vocabulary)?, &read(&self.dir.join("merges.txt"))?, &vocabulary)?
+            }
+        };
         empty_directory(dir)?;
         self.weights.write(&dir.join(WEIGHTS))?;
-        write_texts(dir, &format!("{config:#}"), tokenizer.json(), &preprocessor)
+        write_texts(dir, &format!("{config:#}"), &tokenizer, &preprocessor)?;
+        let settings = self.dir.join(TOKENIZER_CONFIG);
+        if matches!(self.family, Family::Clip(_)) && settings.exists() {
+            let path = dir.join(TOKENIZER_CONFIG);
+            std::fs::write(&path, read(&settings)?).map_err(|source| ModelError::Io { path, source })?;
+        }
+        Ok(())
     }
 
     /// The class of transformers that opens it.
     fn architecture(&self) -> &'static str {
-        if self.parts.decoder { "BlipForConditionalGeneration" } else { "BlipForImageTextRetrieval" }
+        match &self.family {
+            Family::Blip(_, parts) if parts.decoder => "BlipForConditionalGeneration",
+            Family::Blip(..) => "BlipForImageTextRetrieval",
+            Family::Clip(config) if config.family == ClipFamily::Siglip => "SiglipModel",
+            Family::Clip(_) => "CLIPModel",
+        }
     }
 
     /// Writes a checkpoint into a new or empty directory, weights stored as `dtype`, and opens it. Same arguments, same bytes.
@@ -279,16 +344,70 @@ fn write_texts(dir: &Path, config: &str, tokenizer: &str, preprocessor: &str) ->
     Ok(())
 }
 
+/// What the config of a directory says.
+enum Config {
+    Blip(MedConfig),
+    Clip(ClipConfig),
+    /// There is none, but there are weights.
+    None,
+}
+
+impl Config {
+    fn of(dir: &Path) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Head {
+            model_type: Option<String>,
+        }
+        let path = dir.join(CONFIG);
+        if !path.exists() {
+            return match () {
+                () if dir.join(OPEN_CLIP_CONFIG).exists() => Ok(Self::Clip(ClipConfig::from_dir(dir)?)),
+                () if Files::of_folder(dir).is_ok() => Ok(Self::None),
+                () => Ok(Self::Blip(MedConfig::from_dir(dir)?)),
+            };
+        }
+        let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+        let head: Head = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
+        match head.model_type.as_deref() {
+            None | Some("blip") => Ok(Self::Blip(MedConfig::from_dir(dir)?)),
+            Some("clip" | "siglip") => Ok(Self::Clip(ClipConfig::from_dir(dir)?)),
+            Some(other) => {
+                let what = format!("{} has the model_type {other:?}; known are blip, clip and siglip", path.display());
+                Err(ModelError::Config(what))
+            }
+        }
+    }
+}
+
+/// Which text parts the weights of a MED have.
+fn parts(weights: &Weights) -> Result<Parts> {
+    let has = |prefix: &str| weights.tensors().any(|(name, _)| name.starts_with(prefix));
+    let parts = Parts { decoder: has("text_decoder."), encoder: has("text_encoder.") };
+    if parts.decoder || parts.encoder {
+        return Ok(parts);
+    }
+    Err(ModelError::Config(format!(
+        "{} has neither text_decoder nor text_encoder tensors: it is no BLIP checkpoint",
+        weights.path().display()
+    )))
+}
+
 /// Position embeddings are made for images of one size: a config with another is told so in terms of images.
-fn same_image_size(config: &MedConfig, weights: &Weights) -> Result<()> {
-    let vision = &config.vision_config;
-    let Some(&[1, positions, _]) = weights.get(POSITIONS).map(|stored| stored.shape()) else { return Ok(()) };
-    if positions == vision.num_patches() + 1 || positions == 0 {
+fn same_image_size(family: &Family, weights: &Weights) -> Result<()> {
+    let (vision, name, others) = match family {
+        Family::Blip(config, _) => (&config.vision_config, "vision_model.embeddings.position_embedding", 1),
+        Family::Clip(ClipConfig { vision: ClipVision::Vit(vision), family, .. }) => {
+            (vision, "vision_model.embeddings.position_embedding.weight", usize::from(*family == ClipFamily::Clip))
+        }
+        Family::Clip(_) => return Ok(()),
+    };
+    let Some(&[.., positions, _]) = weights.get(name).map(|stored| stored.shape()) else { return Ok(()) };
+    if positions == vision.num_patches() + others || positions < others {
         return Ok(());
     }
-    let side = (positions - 1).isqrt() * vision.patch_size;
+    let side = (positions - others).isqrt() * vision.patch_size;
     Err(ModelError::Config(format!(
-        "{} has position embeddings for images of side {side}, config.json says image_size {}; set it, and size in \
+        "{} has position embeddings for images of side {side}, config.json says image_size {}; set it, and the size in \
          preprocessor_config.json, to {side}",
         weights.path().display(),
         vision.image_size
@@ -296,13 +415,18 @@ fn same_image_size(config: &MedConfig, weights: &Weights) -> Result<()> {
 }
 
 /// What is wrong with the tensors of a checkpoint, by name.
-fn compare(config: &MedConfig, parts: Parts, weights: &Weights) -> Result<Vec<TensorProblem>> {
-    let text = &config.text_config;
-    let mut wanted: BTreeMap<String, Vec<usize>> =
-        parameters(config, parts)?.into_iter().map(|parameter| (parameter.name, parameter.shape)).collect();
-    for (name, shape) in [(HEAD_WEIGHT, vec![text.vocab_size, text.hidden_size]), (HEAD_BIAS, vec![text.vocab_size])] {
-        if weights.get(name).is_some() {
-            wanted.insert(name.to_owned(), shape);
+fn compare(family: &Family, weights: &Weights) -> Result<Vec<TensorProblem>> {
+    let asked = match family {
+        Family::Blip(config, parts) => parameters(config, *parts)?,
+        Family::Clip(config) => asked_for(|vb| Clip::load(config, vb))?,
+    };
+    let mut wanted: BTreeMap<String, Vec<usize>> = asked.into_iter().map(|parameter| (parameter.name, parameter.shape)).collect();
+    if let Family::Blip(config, Parts { decoder: true, .. }) = family {
+        let text = &config.text_config;
+        for (name, shape) in [(HEAD_WEIGHT, vec![text.vocab_size, text.hidden_size]), (HEAD_BIAS, vec![text.vocab_size])] {
+            if weights.get(name).is_some() {
+                wanted.insert(name.to_owned(), shape);
+            }
         }
     }
     let mut problems = BTreeMap::new();

@@ -8,9 +8,9 @@ use crate::block::Activation;
 use crate::error::{ModelError, Result};
 
 /// No width, side or vocabulary is larger, so that sizes of tensors can be reckoned with.
-const MAX_SIZE: usize = 1 << 24;
+pub(crate) const MAX_SIZE: usize = 1 << 24;
 /// No transformer is deeper.
-const MAX_LAYERS: usize = 1 << 10;
+pub(crate) const MAX_LAYERS: usize = 1 << 10;
 
 /// The vision transformer (`vision_config`); missing keys take the defaults of `BlipVisionConfig`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

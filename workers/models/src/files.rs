@@ -15,6 +15,8 @@ pub const OPEN_CLIP_CONFIG: &str = "open_clip_config.json";
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
 /// How a text becomes input.
 pub const TOKENIZER: &str = "tokenizer.json";
+/// What a tokenizer says besides: how texts of CLIP are padded.
+pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// The one weight file of our own checkpoints.
 pub const WEIGHTS: &str = "model.safetensors";
 
@@ -27,6 +29,8 @@ const WEIGHT_FILES: [&str; 6] = [
     "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
 ];
+/// Everything else of a checkpoint.
+const SMALL: [&str; 5] = [CONFIG, OPEN_CLIP_CONFIG, PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG];
 /// Vocabularies that stand in for a missing `tokenizer.json`.
 const VOCABULARIES: [&[&str]; 2] = [&["vocab.txt"], &["vocab.json", "merges.txt"]];
 /// The longest index of shards that is read.
@@ -50,7 +54,7 @@ impl Files {
     pub fn pick<'a>(names: impl IntoIterator<Item = &'a str>) -> std::result::Result<Self, String> {
         let names: BTreeSet<&str> = names.into_iter().filter(|name| !name.contains('/')).collect();
         let there = |wanted: &&str| names.contains(wanted);
-        let mut small: Vec<&str> = [CONFIG, OPEN_CLIP_CONFIG, PREPROCESSOR, TOKENIZER].into_iter().filter(there).collect();
+        let mut small: Vec<&str> = SMALL.into_iter().filter(there).collect();
         if !there(&TOKENIZER) {
             small.extend(VOCABULARIES.into_iter().find(|files| files.iter().all(|f| there(f))).into_iter().flatten());
         }

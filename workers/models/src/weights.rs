@@ -170,7 +170,10 @@ impl Weights {
             match weights.tensors.get(name) {
                 Some(stored) if shards[stored.file] == shard => {}
                 Some(stored) => {
-                    return Err(fail(format!("says that the tensor {name} is in `{shard}`, but it is in `{}`", shards[stored.file])));
+                    return Err(fail(format!(
+                        "says that the tensor {name} is in `{shard}`, but it is in `{}`",
+                        shards[stored.file]
+                    )));
                 }
                 None => return Err(fail(format!("says that the tensor {name} is in `{shard}`, but it is not"))),
             }

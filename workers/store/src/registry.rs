@@ -1,6 +1,6 @@
 //! The model registry: models are objects of the `models` table; roles point to them by numbered events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -35,15 +35,13 @@ impl Store {
         shard.finish(self).await
     }
 
-    /// As [`put_model`](Self::put_model), for the [`CHECKPOINT_FILES`] of a folder. They are read a part at a time.
+    /// As [`put_model`](Self::put_model), for files of a folder. They are read a part at a time.
     ///
     /// # Errors
     /// [`StoreError::Unknown`] if a file cannot be read, and as [`put_model`](Self::put_model).
-    pub async fn put_checkpoint(&self, folder: &Path) -> Result<Output> {
+    pub async fn put_files(&self, folder: &Path, names: &[&str]) -> Result<Output> {
         let mut shard = ShardWriter::new(Table::Models)?;
-        let mut names = CHECKPOINT_FILES.to_vec();
-        names.sort_unstable();
-        for name in names {
+        for name in BTreeSet::from_iter(names) {
             let path = folder.join(name);
             let fail = |e: std::io::Error| StoreError::Unknown(format!("cannot read `{}`: {e}", path.display()));
             let mut file = std::fs::File::open(&path).map_err(fail)?;
@@ -167,6 +165,7 @@ fn model_row(name: &str, number: u32, part: &[u8]) -> Result<RecordBatch> {
         Arc::new(UInt32Array::from_iter_values([number])),
         Arc::new(BinaryArray::from_iter_values([part])),
     ];
-    let fail = |e: arrow::error::ArrowError| StoreError::Parquet { table: Table::Models, what: name.to_owned(), source: e.into() };
+    let fail =
+        |e: arrow::error::ArrowError| StoreError::Parquet { table: Table::Models, what: name.to_owned(), source: e.into() };
     RecordBatch::try_new(Table::Models.schema(), columns).map_err(fail)
 }

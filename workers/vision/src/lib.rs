@@ -10,7 +10,7 @@ mod score;
 
 pub use capfilt_models::{ModelError, files};
 pub use caption::{CaptionConfig, CaptionStage};
-pub use model::{VisionWorkerConfig, check_checkpoint, write_checkpoint};
+pub use model::{VisionWorkerConfig, check_checkpoint, stored_files, write_checkpoint};
 pub use score::{ScoreConfig, ScoreStage};
 
 /// Raised whenever the same image and model would give other captions or scores than before.

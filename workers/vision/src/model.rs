@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use capfilt_models::ModelError;
-use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::checkpoint::{Checkpoint, Family};
 use capfilt_models::device::{DType, Device, device};
 use capfilt_models::preprocess::Preprocessor;
+use capfilt_models::{ModelError, files};
 use capfilt_runtime::{ModelThread, StageError, Work};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
@@ -90,7 +90,10 @@ impl<M: 'static> ModelSlot<M> {
 /// What is missing or does not fit, by name.
 pub fn check_checkpoint(folder: &Path, role: Option<&str>) -> Result<(), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
-    checkpoint.tokenizer()?;
+    match checkpoint.family() {
+        Family::Blip(..) => drop(checkpoint.tokenizer()?),
+        Family::Clip(_) => drop(checkpoint.clip_tokenizer()?),
+    }
     checkpoint.preprocessor()?;
     let parts = checkpoint.parts();
     if role == Some("captioner") && !parts.decoder {
@@ -110,6 +113,19 @@ pub fn check_checkpoint(folder: &Path, role: Option<&str>) -> Result<(), ModelEr
         }
     }
     Ok(())
+}
+
+/// The files of a checkpoint in the layout of the store: those of [`files`](capfilt_models::files) that decide what its model does.
+///
+/// # Errors
+/// The checkpoint cannot be opened.
+pub fn stored_files(folder: &Path) -> Result<Vec<&'static str>, ModelError> {
+    let mut names = vec![files::CONFIG, files::WEIGHTS, files::TOKENIZER, files::PREPROCESSOR];
+    // How CLIP's texts are padded; BLIP's padding is in its config.
+    if matches!(Checkpoint::open(folder)?.family(), Family::Clip(_)) && folder.join(files::TOKENIZER_CONFIG).is_file() {
+        names.push(files::TOKENIZER_CONFIG);
+    }
+    Ok(names)
 }
 
 /// Writes the checkpoint in `folder`, of whatever format, into a new or empty folder as transformers saves one: `config.json`,

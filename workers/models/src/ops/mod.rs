@@ -15,9 +15,9 @@ mod gelu;
 mod kernel;
 mod layer_norm;
 mod linear;
-mod tile;
 #[cfg(test)]
 mod tests;
+mod tile;
 
 pub use activation::Activation;
 pub use attention::{attention, attention_packed};
@@ -26,8 +26,8 @@ pub use gated::{quick_gelu, tanh_gelu};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
-pub use tile::{Precision, has_bf16};
 pub(crate) use tile::{PackedKeysValues, PackedLinear, packed_self_attention};
+pub use tile::{Precision, has_bf16};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 

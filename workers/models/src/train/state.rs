@@ -30,8 +30,7 @@ impl Trainer {
         });
         // One entry only: several would be written in the order of a hash table, and so not always as the same bytes.
         let info = HashMap::from([(STATE.to_owned(), format!("{} {}", self.steps(), self.fingerprint()))]);
-        let bytes = safetensors::serialize(tensors, Some(info))
-            .map_err(|e| ModelError::no_safetensors(path, e))?;
+        let bytes = safetensors::serialize(tensors, Some(info)).map_err(|e| ModelError::no_safetensors(path, e))?;
         let part = path.with_extension("part");
         let io = |source| ModelError::Io { path: path.to_owned(), source };
         std::fs::write(&part, bytes).map_err(io)?;

@@ -68,7 +68,8 @@ impl<'a> Pickle<'a> {
     /// # Errors
     /// What in it cannot be read, and where.
     pub(super) fn read(bytes: &'a [u8]) -> Result<Self, String> {
-        let mut machine = Machine { bytes, at: 0, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), pickle: Self::default() };
+        let mut machine =
+            Machine { bytes, at: 0, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), pickle: Self::default() };
         loop {
             let at = machine.at;
             match machine.step() {
@@ -171,7 +172,9 @@ impl<'a> Machine<'a> {
             }
             0x93 => {
                 let (name, module) = (self.pop()?, self.pop()?);
-                let (Value::Text(module), Value::Text(name)) = (module, name) else { return Err("a name that is no text".to_owned()) };
+                let (Value::Text(module), Value::Text(name)) = (module, name) else {
+                    return Err("a name that is no text".to_owned());
+                };
                 self.stack.push(Value::Global(module, name));
             }
             // EMPTY_TUPLE, TUPLE1, TUPLE2, TUPLE3, TUPLE
@@ -283,7 +286,8 @@ impl<'a> Machine<'a> {
     /// `("storage", type, key, device, length)`
     fn storage(&mut self, id: Value<'a>) -> Value<'a> {
         let Value::Tuple(tuple) = id else { return Value::Opaque };
-        let &[Value::Text("storage"), Value::Global("torch", class), Value::Text(key), ..] = &self.pickle.tuples[tuple][..] else {
+        let &[Value::Text("storage"), Value::Global("torch", class), Value::Text(key), ..] = &self.pickle.tuples[tuple][..]
+        else {
             return Value::Opaque;
         };
         let dtype = match class {

@@ -3,8 +3,8 @@
 use std::io::{Cursor, Write};
 
 use tempfile::TempDir;
-use zip::{CompressionMethod, ZipWriter};
 use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipWriter};
 
 use super::pickle::Pickle;
 use super::*;
@@ -142,7 +142,7 @@ fn archives_that_are_not_torch_s_are_told() {
         (archive(&[("data.pkl", &good), ("more/data.pkl", &good)]), "does not hold one `data.pkl`"),
         (with_torch_script, "TorchScript"),
         (archive(&[("data.pkl", &good), ("byteorder", b"big"), ("data/0", &[0; 4])]), "not little-endian"),
-        (archive(&[("data.pkl", &good)]), "no whole archive"),
+        (archive(&[("data.pkl", &good)]), "the numbers of the tensor a are missing"),
         (torch_file(b"\x80\x02K\x01.", &[]), "no dictionary of tensors"),
         (torch_file(b"\x80\x02}.", &[]), "no dictionary of tensors"),
         (torch_file(&vec![b'N'; 5 << 20], &[]), "a pickle of more than 4 MiB"),
@@ -172,7 +172,8 @@ fn a_pickle_runs_no_code() {
     let marker = std::env::temp_dir().join("capfilt-a-pickle-ran-code");
     let command = format!("touch {}", marker.display());
     // os.system(command), as a pickle that harms would call it; then, in another, as an item of a dictionary.
-    let call = [b"\x80\x02cposix\nsystem\nX".as_slice(), &(command.len() as u32).to_le_bytes(), command.as_bytes(), b"\x85R."].concat();
+    let call =
+        [b"\x80\x02cposix\nsystem\nX".as_slice(), &(command.len() as u32).to_le_bytes(), command.as_bytes(), b"\x85R."].concat();
     assert!(failure("a.pth", &torch_file(&call, &[])).contains("no dictionary of tensors"));
     let item = [b"\x80\x02}X\x01\x00\x00\x00a".as_slice(), &call[2..call.len() - 1], b"s."].concat();
     assert!(failure("a.pth", &torch_file(&item, &[])).contains("no dictionary of tensors"));

@@ -50,7 +50,9 @@ pub(super) fn tensors(file: &File, number: usize) -> Result<Vec<(String, Stored)
     let mut places = HashMap::<&str, (u64, u64)>::new();
     let mut tensors = Vec::with_capacity(views.len());
     for (name, view) in views {
-        let Some(dtype) = view.storage.dtype else { return Err(format!("holds the tensor {name} in an unknown number format").into()) };
+        let Some(dtype) = view.storage.dtype else {
+            return Err(format!("holds the tensor {name} in an unknown number format").into());
+        };
         let key = view.storage.key;
         let (start, length) = match places.get(key) {
             Some(place) => *place,
@@ -92,7 +94,10 @@ fn known_format(mut file: &File) -> Result<(), Cause> {
 
 /// Where an uncompressed file of the archive lies in it, and its length.
 fn place(archive: &mut ZipArchive<BufReader<&File>>, name: &str, whole: u64) -> Result<(u64, u64), Cause> {
-    let entry = archive.by_name(name)?;
+    let entry = archive.by_name(name).map_err(|source| Cause {
+        what: "are missing or damaged; fetch or save the checkpoint again".to_owned(),
+        source: Some(source.into()),
+    })?;
     if entry.compression() != CompressionMethod::Stored {
         return Err("are compressed, as torch.save never does".into());
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, CLIPConfig, CLIPModel
 
 HERE = Path(__file__).parent / "formats"
 SHARD = 16_000
@@ -38,10 +38,28 @@ CONFIG = BlipConfig(
 )
 
 
-def reference(name, kind, seed):
+CLIP = CLIPConfig(
+    vision_config=dict(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    ),
+    text_config=dict(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=10,
+        bos_token_id=18,
+        eos_token_id=19,
+    ),
+    projection_dim=6,
+)
+
+
+def reference(name, kind, seed, config=CONFIG):
     """A model with random weights as transformers saves it, and its state dict."""
     torch.manual_seed(seed)
-    model = kind(CONFIG).eval()
+    model = kind(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
@@ -61,8 +79,9 @@ def folder(name, source):
 def with_constants(tensors):
     """As older versions had it: with position ids."""
     tensors = dict(tensors)
-    for prefix in ("text_decoder.bert", "text_encoder"):
+    for prefix in ("text_decoder.bert", "text_encoder", "text_model", "vision_model"):
         positions = tensors.get(f"{prefix}.embeddings.position_embeddings.weight")
+        positions = tensors.get(f"{prefix}.embeddings.position_embedding.weight", positions)
         if positions is not None:
             tensors[f"{prefix}.embeddings.position_ids"] = torch.arange(len(positions)).expand((1, -1))
     return tensors
@@ -146,6 +165,8 @@ if __name__ == "__main__":
     save_shards(folder("captioner-sharded", "captioner"), stored, "model", "safetensors", save_shard)
     save_shards(folder("filter-bin-sharded", "filter"), with_constants(matcher), "pytorch_model", "bin", torch.save)
     torch.save({"state_dict": views(matcher)}, folder("filter-bf16-views", "filter") / "pytorch_model.bin")
+    clip = reference("clip", CLIPModel, 3, CLIP)
+    torch.save(with_constants(clip), folder("clip-bin", "clip") / "pytorch_model.bin")
     old = folder("before-1.6", "filter") / "model.pth"
     torch.save({"a": torch.zeros(2)}, old, _use_new_zipfile_serialization=False)
     program = folder("torchscript", "filter") / "model.pt"

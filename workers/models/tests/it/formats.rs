@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::checkpoint::{Checkpoint, Family};
 use capfilt_models::files::Files;
-use capfilt_models::med::Med;
+use capfilt_models::med::{Med, Parts};
 use capfilt_models::tokenizer::train_wordpiece;
 use tempfile::TempDir;
 
@@ -77,6 +77,49 @@ fn every_format_holds_the_same_numbers() {
         assert_eq!(checkpoint.digest().unwrap().len(), 64);
         assert_ne!(checkpoint.digest().unwrap(), reference.digest().unwrap());
     }
+}
+
+#[test]
+fn a_clip_opens_by_the_same_call() {
+    let (reference, other) = (open("clip"), open("clip-bin"));
+    assert_eq!(numbers(&other), numbers(&reference));
+    assert!(matches!(other.family(), Family::Clip(config) if config.projection_dim == 6));
+    let features = |checkpoint: &Checkpoint| {
+        let clip = checkpoint.clip(&Device::Cpu, DType::F32).unwrap();
+        let pixels = Tensor::arange(0_f32, 768.0, &Device::Cpu).unwrap().reshape((1, 3, 16, 16)).unwrap();
+        let image = clip.image_features(&(pixels / 768.0).unwrap()).unwrap();
+        let text = clip.encode_texts(&Tensor::new(&[[18_u32, 4, 19]], &Device::Cpu).unwrap()).unwrap();
+        Tensor::cat(&[image, text], 0).unwrap().to_vec2::<f32>().unwrap()
+    };
+    assert_eq!(features(&other), features(&reference));
+    assert!(other.med(&Device::Cpu, DType::F32).unwrap_err().to_string().contains("holds no BLIP"));
+    assert!(open("filter").clip(&Device::Cpu, DType::F32).unwrap_err().to_string().contains("holds no CLIP"));
+    assert_eq!(other.parts(), Parts { decoder: false, encoder: false });
+
+    let folder = copy("clip-bin");
+    std::fs::write(folder.path().join("preprocessor_config.json"), r#"{"size": 16}"#).unwrap();
+    let text = Checkpoint::open(folder.path()).unwrap().clip_tokenizer().unwrap_err().to_string();
+    assert!(text.contains("has no tokenizer.json; put there") && text.contains("merges.txt"), "{text}");
+    std::fs::write(folder.path().join("vocab.json"), r#"{"a": 0, "b</w>": 1, "<|startoftext|>": 18, "<|endoftext|>": 19}"#)
+        .unwrap();
+    std::fs::write(folder.path().join("merges.txt"), "#version: 0.2\n").unwrap();
+    std::fs::write(folder.path().join("tokenizer_config.json"), r#"{"pad_token": "<|endoftext|>"}"#).unwrap();
+    let target = TempDir::new().unwrap();
+    Checkpoint::open(folder.path()).unwrap().write(target.path()).unwrap();
+    let written = Checkpoint::open(target.path()).unwrap();
+    assert_eq!(numbers(&written), numbers(&reference));
+    assert_eq!(written.clip_tokenizer().unwrap().pad_id(), 19);
+
+    let path = folder.path().join("config.json");
+    let config = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, config.replace("\"image_size\": 16", "\"image_size\": 24")).unwrap();
+    assert!(failure(folder.path()).contains("images of side 16, config.json says image_size 24"));
+    std::fs::write(&path, config.replace("\"clip\"", "\"bert\"")).unwrap();
+    assert!(failure(folder.path()).contains("has the model_type \"bert\"; known are blip, clip and siglip"));
+    std::fs::write(&path, r#"{"model_type": "clip", "vision_config": {"hidden_size": 4611686018427387904}}"#).unwrap();
+    assert!(failure(folder.path()).contains("has size 4611686018427387904"));
+    std::fs::write(&path, r#"{"model_type": "clip", "vision_config": {"num_hidden_layers": 4000000000}}"#).unwrap();
+    assert!(failure(folder.path()).contains("has 4000000000 layers"));
 }
 
 #[test]
@@ -177,7 +220,10 @@ fn shards_and_index_are_held_against_each_other() {
     let text = index(&sharded(), &|text| text.replace(name, "text_decoder.more"));
     assert!(text.contains("says that the tensor text_decoder.more is in `model-0000"), "{text}");
     let text = index(&sharded(), &|text| text.replace(&format!("{name}\": \"model-00002"), &format!("{name}\": \"model-00001")));
-    assert!(text.contains(&format!("the tensor {name} is in `model-00001-of-00003.safetensors`, but it is in `model-00002")), "{text}");
+    assert!(
+        text.contains(&format!("the tensor {name} is in `model-00001-of-00003.safetensors`, but it is in `model-00002")),
+        "{text}"
+    );
     let line = |line: &&str| !line.contains(name);
     let text = index(&sharded(), &|text| text.lines().filter(line).collect::<Vec<_>>().join("\n"));
     assert!(text.contains(&format!("does not name the tensor {name}, which a shard has")), "{text}");
@@ -186,7 +232,10 @@ fn shards_and_index_are_held_against_each_other() {
     let shard = |number: u32| twice.path().join(format!("model-0000{number}-of-00003.safetensors"));
     std::fs::copy(shard(1), shard(2)).unwrap();
     let text = failure(twice.path());
-    assert!(text.contains("model-00002-of-00003.safetensors has the tensor") && text.contains("-00001-of-00003.safetensors has too"), "{text}");
+    assert!(
+        text.contains("model-00002-of-00003.safetensors has the tensor") && text.contains("-00001-of-00003.safetensors has too"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -98,7 +98,8 @@ macro_rules! kernel {
 }
 
 kernel!(
-    single, "1024",
+    single,
+    "1024",
     "tileloadd tmm4, [{a0} + {s}*1]",
     "tileloadd tmm6, [{b0} + {s}*1]",
     "tdpbf16ps tmm0, tmm4, tmm6",
@@ -111,8 +112,10 @@ kernel!(
 
 // Small products first: low · high, high · high, high · low.
 kernel!(
-    double, "2048",
-    "tileloadd tmm4, [{a0} + {s}*1 + 1024]", "tileloadd tmm6, [{b0} + {s}*1]",
+    double,
+    "2048",
+    "tileloadd tmm4, [{a0} + {s}*1 + 1024]",
+    "tileloadd tmm6, [{b0} + {s}*1]",
     "tdpbf16ps tmm0, tmm4, tmm6",
     "tileloadd tmm7, [{b1} + {s}*1]",
     "tdpbf16ps tmm1, tmm4, tmm7",

@@ -74,7 +74,14 @@ impl Tiles {
 
     /// Makes this the left side of `rows` rows of `depth` numbers, which begin `stride` apart in `from`, each multiplied by `scale`. An even
     /// number of blocks.
-    pub(super) fn fill_left(&mut self, from: &[f32], (rows, depth): (usize, usize), stride: usize, scale: f32, precision: Precision) {
+    pub(super) fn fill_left(
+        &mut self,
+        from: &[f32],
+        (rows, depth): (usize, usize),
+        stride: usize,
+        scale: f32,
+        precision: Precision,
+    ) {
         self.reshape(rows.div_ceil(2 * EDGE) * 2, depth, precision);
         vectorized(FillLeft { tiles: self, from, rows, depth, stride, scale });
     }

@@ -107,10 +107,12 @@ impl PackedKeysValues {
         let q = q.contiguous()?;
         let mut out = vec![0.0; batch * queries * total];
         with_slices(&[&q], |slices| {
-            out.par_chunks_mut((queries * total).max(1)).zip(&self.sequences).enumerate().for_each(|(number, (out, sequence))| {
-                let q = Tokens { numbers: &slices[0][number * queries * total..], stride: total };
-                sequence.attend(q, self.heads, out);
-            });
+            out.par_chunks_mut((queries * total).max(1)).zip(&self.sequences).enumerate().for_each(
+                |(number, (out, sequence))| {
+                    let q = Tokens { numbers: &slices[0][number * queries * total..], stride: total };
+                    sequence.attend(q, self.heads, out);
+                },
+            );
             Ok(())
         })?;
         Tensor::from_vec(out, q.shape(), q.device())

@@ -90,7 +90,14 @@ impl Weights {
     }
 
     /// The columns of some panels, of all rows of `left`, into `out`, whose rows are `width` long.
-    fn panels(&self, left: &Tiles, panels: Range<usize>, activation: Option<Activation>, added: Option<&[f32]>, (out, width): (&mut [f32], usize)) {
+    fn panels(
+        &self,
+        left: &Tiles,
+        panels: Range<usize>,
+        activation: Option<Activation>,
+        added: Option<&[f32]>,
+        (out, width): (&mut [f32], usize),
+    ) {
         let kernel = Kernel::start(self.instructions);
         vectorized(Panels { weights: self, kernel: &kernel, left, panels, activation, added, out, width });
     }
