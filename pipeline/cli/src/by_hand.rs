@@ -15,7 +15,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::models::open_model;
+use crate::models::{CheckpointFolder, Source, checkpoint};
 use crate::output::{Failure, complain, say, table};
 
 /// Images that go through a model together, and after which answers are shown.
@@ -47,7 +47,7 @@ pub(crate) struct HandArgs {
                         keyed by the seed and the bytes of the image."
 )]
 pub(crate) struct CaptionArgs {
-    /// The captioner: a checkpoint folder
+    /// The captioner: a checkpoint folder, or a name of the hub (`owner/name`, `owner/name@revision`)
     #[arg(long)]
     model: String,
     /// How the next token is found
@@ -175,9 +175,9 @@ impl CaptionArgs {
 pub(crate) async fn caption(args: CaptionArgs) -> Result<ExitCode, Failure> {
     let config = CaptionConfig { seed: args.seed, sampling: args.sampling(), dtype: args.hand.dtype() };
     config.check().map_err(|e| Failure::Usage(e.to_string()))?;
-    let folder = open_model(&args.model)?;
+    let folder = model(&args.model).await?;
     let work = move || {
-        let captioner = ImageCaptioner::open(&folder, &config, &args.hand.worker()).with_context(|| unfit(&folder))?;
+        let captioner = ImageCaptioner::open(&folder.path, &config, &args.hand.worker()).with_context(|| unfit(&folder.path))?;
         each(
             &args.hand,
             |files| {
@@ -195,14 +195,18 @@ pub(crate) async fn caption(args: CaptionArgs) -> Result<ExitCode, Failure> {
 
 pub(crate) async fn score(args: ScoreArgs) -> Result<ExitCode, Failure> {
     let texts = texts(&args)?;
-    let folders = args.model.iter().map(|name| open_model(name)).collect::<Result<Vec<_>, _>>()?;
+    let mut folders = Vec::new();
+    for name in &args.model {
+        folders.push(model(name).await?);
+    }
     let first_token = match args.first_token {
         FirstTokenArg::Enc => ItmToken::Enc,
         FirstTokenArg::Cls => ItmToken::Cls,
     };
     let config = ScoreConfig { first_token, dtype: args.hand.dtype() };
     let work = move || {
-        let scorer = ImageScorer::open(&folders, &config, &args.hand.worker()).context("no scores can be had of these models")?;
+        let paths: Vec<&Path> = folders.iter().map(|folder| folder.path.as_path()).collect();
+        let scorer = ImageScorer::open(&paths, &config, &args.hand.worker()).context("no scores can be had of these models")?;
         each(
             &args.hand,
             |files| Ok(scorer.score(&files, &texts)?),
@@ -210,6 +214,11 @@ pub(crate) async fn score(args: ScoreArgs) -> Result<ExitCode, Failure> {
         )
     };
     on_blocking(work).await.map_err(anyhow::Error::from)?
+}
+
+/// The folder of a model that a person names: a folder, or a name of the hub.
+async fn model(name: &str) -> Result<CheckpointFolder, Failure> {
+    checkpoint(&Source::of_argument(name)?, None).await
 }
 
 fn unfit(folder: &Path) -> String {

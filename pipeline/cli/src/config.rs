@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::args::Format;
+use crate::models::Source;
 use crate::output::Failure;
 
 /// Everything a run can be told. What can change a byte of the result stands outside of `[worker]`; what only changes speed and route
@@ -98,7 +99,8 @@ pub(crate) struct QueriesSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ModelsSection {
-    /// A checkpoint folder, or `promoted` for the model that plays the role in the store.
+    /// A checkpoint folder, a repository of the Hugging Face hub (`owner/name`, `owner/name@revision`), the first characters of the
+    /// digest of a model in the store, or `promoted` for the one that plays the role there.
     pub(crate) captioner: String,
     /// As `captioner`.
     pub(crate) filter: String,
@@ -200,12 +202,12 @@ impl RunConfig {
         }
         let mut config: Self = table.try_into().map_err(|e: toml::de::Error| usage(e.to_string().trim_end().to_owned()))?;
         let folder = std::path::absolute(path).map_err(|e| usage(e.to_string()))?;
-        config.make_absolute(folder.parent().unwrap_or(&folder));
+        config.make_absolute(folder.parent().unwrap_or(&folder)).map_err(|f| usage(f.text()))?;
         config.check().map_err(|f| usage(f.text()))?;
         Ok(config)
     }
 
-    fn make_absolute(&mut self, folder: &Path) {
+    fn make_absolute(&mut self, folder: &Path) -> Result<(), Failure> {
         let join = |path: &mut PathBuf| *path = clean(&folder.join(&path));
         join(&mut self.queries.path);
         join(&mut self.report.path);
@@ -229,13 +231,19 @@ impl RunConfig {
         if !self.run.store.contains(':') {
             text(&mut self.run.store);
         }
-        if let Some(models) = &mut self.models {
-            [&mut models.captioner, &mut models.filter].into_iter().filter(|model| **model != "promoted").for_each(text);
-            models.clip.iter_mut().for_each(text);
+        let models = self
+            .models
+            .iter_mut()
+            .flat_map(|models| [&mut models.captioner, &mut models.filter].into_iter().chain(&mut models.clip));
+        for model in models {
+            if let Source::Folder(_) = Source::of_config(model, folder)? {
+                text(model);
+            }
         }
         if let Some(export) = &mut self.export {
             text(&mut export.folder);
         }
+        Ok(())
     }
 
     fn check(&self) -> Result<(), Failure> {

@@ -6,6 +6,7 @@ mod config;
 mod dataset;
 mod doctor;
 mod download;
+mod hub;
 mod interrupt;
 mod job;
 mod machine;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use arrow::array::{ArrayRef, BinaryArray, Float32Array, Float64Array, RecordBatch, StringArray, UInt32Array};
 use capfilt_schemas::{Commit, FetchStatus, Output, Redaction, RunId, StageKind, Table, Task};
-use capfilt_store::{CommitResult, ShardWriter, Store, StoreError, Targets};
+use capfilt_store::{CommitResult, IMPORTED, ShardWriter, Store, StoreError, Targets};
 
 struct Place {
     store: Store,
@@ -224,6 +224,25 @@ async fn models_keep_their_files_and_roles_their_history() {
         let folder = tempfile::tempdir().unwrap();
         store.write_model(&model.digest, folder.path()).await.unwrap();
         assert_eq!(std::fs::read(folder.path().join("config.json")).unwrap(), b"{}");
+        for name in capfilt_store::CHECKPOINT_FILES {
+            std::fs::write(folder.path().join(name), name).unwrap();
+        }
+        std::fs::write(folder.path().join("tokenizer.json"), "").unwrap();
+        let of_folder = store.put_files(folder.path(), capfilt_store::CHECKPOINT_FILES).await.unwrap();
+        let named = |name: &&str| ((*name).to_owned(), if *name == "tokenizer.json" { vec![] } else { name.as_bytes().to_vec() });
+        let files: BTreeMap<String, Vec<u8>> = capfilt_store::CHECKPOINT_FILES.iter().map(named).collect();
+        assert_eq!(store.put_model(&files).await.unwrap(), of_folder);
+        let note = |reason: &'static str| store.set_alias(IMPORTED, of_folder.digest, "import", reason, "", BTreeMap::new());
+        assert_eq!(note("by hand").await.unwrap().role, "imported");
+        std::fs::remove_file(folder.path().join("config.json")).unwrap();
+        assert!(
+            store
+                .put_files(folder.path(), capfilt_store::CHECKPOINT_FILES)
+                .await
+                .unwrap_err()
+                .to_string()
+                .contains("config.json")
+        );
         let evil = store.put_model(&BTreeMap::from([("../x".to_owned(), vec![1])])).await.unwrap();
         assert!(store.write_model(&evil.digest, folder.path()).await.is_err());
     }

@@ -3,14 +3,13 @@
 use std::path::Path;
 
 use capfilt_models::ModelError;
-use capfilt_models::clip::is_clip;
 use capfilt_models::device::device;
 use capfilt_models::generate::{Caption, Captioner};
 use capfilt_models::preprocess::Preprocessor;
 use rayon::prelude::*;
 
 use crate::judge::{Judge, TextScores};
-use crate::model::{NumberType, VisionWorkerConfig, captioner};
+use crate::model::{NumberType, VisionWorkerConfig, captioner, is_clip};
 use crate::pixels::{Views, take_view, views};
 use crate::{CaptionConfig, ScoreConfig};
 
@@ -27,7 +26,7 @@ impl ImageCaptioner {
     /// # Errors
     /// The folder holds no captioner, or the settings make no sense for it.
     pub fn open(folder: &Path, config: &CaptionConfig, worker: &VisionWorkerConfig) -> Result<Self, ModelError> {
-        if is_clip(folder) {
+        if is_clip(folder)? {
             return Err(ModelError::MissingPart { wanted: "captioning", missing: "a text decoder" });
         }
         let dtype = NumberType::settle(config.dtype, worker);
@@ -60,7 +59,10 @@ impl ImageScorer {
     /// # Errors
     /// A folder holds neither, or there are two of a kind.
     pub fn open<P: AsRef<Path>>(folders: &[P], config: &ScoreConfig, worker: &VisionWorkerConfig) -> Result<Self, ModelError> {
-        let (clips, filters): (Vec<&Path>, Vec<&Path>) = folders.iter().map(AsRef::as_ref).partition(|folder| is_clip(folder));
+        let (mut clips, mut filters) = (Vec::new(), Vec::new());
+        for folder in folders.iter().map(AsRef::as_ref) {
+            if is_clip(folder)? { &mut clips } else { &mut filters }.push(folder);
+        }
         for (kind, found) in [("filter", &filters), ("CLIP", &clips)] {
             if let [first, second, ..] = found[..] {
                 let what = format!("{} and {} are both a {kind}; name one of each kind", first.display(), second.display());

@@ -11,13 +11,13 @@ mod pixels;
 mod score;
 
 pub use by_hand::{ImageCaptioner, ImageScorer};
-pub use capfilt_models::ModelError;
 pub use capfilt_models::generate::Caption;
 pub use capfilt_models::sampling::{Sampling, Strategy};
 pub use capfilt_models::score::ItmToken;
+pub use capfilt_models::{ModelError, files};
 pub use caption::{CaptionConfig, CaptionStage};
 pub use judge::TextScores;
-pub use model::{NumberType, VisionWorkerConfig, check_checkpoint};
+pub use model::{NumberType, VisionWorkerConfig, check_checkpoint, stored_files, write_checkpoint};
 pub use score::{ScoreConfig, ScoreParams, ScoreStage};
 
 /// Raised whenever the same image and model would give other captions or scores than before.

@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use capfilt_models::ModelError;
-use capfilt_models::checkpoint::Checkpoint;
-use capfilt_models::clip::{ClipScorer, is_clip};
+use capfilt_models::checkpoint::{Checkpoint, Family};
+use capfilt_models::clip::ClipScorer;
 use capfilt_models::device::{DType, Device, device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::Med;
@@ -13,6 +12,7 @@ use capfilt_models::ops::Precision;
 use capfilt_models::preprocess::Preprocessor;
 use capfilt_models::sampling::Sampling;
 use capfilt_models::score::{FilterScorer, ItmToken};
+use capfilt_models::{ModelError, files};
 use capfilt_runtime::{ModelThread, StageError, Work};
 use capfilt_schemas::Digest;
 use serde::{Deserialize, Serialize};
@@ -166,39 +166,51 @@ pub(crate) fn filter(
 /// A CLIP and its image transform, from a checkpoint folder.
 pub(crate) fn clip(folder: &Path, dtype: Option<NumberType>, device: &Device) -> Result<(ClipScorer, Preprocessor), ModelError> {
     let Numbers { stored, packed } = NumberType::of(dtype, device);
-    let scorer = ClipScorer::open(folder, device, stored, packed)?;
-    let preprocessor = Preprocessor::from_dir(folder)?;
-    let (made, taken) = (preprocessor.side(), scorer.clip().config().image_size());
-    if made != taken {
-        let what = format!("{} prepares images of side {made}, its model takes {taken}", folder.display());
-        return Err(ModelError::Config(what));
-    }
-    Ok((scorer, preprocessor))
+    let checkpoint = Checkpoint::open(folder)?;
+    let mut clip = checkpoint.clip(device, stored)?;
+    packed.map_or(Ok(()), |precision| clip.pack(precision))?;
+    Ok((ClipScorer::new(clip, checkpoint.clip_tokenizer()?)?, checkpoint.preprocessor()?))
 }
 
-/// Checks that `folder` holds a checkpoint that can play `role` (`captioner`, `filter` or `clip`): every file, every tensor in its place,
-/// and, of a captioner or a filter, every number finite.
+/// Whether `folder` holds a CLIP, and no captioner or filter.
+///
+/// # Errors
+/// It holds no checkpoint.
+pub(crate) fn is_clip(folder: &Path) -> Result<bool, ModelError> {
+    Ok(matches!(Checkpoint::open(folder)?.family(), Family::Clip(_)))
+}
+
+/// Checks that `folder` holds a checkpoint, and one that can play `role` (`captioner`, `filter` or `clip`) if a role is given: every file, every
+/// tensor in its place, and every number finite. One tensor is in memory at a time.
 ///
 /// # Errors
 /// What is missing or does not fit, by name.
-pub fn check_checkpoint(folder: &Path, role: &str) -> Result<(), ModelError> {
-    if role == "clip" {
-        return clip(folder, None, &Device::Cpu).map(|_| ());
-    }
-    if is_clip(folder) {
-        return Err(ModelError::Config(format!("{} is a CLIP model; name it in `models.clip`", folder.display())));
-    }
+pub fn check_checkpoint(folder: &Path, role: Option<&str>) -> Result<(), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
-    checkpoint.tokenizer()?;
+    match checkpoint.family() {
+        Family::Blip(..) => drop(checkpoint.tokenizer()?),
+        Family::Clip(_) => drop(checkpoint.clip_tokenizer()?),
+    }
     checkpoint.preprocessor()?;
+    match (checkpoint.family(), role) {
+        (Family::Blip(..), Some("clip")) => {
+            return Err(ModelError::Config(format!("{} is no CLIP model", folder.display())));
+        }
+        (Family::Clip(_), Some("captioner" | "filter")) => {
+            return Err(ModelError::Config(format!("{} is a CLIP model; name it in `models.clip`", folder.display())));
+        }
+        _ => {}
+    }
     let parts = checkpoint.parts();
-    if role == "captioner" && !parts.decoder {
+    if role == Some("captioner") && !parts.decoder {
         return Err(ModelError::MissingPart { wanted: "a captioner", missing: "text_decoder" });
     }
-    if role == "filter" && !parts.encoder {
+    if role == Some("filter") && !parts.encoder {
         return Err(ModelError::MissingPart { wanted: "a filter", missing: "text_encoder" });
     }
-    for (name, tensor) in checkpoint.tensors(&Device::Cpu)? {
+    let weights = checkpoint.weights();
+    for (name, _) in weights.tensors() {
+        let tensor = weights.read(name, &Device::Cpu)?.to_dtype(DType::F32)?;
         if !tensor.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
             return Err(ModelError::Config(format!(
                 "the tensor {name} of {} holds numbers that are not finite",
@@ -207,4 +219,26 @@ pub fn check_checkpoint(folder: &Path, role: &str) -> Result<(), ModelError> {
         }
     }
     Ok(())
+}
+
+/// The files of a checkpoint in the layout of the store: those of [`files`](capfilt_models::files) that decide what its model does.
+///
+/// # Errors
+/// The checkpoint cannot be opened.
+pub fn stored_files(folder: &Path) -> Result<Vec<&'static str>, ModelError> {
+    let mut names = vec![files::CONFIG, files::WEIGHTS, files::TOKENIZER, files::PREPROCESSOR];
+    // How CLIP's texts are padded; BLIP's padding is in its config.
+    if matches!(Checkpoint::open(folder)?.family(), Family::Clip(_)) && folder.join(files::TOKENIZER_CONFIG).is_file() {
+        names.push(files::TOKENIZER_CONFIG);
+    }
+    Ok(names)
+}
+
+/// Writes the checkpoint in `folder`, of whatever format, into a new or empty folder as transformers saves one: `config.json`,
+/// `model.safetensors`, `tokenizer.json` and `preprocessor_config.json`.
+///
+/// # Errors
+/// It cannot be opened, or the folder not be written.
+pub fn write_checkpoint(folder: &Path, target: &Path) -> Result<(), ModelError> {
+    Checkpoint::open(folder)?.write(target)
 }

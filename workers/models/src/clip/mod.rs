@@ -1,7 +1,6 @@
 //! CLIP (Radford et al. 2021, arXiv 2103.00020) and SigLIP (Zhai et al. 2023, arXiv 2303.15343): images and texts as vectors of one space,
 //! in the weight layout of Hugging Face's `CLIPModel` and `SiglipModel`.
 
-mod checkpoint;
 mod config;
 pub mod openclip;
 mod pool;
@@ -14,7 +13,6 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
 
-pub use checkpoint::is_clip;
 pub use config::{ClipConfig, ClipFamily, ClipTextConfig, ClipVision, ResNetConfig};
 pub use score::{ClipScorer, clip_score};
 pub use tokenizer::ClipTokenizer;
@@ -178,8 +176,7 @@ impl Clip {
             ImageSide::ResNet(_) => 1,
         };
         let together = together.min(images.len().div_ceil(rayon::current_num_threads()));
-        let features =
-            images.par_chunks(together).map(|images| self.image_features(&Pixels::stack(images, &self.device)?));
+        let features = images.par_chunks(together).map(|images| self.image_features(&Pixels::stack(images, &self.device)?));
         Ok(Tensor::cat(&features.collect::<Result<Vec<_>>>()?, 0)?)
     }
 

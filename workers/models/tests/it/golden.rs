@@ -51,7 +51,7 @@ fn language_model_logits_agree_under_padding() {
 #[test]
 fn greedy_and_beam_captions_agree_token_by_token() {
     let (checkpoint, med, golden) = model("captioner");
-    let side = checkpoint.config().vision_config.image_size;
+    let side = checkpoint.config().unwrap().vision_config.image_size;
     let images: Vec<Pixels> = (0..3)
         .map(|i| Pixels::new(side, golden["pixels"].get(i).unwrap().flatten_all().unwrap().to_vec1().unwrap()).unwrap())
         .collect();
@@ -67,7 +67,7 @@ fn greedy_and_beam_captions_agree_token_by_token() {
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                   "max_input_chars_per_word": 100, "vocab": vocab},
     });
-    let config = &checkpoint.config().text_config;
+    let config = &checkpoint.config().unwrap().text_config;
     let tokenizer = TextTokenizer::from_json(json.to_string(), config, Path::new("golden")).unwrap();
 
     let greedy = Sampling { min_length: 0, max_length: 16, ..Sampling::new(Strategy::Greedy) };
@@ -122,7 +122,7 @@ fn matching_and_contrastive_scores_agree_under_padding() {
     assert!(difference(&with_cls, &golden["itm_cls"]) < TOLERANCE);
 
     // The golden run puts [ENC] after [DEC].
-    let enc = checkpoint.config().text_config.bos_token_id + 1;
+    let enc = checkpoint.config().unwrap().text_config.bos_token_id + 1;
     let (rows, width) = text.dims2().unwrap();
     let first = Tensor::full(enc, (rows, 1), &Device::Cpu).unwrap();
     let grounded = Tensor::cat(&[&first, &text.narrow(1, 1, width - 1).unwrap()], 1).unwrap();

@@ -4,6 +4,7 @@
 mod checkpoint;
 mod decoding;
 mod fixture;
+mod formats;
 mod golden;
 mod gradients;
 mod scoring;

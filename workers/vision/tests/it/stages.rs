@@ -159,8 +159,8 @@ async fn models_that_do_not_fit_are_refused() {
         |folders: &[&std::path::Path]| ImageScorer::open(folders, &ScoreConfig::default(), &worker()).err().unwrap().to_string();
     assert!(score(&[&checkpoint("captioner")]).contains("text_encoder"));
     assert!(score(&[&checkpoint("filter"), &checkpoint("filter")]).contains("one of each kind"));
-    assert!(capfilt_vision::check_checkpoint(folder.path(), "clip").is_ok());
-    let other = capfilt_vision::check_checkpoint(folder.path(), "filter").unwrap_err().to_string();
+    assert!(capfilt_vision::check_checkpoint(folder.path(), Some("clip")).is_ok());
+    let other = capfilt_vision::check_checkpoint(folder.path(), Some("filter")).unwrap_err().to_string();
     assert!(other.contains("CLIP"), "{other}");
-    assert!(capfilt_vision::check_checkpoint(&checkpoint("filter"), "clip").is_err());
+    assert!(capfilt_vision::check_checkpoint(&checkpoint("filter"), Some("clip")).is_err());
 }

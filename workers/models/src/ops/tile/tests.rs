@@ -174,7 +174,8 @@ fn absorbed_cross_attention_equals_the_definition_whatever_else_is_asked() {
                     assert_eq!(alone, seen[row * total..][..total], "{instructions:?} row {row}");
                     let of_image = &numbers[image * states_count * depth..][..states_count * depth];
                     let project = |weight: &[f32], at: usize, state: usize| {
-                        let terms = (0..depth).map(|i| f64::from(weight[at * depth + i]) * f64::from(of_image[state * depth + i]));
+                        let terms =
+                            (0..depth).map(|i| f64::from(weight[at * depth + i]) * f64::from(of_image[state * depth + i]));
                         terms.sum::<f64>()
                     };
                     for (head, i) in [(0, 0), (2, width - 1)] {
