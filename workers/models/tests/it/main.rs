@@ -2,9 +2,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod checkpoint;
+mod clip;
 mod decoding;
+mod families;
 mod fixture;
 mod golden;
 mod gradients;
+mod inputs;
+mod real;
 mod scoring;
 mod text;
