@@ -17,6 +17,7 @@ bench: ## All benches, or one: make bench NAME=fetch
 goldens: ## Makes the models' golden files again with transformers (installs torch into .venv-goldens)
 	@scripts/setup.sh goldens
 	@.venv-goldens/bin/python workers/models/tests/goldens/make_goldens.py
+	@.venv-goldens/bin/python workers/models/tests/goldens/make_checkpoints.py
 
 fuzz: ## Fuzzes the parsers of foreign bytes for ten minutes each (needs a nightly toolchain)
 	@scripts/fuzz.sh

@@ -9,7 +9,7 @@ command -v cargo >/dev/null || export PATH="$HOME/.cargo/bin:$PATH"
 scripts/setup.sh bench
 export IMG2DATASET=$PWD/.venv-bench/bin/img2dataset
 # The peer of `models` is large; it takes part where `scripts/setup.sh goldens` has been run.
-[ ! -x .venv-goldens/bin/python ] || export BLIP_PYTHON=$PWD/.venv-goldens/bin/python
+[ ! -x .venv-goldens/bin/python ] || export TRANSFORMERS_PYTHON=$PWD/.venv-goldens/bin/python
 export CC2DATASET_PYTHON=$PWD/.venv-bench/bin/python MATCHING_PYTHON=$PWD/.venv-bench/bin/python DUCKDB_PYTHON=$PWD/.venv-bench/bin/python
 data=$PWD/.cache/bench
 mkdir -p "$data"
@@ -31,7 +31,8 @@ for name in "$@"; do
       .venv-bench/bin/python workers/crawler/benches/matching_data.py "$MATCHING_DATA"
       ;;
     balance) package=capfilt-coordinator ;;
-    models | rebuild) package=capfilt-tests ;;
+    models) package=capfilt-models ;;
+    rebuild) package=capfilt-tests ;;
     *) echo "bench: there is no bench '$name'" >&2 && exit 2 ;;
   esac
   cargo bench --package "$package" --locked --quiet --bench "$name"

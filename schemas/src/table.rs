@@ -34,9 +34,12 @@ pub mod column {
     pub const WEB_ITC: &str = "web_itc";
     pub const SYNTHETIC_ITM: &str = "synthetic_itm";
     pub const SYNTHETIC_ITC: &str = "synthetic_itc";
+    pub const WEB_CLIP: &str = "web_clip";
+    pub const SYNTHETIC_CLIP: &str = "synthetic_clip";
     pub const ORIGIN: &str = "origin";
     pub const ITM: &str = "itm";
     pub const ITC: &str = "itc";
+    pub const CLIP: &str = "clip";
     pub const SHARD: &str = "shard";
     pub const ROW: &str = "row";
     pub const FILE: &str = "file";
@@ -63,7 +66,8 @@ pub enum Table {
     Annotated,
     /// The captioner's texts. Row i answers row i of a `samples` shard.
     Captions,
-    /// The filter's judgement of the web text and of every synthetic text. Row i answers row i of a `samples` shard.
+    /// The judgement of the web text and of every synthetic text: of the filter, and of a CLIP model if the run has one. Row i answers
+    /// row i of a `samples` shard.
     Scores,
     /// A dataset version: kept texts and where their image is. A list, no image bytes. Sorted by (`sample_id`, `origin`, `text`).
     Dataset,
@@ -103,6 +107,16 @@ impl Table {
         }
     }
 
+    /// Columns that not every run fills. A shard in which one holds nothing is stored without it, and read as if it held nulls.
+    #[must_use]
+    pub const fn optional(self) -> &'static [&'static str] {
+        match self {
+            Self::Scores => &[column::WEB_CLIP, column::SYNTHETIC_CLIP],
+            Self::Dataset => &[column::CLIP],
+            _ => &[],
+        }
+    }
+
     /// The table's columns, in order.
     #[must_use]
     pub fn schema(self) -> SchemaRef {
@@ -139,6 +153,8 @@ impl Table {
                 maybe(c::WEB_ITC, DataType::Float32),
                 list(c::SYNTHETIC_ITM, DataType::Float32, false),
                 list(c::SYNTHETIC_ITC, DataType::Float32, false),
+                maybe(c::WEB_CLIP, DataType::Float32),
+                list(c::SYNTHETIC_CLIP, DataType::Float32, true),
             ],
             Self::Dataset => vec![
                 text(c::SAMPLE_ID),
@@ -150,6 +166,7 @@ impl Table {
                 text(c::SHA256),
                 text(c::SHARD),
                 Field::new(c::ROW, DataType::UInt32, false),
+                maybe(c::CLIP, DataType::Float32),
             ],
             Self::Models => {
                 vec![text(c::FILE), Field::new(c::PART, DataType::UInt32, false), Field::new(c::BYTES, DataType::Binary, false)]

@@ -36,6 +36,8 @@ const OWNED: &[(&str, &[&str])] = &[
     ("tokenizers", &["capfilt-models"]),
     ("reqwest", &["capfilt-crawler"]),
     ("clap", &["capfilt"]),
+    ("hf-hub", &["capfilt"]),
+    ("ureq", &["capfilt"]),
     ("anyhow", &["capfilt"]),
     ("async-nats", &["capfilt-runtime"]),
 ];

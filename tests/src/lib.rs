@@ -12,18 +12,18 @@ use serde_json::json;
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Figures of one bench, larger is better, in the order in which they were taken.
-pub struct Figures {
+pub struct Figures<'a> {
     /// The bench: the name of its line and of its file `target/bench/<name>.jsonl`.
-    pub name: &'static str,
+    pub name: &'a str,
     /// What the figures count, for a second: `images/s/core`.
-    pub unit: &'static str,
+    pub unit: &'a str,
     /// Our figures.
     pub ours: Vec<f64>,
     /// The peer and its figures, each taken right after ours.
     pub peer: Option<(String, Vec<f64>)>,
 }
 
-impl Figures {
+impl Figures<'_> {
     /// Prints a line for a person and appends one of JSON.
     ///
     /// # Errors

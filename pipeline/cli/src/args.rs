@@ -6,6 +6,7 @@ use capfilt_coordinator::export;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::by_hand::{CaptionArgs, ScoreArgs};
 use crate::download::DownloadArgs;
 
 /// Makes vision-language training sets: gathers image-text pairs by query, captions and filters them (CapFilt), rebuilds the dataset,
@@ -55,6 +56,10 @@ pub(crate) enum Verb {
     Status(ViewArgs),
     /// Download a list of image addresses into files for training, with img2dataset's flags and layouts
     Download(Box<DownloadArgs>),
+    /// Caption images with a model, to try it by hand
+    Caption(Box<CaptionArgs>),
+    /// Score texts against images with a filter, a CLIP model or both, to try them by hand
+    Score(ScoreArgs),
     /// Make query lists, and look at how they and texts meet
     #[command(subcommand)]
     Queries(QueriesVerb),
@@ -378,10 +383,53 @@ pub(crate) enum ModelVerb {
     List(StoreArgs),
     /// Show a model: its roles, config and metrics
     Show(ModelArgs),
+    /// Put a checkpoint of any format into the store
+    #[command(after_help = MODEL_NAMES)]
+    Import(ImportArgs),
+    /// Write a model as a folder that Hugging Face transformers opens
+    #[command(after_help = MODEL_NAMES)]
+    Export(ModelExportArgs),
     /// Let a model play a role
+    #[command(after_help = MODEL_NAMES)]
     Promote(PromoteArgs),
     /// Give a role back to the model that played it before
     Rollback(RollbackArgs),
+}
+
+/// How models are named.
+const MODEL_NAMES: &str = "How a model is named:\n  \
+    owner/name           a repository of the Hugging Face hub; owner/name@REVISION is its branch, tag, pull request (refs/pr/18) or commit\n  \
+    folder               a local checkpoint; it comes before a repository of the same name\n  \
+    captioner, filter    what plays the role in the store\n  \
+    1a2b3c               a model of the store, by the first characters of its digest\n\n\
+    ./name is always a folder, hf:owner/name always a repository. Checkpoints are those of BLIP, in the layout of transformers or as \
+    BLIP's own .pth files with a tokenizer.json beside: safetensors, .bin, .pth, also in shards.\n\n\
+    The hub: files go to the cache of its own tools, and are not fetched twice (HF_HOME, HF_HUB_CACHE). HF_TOKEN opens restricted \
+    repositories, HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 keeps to the cache.";
+
+#[derive(Args, Debug)]
+pub(crate) struct ImportArgs {
+    /// The checkpoint
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// Let it play this role: `captioner` or `filter`
+    #[arg(long)]
+    pub(crate) role: Option<String>,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ModelExportArgs {
+    /// The model
+    pub(crate) model: String,
+    /// Where to: a folder that is not there, or empty
+    pub(crate) folder: PathBuf,
+    /// Replace what is there
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
 }
 
 #[derive(Args, Debug)]
@@ -396,7 +444,7 @@ pub(crate) struct ModelArgs {
 pub(crate) struct PromoteArgs {
     /// The role: `captioner` or `filter`
     pub(crate) role: String,
-    /// A digest, of which the first characters do, or a folder with a checkpoint
+    /// The model
     pub(crate) model: String,
     /// Why, for the history
     #[arg(long, default_value = "by hand")]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use capfilt_coordinator::SqlConfig;
 use capfilt_coordinator::balance::BalanceConfig;
-use capfilt_coordinator::build::BuildConfig;
+use capfilt_coordinator::build::{BuildConfig, Policy, Score};
 use capfilt_coordinator::plan::{PlanConfig, StageParams};
 use capfilt_coordinator::retrain::RetrainConfig;
 use capfilt_crawler::{
@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::args::Format;
+use crate::models::Source;
 use crate::output::Failure;
 
 /// Everything a run can be told. What can change a byte of the result stands outside of `[worker]`; what only changes speed and route
@@ -98,10 +99,13 @@ pub(crate) struct QueriesSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ModelsSection {
-    /// A checkpoint folder, or `promoted` for the model that plays the role in the store.
+    /// A checkpoint folder, a repository of the Hugging Face hub (`owner/name`, `owner/name@revision`), the first characters of the
+    /// digest of a model in the store, or `promoted` for the one that plays the role there.
     pub(crate) captioner: String,
     /// As `captioner`.
     pub(crate) filter: String,
+    /// A checkpoint folder of a CLIP, whose cosines stand beside the filter's scores.
+    pub(crate) clip: Option<String>,
 }
 
 /// `[train.<role>]`: the built-in trainer's settings, or a command and whatever settings it wants.
@@ -176,6 +180,8 @@ pub(crate) struct Inputs {
 pub(crate) struct Models {
     pub(crate) captioner: Digest,
     pub(crate) filter: Digest,
+    /// That of all rounds.
+    pub(crate) clip: Option<Digest>,
 }
 
 impl RunConfig {
@@ -196,12 +202,12 @@ impl RunConfig {
         }
         let mut config: Self = table.try_into().map_err(|e: toml::de::Error| usage(e.to_string().trim_end().to_owned()))?;
         let folder = std::path::absolute(path).map_err(|e| usage(e.to_string()))?;
-        config.make_absolute(folder.parent().unwrap_or(&folder));
+        config.make_absolute(folder.parent().unwrap_or(&folder)).map_err(|f| usage(f.text()))?;
         config.check().map_err(|f| usage(f.text()))?;
         Ok(config)
     }
 
-    fn make_absolute(&mut self, folder: &Path) {
+    fn make_absolute(&mut self, folder: &Path) -> Result<(), Failure> {
         let join = |path: &mut PathBuf| *path = clean(&folder.join(&path));
         join(&mut self.queries.path);
         join(&mut self.report.path);
@@ -225,14 +231,19 @@ impl RunConfig {
         if !self.run.store.contains(':') {
             text(&mut self.run.store);
         }
-        for model in self.models.iter_mut().flat_map(|models| [&mut models.captioner, &mut models.filter]) {
-            if *model != "promoted" {
+        let models = self
+            .models
+            .iter_mut()
+            .flat_map(|models| [&mut models.captioner, &mut models.filter].into_iter().chain(&mut models.clip));
+        for model in models {
+            if let Source::Folder(_) = Source::of_config(model, folder)? {
                 text(model);
             }
         }
         if let Some(export) = &mut self.export {
             text(&mut export.folder);
         }
+        Ok(())
     }
 
     fn check(&self) -> Result<(), Failure> {
@@ -251,6 +262,11 @@ impl RunConfig {
         }
         if self.models.is_none() && self.run.rounds > 0 {
             let what = "[models] with `captioner` and `filter` is missing; to gather only, set `run.rounds = 0`";
+            return Err(Failure::Usage(what.to_owned()));
+        }
+        let clip = self.models.as_ref().and_then(|models| models.clip.as_ref());
+        if self.build.policy == Policy::Rank && self.build.rank_by == Score::Clip && clip.is_none() {
+            let what = "build.rank_by is \"clip\", but no CLIP scores the texts; name one in `models.clip`, or rank by \"itc\" or \"itm\"";
             return Err(Failure::Usage(what.to_owned()));
         }
         if self.retrain.enabled && self.train.is_empty() {
@@ -322,8 +338,8 @@ impl RunConfig {
             fetch: json(&self.fetch.params(&self.run.snapshot).map_err(|e| Failure::Usage(capfilt_store::chain(&e)))?)?,
             annotated: inputs.annotated.iter().map(json).collect::<Result<_, _>>()?,
             heldout: inputs.heldout.iter().map(json).collect::<Result<_, _>>()?,
-            caption: json(&self.caption)?,
-            score: json(&self.score)?,
+            caption: json(&self.caption.params(&self.worker.vision))?,
+            score: json(&self.score.params(&self.worker.vision, models.and_then(|m| m.clip)))?,
             build: json(&self.build)?,
             train: self.train_params()?,
             evaluate: json(&self.evaluate)?,
@@ -458,6 +474,46 @@ mod tests {
                 SourceConfig::Archive(_) | SourceConfig::List(_) | SourceConfig::Search(_) => {}
             }
         }
+    }
+
+    /// The config of the demo with some settings changed.
+    fn demo(changes: &[&str]) -> Result<RunConfig, String> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/demo.toml");
+        let changes: Vec<String> = changes.iter().map(|change| (*change).to_owned()).collect();
+        RunConfig::load(&path, &changes).map_err(|f| f.text())
+    }
+
+    #[test]
+    fn ranking_by_clip_needs_a_clip() {
+        let rank = ["build.policy=rank", "build.rank_by=clip"];
+        let refused = demo(&rank).unwrap_err();
+        assert!(refused.contains("models.clip"), "{refused}");
+        let config = demo(&[rank[0], rank[1], "models.clip=some/clip"]).unwrap();
+        let clip = config.models.unwrap().clip.unwrap();
+        assert!(clip.ends_with("configs/some/clip") && Path::new(&clip).is_absolute(), "{clip}");
+    }
+
+    #[test]
+    fn what_changes_captions_and_scores_is_in_their_parameters_and_nothing_else_is() {
+        let params = |changes: &[&str], clip: Option<Digest>| {
+            let config = demo(changes).unwrap();
+            let vision = &config.worker.vision;
+            (json(&config.caption.params(vision)).unwrap(), json(&config.score.params(vision, clip)).unwrap())
+        };
+        let (caption, score) = params(&[], None);
+        assert_eq!(score, serde_json::json!({"first_token": "enc"}));
+        assert_eq!(caption["sampling"]["top_p"], 0.9);
+        assert!(caption.get("dtype").is_none() && caption["sampling"].get("strategy").is_none());
+        assert_eq!(params(&["caption.dtype=f32", "score.dtype=f32"], None), (caption.clone(), score.clone()));
+        let (half, half_score) = params(&["worker.vision.device=cuda:0"], None);
+        assert_eq!((&half["dtype"], &half_score["dtype"]), (&Value::from("bf16"), &Value::from("bf16")));
+        assert_eq!(params(&["worker.vision.device=cuda:0", "caption.dtype=f32"], None).0, caption);
+        let digest = Digest::of(b"a clip");
+        assert_eq!(params(&[], Some(digest)).1["clip"], digest.to_string());
+        let beam = params(&["caption.sampling.strategy=beam", "caption.sampling.num_beams=5"], None).0;
+        assert_eq!(beam["sampling"]["num_beams"], 5);
+        let refused = demo(&["caption.sampling.num_beams=5"]).unwrap_err();
+        assert!(refused.contains("strategy"), "{refused}");
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! `capfilt`: the one program. It joins the crates of the house, reads the config, and shows people what happens.
 
 mod args;
+mod by_hand;
 mod config;
 mod dataset;
 mod doctor;
 mod download;
+mod hub;
 mod interrupt;
 mod job;
 mod machine;
@@ -68,6 +70,8 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Dataset(verb) => dataset::run(verb).await,
         Verb::Model(verb) => models::run(verb).await,
         Verb::Store(verb) => store::run(verb).await,
+        Verb::Caption(args) => by_hand::caption(*args).await,
+        Verb::Score(args) => by_hand::score(args).await,
         Verb::Download(args) => download::run(*args).await,
         Verb::Doctor(doctor) => doctor::run(doctor).await,
     }

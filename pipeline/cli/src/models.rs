@@ -1,16 +1,19 @@
 //! `capfilt model …`
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use capfilt_schemas::{AliasEvent, Digest, StageKind};
-use capfilt_store::{ROLES, Store};
+use capfilt_store::{IMPORTED, ROLES, Store};
 use serde_json::json;
+use tempfile::TempDir;
 
 use crate::args::ModelVerb;
 use crate::config::{Models, RunConfig};
+use crate::hub::{Hub, HubName};
 use crate::output::{Failure, bytes, moment, say, say_json, table};
 use crate::store::{open, open_or_make};
 
@@ -19,13 +22,13 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
         ModelVerb::List(args) => {
             let store = open(&args).await?;
             let mut events = Vec::new();
-            for role in ROLES {
+            for role in lists() {
                 events.extend(store.alias_events(role).await?);
             }
             if args.json {
                 say_json(&events)?;
             } else if events.is_empty() {
-                say("no model plays a role yet");
+                say("there are no models yet");
             } else {
                 say(&history(&events));
             }
@@ -34,18 +37,44 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
             let store = open(&args.store).await?;
             show(&store, &args.model, args.store.json).await?;
         }
+        ModelVerb::Import(args) => {
+            let store = open_or_make(&args.store).await?;
+            if let Some(role) = &args.role {
+                known_role(role)?;
+            }
+            let source = Source::of_argument(&args.model)?;
+            let folder = checkpoint(&source, Some(&store)).await?;
+            let digest = import(Some(&store), &folder.path, args.role.as_deref()).await?;
+            let role = args.role.as_deref().unwrap_or(IMPORTED);
+            let key = format!("import/{digest}");
+            let event = store.set_alias(role, digest, "import", &format!("from {source}"), &key, BTreeMap::new()).await?;
+            match args.store.json {
+                true => say_json(&event)?,
+                false => say(&digest.to_string()),
+            }
+        }
+        ModelVerb::Export(args) => {
+            let store = open(&args.store).await?;
+            let model = checkpoint(&Source::of_argument(&args.model)?, Some(&store)).await?;
+            export(&model.path, &args.folder, args.overwrite)?;
+            if args.store.json {
+                say_json(&json!({ "folder": args.folder }))?;
+            } else {
+                say(&format!("written to {}", args.folder.display()));
+            }
+        }
         ModelVerb::Promote(args) => {
             let store = open_or_make(&args.store).await?;
             known_role(&args.role)?;
-            let folder = Path::new(&args.model);
-            let model = if folder.is_dir() {
-                import(Some(&store), folder, &args.role).await?
-            } else {
-                let model = resolve(&store, &args.model).await?;
-                let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
-                store.write_model(&model, folder.path()).await?;
-                usable(folder.path(), &args.role).with_context(|| format!("model {}", model.short()))?;
-                model
+            let source = Source::of_argument(&args.model)?;
+            let folder = checkpoint(&source, Some(&store)).await?;
+            let model = match &source {
+                Source::Store(name) => {
+                    let model = resolve(&store, name).await?;
+                    usable(&folder.path, Some(&args.role)).with_context(|| format!("model {}", model.short()))?;
+                    model
+                }
+                _ => import(Some(&store), &folder.path, Some(&args.role)).await?,
             };
             let event = store.set_alias(&args.role, model, "promote", &args.reason, "", BTreeMap::new()).await?;
             tell(&event, args.store.json)?;
@@ -78,27 +107,131 @@ fn before_last(events: &[AliasEvent]) -> Option<&AliasEvent> {
     in_force.iter().rev().nth(1).copied()
 }
 
-/// The models of the first round: checkpoint folders, put into the store if `write`, or whatever plays the role there. None if the run
-/// has no rounds.
+/// Where a model comes from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Source {
+    /// A local folder.
+    Folder(PathBuf),
+    /// A repository of the Hugging Face hub.
+    Hub(HubName),
+    /// A model of the store: a role, or the first characters of a digest.
+    Store(String),
+    /// What plays the role in the store when the run begins.
+    Promoted,
+}
+
+impl Source {
+    /// What a name on the command line means. `hf:` before a name makes it one of the hub, a leading `/` or `.` a folder. Without
+    /// either, what is a folder is a folder, what has one `/` is a name of the hub, and anything else one of the store.
+    pub(crate) fn of_argument(text: &str) -> Result<Self, Failure> {
+        match Self::by_form(text, Path::new(""))? {
+            Some(source) => Ok(source),
+            None => Ok(Self::Store(text.to_owned())),
+        }
+    }
+
+    /// What a name in a config means, the same with three differences: folders start from the config's, `promoted` is what plays the
+    /// role, and what is neither a name of the hub nor like a digest is a folder, even if it is not there.
+    pub(crate) fn of_config(text: &str, folder: &Path) -> Result<Self, Failure> {
+        if text == "promoted" {
+            return Ok(Self::Promoted);
+        }
+        let digest = (6..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_hexdigit());
+        match Self::by_form(text, folder)? {
+            Some(source) => Ok(source),
+            None if digest => Ok(Self::Store(text.to_owned())),
+            None => Ok(Self::Folder(folder.join(text))),
+        }
+    }
+
+    fn by_form(text: &str, folder: &Path) -> Result<Option<Self>, Failure> {
+        if let Some(name) = text.strip_prefix("hf:") {
+            let hub = HubName::parse(name).map(Self::Hub);
+            let what = "is no name of the hub; it has the form `hf:owner/name` or `hf:owner/name@revision`";
+            return hub.map(Some).ok_or_else(|| Failure::Usage(format!("`{text}` {what}")));
+        }
+        let path = folder.join(text);
+        if text.starts_with(['/', '.']) || path.is_dir() {
+            return Ok(Some(Self::Folder(path)));
+        }
+        Ok(HubName::parse(text).map(Self::Hub))
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(path) => write!(f, "{}", path.display()),
+            Self::Hub(name) => write!(f, "hf:{name}"),
+            Self::Store(name) => f.write_str(name),
+            Self::Promoted => f.write_str("promoted"),
+        }
+    }
+}
+
+/// A folder with a checkpoint, there for as long as this is kept.
+pub(crate) struct CheckpointFolder {
+    pub(crate) path: PathBuf,
+    _copy: Option<TempDir>,
+}
+
+/// The folder of a model: itself, the hub's cache, or a copy out of the store.
+pub(crate) async fn checkpoint(source: &Source, store: Option<&Store>) -> Result<CheckpointFolder, Failure> {
+    match (source, store) {
+        (Source::Folder(path), _) => Ok(CheckpointFolder { path: path.clone(), _copy: None }),
+        (Source::Hub(name), _) => {
+            let path = Hub::from_env()?.checkpoint(name).await?;
+            Ok(CheckpointFolder { path, _copy: None })
+        }
+        (Source::Store(name), Some(store)) => {
+            let model = resolve(store, name).await?;
+            let copy = tempfile::tempdir().context("cannot make a temporary folder")?;
+            store.write_model(&model, copy.path()).await?;
+            Ok(CheckpointFolder { path: copy.path().to_owned(), _copy: Some(copy) })
+        }
+        (Source::Store(_) | Source::Promoted, _) => {
+            Err(Failure::Usage(format!("`{source}` is neither a folder nor a name of the hub (`owner/name`)")))
+        }
+    }
+}
+
+/// The models of the first round: checkpoints, put into the store if `write`, or what is there already. None if the run has no rounds.
 pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Result<Option<Models>, Failure> {
     let Some(named) = config.models.as_ref().filter(|_| config.run.rounds > 0) else { return Ok(None) };
     let mut digests = Vec::new();
     for (role, model) in ROLES.iter().zip([&named.captioner, &named.filter]) {
-        if model == "promoted" {
-            let event = store.model_in_role(role).await?;
-            let event =
-                event.ok_or_else(|| Failure::Usage(format!("models.{role} is `promoted`, but no model plays that role yet")))?;
-            digests.push(event.model);
-            continue;
-        }
-        let digest = import(write.then_some(store), Path::new(model), role).await?;
+        let source = Source::of_config(model, Path::new(""))?;
+        let digest = match &source {
+            Source::Promoted => {
+                let event = store.model_in_role(role).await?;
+                let missing = || Failure::Usage(format!("models.{role} is `promoted`, but no model plays that role yet"));
+                digests.push(event.ok_or_else(missing)?.model);
+                continue;
+            }
+            Source::Store(name) => resolve(store, name).await?,
+            Source::Folder(_) | Source::Hub(_) => {
+                let folder = checkpoint(&source, None).await?;
+                import(write.then_some(store), &folder.path, Some(role)).await?
+            }
+        };
         if write && store.model_in_role(role).await?.is_none() {
             let reason = format!("first model of run {}", config.run.name);
             store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
         }
         digests.push(digest);
     }
-    Ok(Some(Models { captioner: digests[0], filter: digests[1] }))
+    let clip = match &named.clip {
+        Some(model) => Some(match Source::of_config(model, Path::new(""))? {
+            Source::Promoted => return Err(Failure::Usage("models.clip is `promoted`, but a CLIP plays no role".to_owned())),
+            Source::Store(name) => resolve(store, &name).await?,
+            source @ (Source::Folder(_) | Source::Hub(_)) => {
+                let folder = checkpoint(&source, None).await?;
+                import(write.then_some(store), &folder.path, Some("clip")).await?
+            }
+        }),
+        None => None,
+    };
+    Ok(Some(Models { captioner: digests[0], filter: digests[1], clip }))
 }
 
 /// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
@@ -118,26 +251,58 @@ pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: Opt
     Ok(())
 }
 
-/// Tells a checkpoint folder's digest, and puts it into the store, if one is given and has it not.
-async fn import(store: Option<&Store>, folder: &Path, role: &str) -> Result<Digest, Failure> {
+/// Tells a checkpoint folder's digest, and puts it into the store, if one is given and has it not. What is not in the layout of the store
+/// is brought into it.
+async fn import(store: Option<&Store>, folder: &Path, role: Option<&str>) -> Result<Digest, Failure> {
     usable(folder, role)?;
-    let mut files = BTreeMap::new();
-    for name in capfilt_store::CHECKPOINT_FILES {
-        let path = folder.join(name);
-        let bytes = std::fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-        files.insert((*name).to_owned(), bytes);
-    }
-    let model = Store::open("memory:").await?.put_model(&files).await?;
+    let written;
+    let names = capfilt_vision::stored_files(folder).context("cannot read the checkpoint")?;
+    let as_stored = names.iter().all(|name| folder.join(name).is_file());
+    let folder = if as_stored {
+        folder
+    } else {
+        written = tempfile::tempdir().context("cannot make a temporary folder")?;
+        capfilt_vision::write_checkpoint(folder, written.path())
+            .context("cannot bring the checkpoint into the store's layout")?;
+        written.path()
+    };
+    let model = Store::open("memory:").await?.put_files(folder, &names).await?;
     if let Some(store) = store
         && !store.holds(&model).await?
     {
-        store.put_model(&files).await?;
+        store.put_files(folder, &names).await?;
     }
     Ok(model.digest)
 }
 
-fn usable(folder: &Path, role: &str) -> anyhow::Result<()> {
-    capfilt_vision::check_checkpoint(folder, role).with_context(|| format!("`{}` is no usable {role}", folder.display()))
+/// Writes the checkpoint in a folder into another, as transformers opens it. It appears whole.
+fn export(model: &Path, target: &Path, overwrite: bool) -> Result<(), Failure> {
+    let there = target.exists();
+    let empty = std::fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
+    if there && !empty && !overwrite {
+        return Err(Failure::Usage(format!("`{}` is not empty; --overwrite replaces it", target.display())));
+    }
+    let cannot = || format!("cannot write `{}`", target.display());
+    let parent = std::path::absolute(target).with_context(cannot)?.parent().map(Path::to_owned).unwrap_or_default();
+    std::fs::create_dir_all(&parent).with_context(cannot)?;
+    let aside = tempfile::Builder::new().prefix(".capfilt-export-").tempdir_in(parent).with_context(cannot)?;
+    let (new, old) = (aside.path().join("new"), aside.path().join("old"));
+    capfilt_vision::write_checkpoint(model, &new).with_context(cannot)?;
+    if there {
+        std::fs::rename(target, &old).with_context(cannot)?;
+    }
+    std::fs::rename(&new, target).with_context(cannot)?;
+    Ok(())
+}
+
+fn usable(folder: &Path, role: Option<&str>) -> anyhow::Result<()> {
+    let what = role.unwrap_or("checkpoint");
+    capfilt_vision::check_checkpoint(folder, role).with_context(|| format!("`{}` is no usable {what}", folder.display()))
+}
+
+/// The roles, and the list of models without one.
+fn lists() -> impl Iterator<Item = &'static str> {
+    ROLES.iter().copied().chain([IMPORTED])
 }
 
 fn known_role(role: &str) -> Result<(), Failure> {
@@ -154,7 +319,7 @@ async fn resolve(store: &Store, name: &str) -> Result<Digest, Failure> {
         return event.map(|e| e.model).ok_or_else(|| Failure::Usage(format!("no model plays the role `{name}` yet")));
     }
     let mut known = BTreeSet::new();
-    for role in ROLES {
+    for role in lists() {
         known.extend(store.alias_events(role).await?.into_iter().map(|e| e.model));
     }
     for commit in store.commits(StageKind::Train).await? {
@@ -163,7 +328,9 @@ async fn resolve(store: &Store, name: &str) -> Result<Digest, Failure> {
     let found: Vec<Digest> = known.into_iter().filter(|d| d.to_string().starts_with(name)).collect();
     match found[..] {
         [one] => Ok(one),
-        [] => Err(Failure::Usage(format!("no model `{name}` in the store; give a role, a digest or a checkpoint folder"))),
+        [] => Err(Failure::Usage(format!(
+            "no model `{name}` in the store; give a role, a digest, a checkpoint folder or a name of the hub (`owner/name`)"
+        ))),
         _ => Err(Failure::Usage(format!("`{name}` fits {} models; give more characters", found.len()))),
     }
 }
@@ -172,7 +339,7 @@ async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
     let digest = resolve(store, name).await?;
     let files = store.get_model(&digest).await?;
     let mut events = Vec::new();
-    for role in ROLES {
+    for role in lists() {
         events.extend(store.alias_events(role).await?.into_iter().filter(|e| e.model == digest));
     }
     let trained = store.commits(StageKind::Train).await?.into_iter().find(|c| c.outputs.iter().any(|o| o.digest == digest));

@@ -11,12 +11,14 @@ fn help(verbs: &[&str]) -> String {
 
 #[test]
 fn help_texts() {
-    let verbs: [&[&str]; 16] = [
+    let verbs: [&[&str]; 18] = [
         &[],
         &["run"],
         &["retry"],
         &["plan"],
         &["status"],
+        &["caption"],
+        &["score"],
         &["queries"],
         &["queries", "build"],
         &["queries", "stats"],

@@ -57,7 +57,7 @@ pub struct DatasetDiff {
     pub same: bool,
     /// Texts in both.
     pub kept: u64,
-    /// Of those, texts whose ITM or ITC differs.
+    /// Of those, texts whose scores differ.
     pub rescored: u64,
     /// Texts only in the second version, by origin; all origins are there.
     pub added: BTreeMap<String, Moved>,
@@ -165,8 +165,8 @@ impl<'a> Cursor<'a> {
         (self.text(0), self.text(2), self.text(1))
     }
 
-    fn scores(&self) -> (Option<f32>, Option<f32>) {
-        (self.score(3), self.score(4))
+    fn scores(&self) -> [Option<f32>; 3] {
+        [3, 4, 9].map(|column| self.score(column))
     }
 
     fn note(&self, into: &mut BTreeMap<String, Moved>, examples: usize) {

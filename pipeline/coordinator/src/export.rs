@@ -168,6 +168,7 @@ struct Pair {
     text: String,
     itm: Option<f32>,
     itc: Option<f32>,
+    clip: Option<f32>,
     url: String,
     sha256: String,
     picture: Arc<Picture>,
@@ -182,7 +183,7 @@ trait Sink: Send {
 
 /// All texts, by image; `nth` counts the texts of a sample and origin from 1.
 const PAIRS: &str = "
-    SELECT shard, row_no, sample_id, origin, text, itm, itc, url, sha256,
+    SELECT shard, row_no, sample_id, origin, text, itm, itc, clip, url, sha256,
            row_number() OVER (PARTITION BY sample_id, origin ORDER BY text, shard, row_no) AS nth
     FROM dataset
     ORDER BY shard, row_no, origin, nth";
@@ -311,10 +312,10 @@ async fn send(
     let mut rows = sql.query("pairs to export", PAIRS, &[]).await?;
     while let Some(batch) = rows.next().await? {
         let row_no = batch.column(1).as_primitive::<UInt32Type>();
-        let nth = batch.column(9).as_primitive::<UInt64Type>();
+        let nth = batch.column(10).as_primitive::<UInt64Type>();
         for i in 0..batch.num_rows() {
             let text = |c: usize| batch.column(c).as_string::<i32>().value(i).to_owned();
-            if taken_down.covers(&text(7), Some(&text(8))) {
+            if taken_down.covers(&text(8), Some(&text(9))) {
                 continue;
             }
             let (sample_id, origin) = (text(2), text(3));
@@ -330,8 +331,9 @@ async fn send(
                 text: text(4),
                 itm: number::<Float32Type>(batch.column(5), i),
                 itc: number::<Float32Type>(batch.column(6), i),
-                url: text(7),
-                sha256: text(8),
+                clip: number::<Float32Type>(batch.column(7), i),
+                url: text(8),
+                sha256: text(9),
                 picture,
             };
             if sender.send(pair).await.is_err() {
@@ -353,6 +355,7 @@ fn register_dataset(store: &Store, sql: &Sql, version: &DatasetVersion) -> Resul
         column::TEXT,
         column::ITM,
         column::ITC,
+        column::CLIP,
         column::URL,
         column::SHA256,
     ];

@@ -8,9 +8,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray, UInt32Array};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray, UInt32Array, new_null_array};
 use arrow::compute::filter_record_batch;
-use arrow::datatypes::{Schema, SchemaRef};
+use arrow::datatypes::{FieldRef, Schema, SchemaRef};
 use bytes::Bytes;
 use capfilt_schemas::{Digest, Table};
 use capfilt_store::{Store, StoreError};
@@ -284,22 +284,31 @@ pub(crate) async fn open(
     let builder = ParquetRecordBatchStreamBuilder::new(file).await.map_err(fail)?;
     let schema = table.schema();
     let mut places = Vec::with_capacity(columns.len());
+    let mut fields = Vec::with_capacity(columns.len());
     for name in columns {
-        let wanted = schema.field_with_name(name).map(|f| f.data_type());
+        let wanted = schema.field_with_name(name).ok();
+        fields.extend(wanted.cloned());
         match builder.schema().column_with_name(name) {
-            Some((place, field)) if wanted.is_ok_and(|w| w == field.data_type()) => places.push(place),
+            Some((place, field)) if wanted.is_some_and(|w| w.data_type() == field.data_type()) => places.push(Some(place)),
+            None if table.optional().contains(name) => places.push(None),
             _ => return Err(CoordinatorError::Rows { table, shard: digest, problem: format!("has no proper column `{name}`") }),
         }
     }
-    let mask = ProjectionMask::roots(builder.parquet_schema(), places.iter().copied());
+    let mut sorted: Vec<usize> = places.iter().flatten().copied().collect();
+    let mask = ProjectionMask::roots(builder.parquet_schema(), sorted.iter().copied());
     let rows = builder.with_projection(mask).with_batch_size(batch_rows).build().map_err(fail)?;
     // Parquet hands columns out in the order of the file.
-    let mut sorted = places.clone();
     sorted.sort_unstable();
-    let order: Vec<usize> = places.iter().filter_map(|p| sorted.iter().position(|s| s == p)).collect();
+    let order: Vec<Option<usize>> = places.iter().map(|p| sorted.iter().position(|s| Some(*s) == *p)).collect();
+    let schema: SchemaRef = Arc::new(Schema::new(fields));
     let batches = rows.map(move |batch| {
         let batch = batch.map_err(fail)?;
-        batch.project(&order).map_err(|e| parquet_error(table, &digest, e.into()))
+        let column = |(place, field): (&Option<usize>, &FieldRef)| match place {
+            Some(place) => Arc::clone(batch.column(*place)),
+            None => new_null_array(field.data_type(), batch.num_rows()),
+        };
+        let columns = order.iter().zip(schema.fields()).map(column).collect();
+        RecordBatch::try_new(Arc::clone(&schema), columns).map_err(|e| parquet_error(table, &digest, e.into()))
     });
     Ok(batches.boxed())
 }

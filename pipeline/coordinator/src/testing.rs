@@ -40,6 +40,8 @@ pub(crate) struct Sample {
     pub(crate) web: (Option<f32>, Option<f32>),
     pub(crate) itm: Vec<f32>,
     pub(crate) itc: Vec<f32>,
+    /// Of the web text and of the captions, if there is a CLIP model.
+    pub(crate) clip: Option<(f32, Vec<f32>)>,
 }
 
 #[derive(Clone, Debug)]
@@ -76,6 +78,7 @@ pub(crate) fn sample(n: u64, text: &str, itm: f32) -> Sample {
         web: (Some(itm), Some(itm / 2.0)),
         itm: vec![],
         itc: vec![],
+        clip: None,
     }
 }
 
@@ -126,6 +129,8 @@ pub(crate) async fn triplet(store: &Store, rows: &[Sample]) -> Triplet {
         Arc::new(Float32Array::from_iter(rows.iter().map(|r| r.web.1))) as ArrayRef,
         floats(rows.iter().map(|r| r.itm.clone())),
         floats(rows.iter().map(|r| r.itc.clone())),
+        Arc::new(Float32Array::from_iter(rows.iter().map(|r| r.clip.as_ref().map(|c| c.0)))) as ArrayRef,
+        maybe_floats(rows.iter().map(|r| r.clip.as_ref().map(|c| c.1.clone()))),
     ];
     let scores = write(store, Table::Scores, columns).await;
     Triplet { samples, captions, scores }
@@ -183,6 +188,12 @@ fn floats(rows: impl Iterator<Item = Vec<f32>>) -> ArrayRef {
     Arc::new(list.finish())
 }
 
+fn maybe_floats(rows: impl Iterator<Item = Option<Vec<f32>>>) -> ArrayRef {
+    let mut list = ListBuilder::new(Float32Builder::new()).with_field(Arc::new(Field::new("item", DataType::Float32, false)));
+    rows.for_each(|r| list.append_option(r.map(|r| r.into_iter().map(Some))));
+    Arc::new(list.finish())
+}
+
 async fn write(store: &Store, table: Table, columns: Vec<ArrayRef>) -> Digest {
     let mut shard = ShardWriter::new(table).unwrap();
     shard.write(&RecordBatch::try_new(table.schema(), columns).unwrap()).unwrap();
@@ -217,6 +228,7 @@ pub(crate) struct Kept {
     pub(crate) text: String,
     pub(crate) origin: String,
     pub(crate) itm: Option<f32>,
+    pub(crate) clip: Option<f32>,
     pub(crate) url: String,
     pub(crate) shard: String,
     pub(crate) row: u32,
@@ -228,11 +240,13 @@ pub(crate) async fn kept(store: &Store, shards: &[Output]) -> Vec<Kept> {
         let b = store.read_whole(Table::Dataset, &shard.digest).await.unwrap();
         let text = |c: usize, i: usize| b.column(c).as_string::<i32>().value(i).to_owned();
         let itm = b.column(3).as_primitive::<Float32Type>();
+        let clip = b.column(9).as_primitive::<Float32Type>();
         rows.extend((0..b.num_rows()).map(|i| Kept {
             id: text(0, i),
             text: text(1, i),
             origin: text(2, i),
             itm: itm.is_valid(i).then(|| itm.value(i)),
+            clip: clip.is_valid(i).then(|| clip.value(i)),
             url: text(5, i),
             shard: text(7, i),
             row: b.column(8).as_primitive::<UInt32Type>().value(i),

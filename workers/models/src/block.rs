@@ -2,38 +2,10 @@
 
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
-use serde::{Deserialize, Serialize};
 
-use crate::layers::{LayerNorm, Linear};
-use crate::ops::{attention, attention_packed, gelu, quick_gelu, tanh_gelu};
-
-/// The activation of an MLP, by its name in transformers (`hidden_act`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Activation {
-    /// The exact, erf form.
-    #[serde(rename = "gelu")]
-    Gelu,
-    /// `x · σ(1.702 x)`, of OpenAI's CLIP.
-    #[serde(rename = "quick_gelu")]
-    QuickGelu,
-    /// The tanh form, of SigLIP.
-    #[serde(rename = "gelu_pytorch_tanh")]
-    TanhGelu,
-}
-
-impl Activation {
-    /// Element by element.
-    ///
-    /// # Errors
-    /// The tensor library failed.
-    pub fn forward(self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Gelu => gelu(x),
-            Self::QuickGelu => quick_gelu(x),
-            Self::TanhGelu => tanh_gelu(x),
-        }
-    }
-}
+use crate::layers::{LayerNorm, Linear, mlp};
+pub use crate::ops::Activation;
+use crate::ops::{Precision, attention, attention_packed, packed_self_attention};
 
 /// Sizes and kind of a block.
 #[derive(Debug, Clone, Copy)]
@@ -67,6 +39,8 @@ struct SelfAttention {
     scale: f64,
     inputs: Inputs,
     output: Linear,
+    /// Of the products in attention, once packed.
+    precision: Option<Precision>,
 }
 
 /// Projections to queries, keys and values.
@@ -109,8 +83,14 @@ impl Block {
     /// # Errors
     /// Shapes do not fit.
     pub(crate) fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        let x = (x + self.attention.forward(&self.layer_norm1.forward(x)?, mask)?)?;
-        &x + self.mlp.forward(&self.layer_norm2.forward(&x)?)?
+        let x = self.attention.forward_add(x, &self.layer_norm1, mask)?;
+        self.mlp.forward_add(&x, &self.layer_norm2)
+    }
+
+    /// See [`Linear::pack`].
+    pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.attention.pack(precision)?;
+        self.mlp.pack(precision)
     }
 }
 
@@ -123,18 +103,41 @@ impl SelfAttention {
             true => (Inputs::Fused(Linear::load(d, 3 * d, vb.pp("qkv"))?), square("projection")?),
             false => (Inputs::Split(Box::new([square("q_proj")?, square("k_proj")?, square("v_proj")?])), square("out_proj")?),
         };
-        Ok(Self { heads: config.heads, scale: attention_scale(d, config.heads), inputs, output })
+        Ok(Self { heads: config.heads, scale: attention_scale(d, config.heads), inputs, output, precision: None })
     }
 
-    fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    fn pack(&mut self, precision: Precision) -> Result<()> {
+        if let Inputs::Split(parts) = &self.inputs {
+            self.inputs = Inputs::Fused(Linear::concat(&**parts)?);
+        }
+        if let Inputs::Fused(qkv) = &mut self.inputs {
+            qkv.pack(precision)?;
+        }
+        self.precision = Some(precision);
+        self.output.pack(precision)
+    }
+
+    /// `x` and what its tokens, normalised, see in each other.
+    fn forward_add(&self, x: &Tensor, norm: &LayerNorm, mask: Option<&Tensor>) -> Result<Tensor> {
         let mixed = match &self.inputs {
-            Inputs::Fused(qkv) => attention_packed(&qkv.forward(x)?, self.heads, self.scale, mask)?,
+            Inputs::Fused(qkv) => self.mix(&qkv.forward_normed(x, norm)?, mask)?,
             Inputs::Split(parts) => {
                 let [q, k, v] = &**parts;
-                attention(&q.forward(x)?, &k.forward(x)?, &v.forward(x)?, self.heads, self.scale, mask)?
+                let normal = norm.forward(x)?;
+                attention(&q.forward(&normal)?, &k.forward(&normal)?, &v.forward(&normal)?, self.heads, self.scale, mask)?
             }
         };
-        self.output.forward(&mixed)
+        self.output.forward_add(&mixed, x)
+    }
+
+    /// Queries, keys and values side by side to what each token sees.
+    fn mix(&self, qkv: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        if let (Some(precision), None) = (self.precision, mask)
+            && let Some(mixed) = packed_self_attention(qkv, self.heads, self.scale, precision)?
+        {
+            return Ok(mixed);
+        }
+        attention_packed(qkv, self.heads, self.scale, mask)
     }
 }
 
@@ -152,12 +155,18 @@ impl Mlp {
         })
     }
 
-    /// `(.., width)` to the same shape.
+    /// `x` `(.., width)` and what the layers make of it, normalised.
     ///
     /// # Errors
     /// Shapes do not fit.
-    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.fc2.forward(&self.activation.forward(&self.fc1.forward(x)?)?)
+    pub(crate) fn forward_add(&self, x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
+        mlp((&self.fc1, &self.fc2), x, Some(norm), self.activation, x)
+    }
+
+    /// See [`Linear::pack`].
+    pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.fc1.pack(precision)?;
+        self.fc2.pack(precision)
     }
 }
 

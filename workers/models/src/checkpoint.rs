@@ -1,22 +1,30 @@
-//! A checkpoint on disk: `config.json`, `model.safetensors`, `tokenizer.json` and `preprocessor_config.json` in one directory, as
-//! Hugging Face transformers lays it out.
+//! A checkpoint on disk: a config, weights, a vocabulary and the preparation of images in one directory, as Hugging Face transformers
+//! lays it out, or as BLIP's own `.pth` files came.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
-use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, Metadata};
+use safetensors::Dtype;
+use serde::Deserialize;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::clip::{Clip, ClipConfig, ClipFamily, ClipTokenizer, ClipVision};
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result, TensorProblem, TensorProblems};
+use crate::files::{CONFIG, Files, OPEN_CLIP_CONFIG, TOKENIZER_CONFIG, WEIGHTS};
 use crate::med::{Med, Parts};
-use crate::parameters::parameters;
+use crate::original::{infer_config, is_original, translate};
+use crate::parameters::{asked_for, parameters};
 use crate::preprocess::{self, Preprocessor};
 use crate::tokenizer::{self, TextTokenizer};
+use crate::weights::{Weights, write_file};
 
+const WORDS: &str = "text_decoder.bert.embeddings.word_embeddings.weight";
 /// The untied copy of the word embeddings that some files have for the language-model head.
 const HEAD_WEIGHT: &str = "text_decoder.cls.predictions.decoder.weight";
 /// A copy of `text_decoder.cls.predictions.bias` that some files have.
@@ -24,42 +32,64 @@ const HEAD_BIAS: &str = "text_decoder.cls.predictions.decoder.bias";
 /// A constant that older files carry along.
 const CONSTANT: &str = ".position_ids";
 
-/// An opened checkpoint: its config, and its weight file in memory, checked against each other.
+/// What a checkpoint holds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Family {
+    /// A MED: a captioner, a filter, or both.
+    Blip(MedConfig, Parts),
+    /// A CLIP or SigLIP.
+    Clip(ClipConfig),
+}
+
+/// An opened checkpoint: its config, and where its tensors lie, checked against each other. The numbers stay on disk.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
-    config: MedConfig,
-    parts: Parts,
-    weights: Vec<u8>,
+    family: Family,
+    weights: Arc<Weights>,
+    /// BLIP's own files came without the preparation of images, which was always the same.
+    original: bool,
 }
 
 impl Checkpoint {
-    /// Reads a checkpoint directory and compares every tensor of the file with what `config.json` asks for.
+    /// Opens a checkpoint directory and compares every tensor of its weights with what its config asks for.
     ///
-    /// The parts are those that the file has: `text_decoder.*` makes a captioner, `text_encoder.*` a filter, both a full MED.
+    /// The family is the `model_type` of `config.json`; the weights are those that [`Files::pick`] names. BLIP's own names become those of
+    /// transformers, and without a `config.json` such files are told by their shapes. The parts of a MED are those that the weights
+    /// have: `text_decoder.*` makes a captioner, `text_encoder.*` a filter, both a full MED.
     ///
     /// # Errors
     /// A file is unreadable, the config is unusable, or tensors are missing, unknown, misshapen or in another format than F32, F16,
     /// BF16: all of them are named.
     pub fn open(dir: &Path) -> Result<Self> {
-        let config = MedConfig::from_dir(dir)?;
-        let path = weight_file(dir);
-        let weights = read(&path)?;
-        let (_, header) =
-            SafeTensors::read_metadata(&weights).map_err(|source| ModelError::Weights { path: path.clone(), source })?;
-        let has = |prefix: &str| header.offset_keys().iter().any(|name| name.starts_with(prefix));
-        let parts = Parts { decoder: has("text_decoder."), encoder: has("text_encoder.") };
-        if !parts.decoder && !parts.encoder {
-            return Err(ModelError::Config(format!(
-                "{} has neither text_decoder nor text_encoder tensors: it is no BLIP checkpoint",
-                path.display()
-            )));
+        let config = Config::of(dir)?;
+        let mut weights = Weights::open(dir)?;
+        let original = is_original(&weights);
+        if original {
+            weights = weights.rename(translate)?;
         }
-        let problems = compare(&config, parts, &header)?;
+        let family = match config {
+            Config::Clip(config) => Family::Clip(config),
+            Config::Blip(config) => Family::Blip(config, parts(&weights)?),
+            Config::None if original => Family::Blip(infer_config(&weights, dir)?, parts(&weights)?),
+            Config::None => Family::Blip(MedConfig::from_dir(dir)?, parts(&weights)?),
+        };
+        same_image_size(&family, &weights)?;
+        let problems = compare(&family, &weights)?;
         if !problems.is_empty() {
-            return Err(ModelError::Tensors { path, problems: TensorProblems(problems) });
+            return Err(ModelError::Tensors { path: weights.path().to_owned(), problems: TensorProblems(problems) });
         }
-        Ok(Self { dir: dir.to_owned(), config, parts, weights })
+        let constants: Vec<String> =
+            weights.tensors().map(|(name, _)| name.to_owned()).filter(|name| name.ends_with(CONSTANT)).collect();
+        for name in constants {
+            weights.remove(&name);
+        }
+        weights.remove(HEAD_BIAS);
+        if weights.get(HEAD_WEIGHT) == weights.get(WORDS) {
+            // Two names of the same bytes.
+            weights.remove(HEAD_WEIGHT);
+        }
+        Ok(Self { dir: dir.to_owned(), family, weights: Arc::new(weights), original })
     }
 
     /// The directory.
@@ -68,52 +98,99 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// The config.
+    /// What it holds.
     #[must_use]
-    pub fn config(&self) -> &MedConfig {
-        &self.config
+    pub fn family(&self) -> &Family {
+        &self.family
     }
 
-    /// The parts that the weight file has.
-    #[must_use]
-    pub fn parts(&self) -> Parts {
-        self.parts
-    }
-
-    /// The model with all its parts on a device; use f32 on a CPU.
+    /// The config of a MED.
     ///
     /// # Errors
-    /// The device has no memory, or does not know the number type.
+    /// It is another model.
+    pub fn config(&self) -> Result<&MedConfig> {
+        match &self.family {
+            Family::Blip(config, _) => Ok(config),
+            Family::Clip(_) => Err(self.is_no("BLIP")),
+        }
+    }
+
+    /// The parts of a MED that the weights have; none for another model.
+    #[must_use]
+    pub fn parts(&self) -> Parts {
+        match self.family {
+            Family::Blip(_, parts) => parts,
+            Family::Clip(_) => Parts { decoder: false, encoder: false },
+        }
+    }
+
+    fn is_no(&self, wanted: &str) -> ModelError {
+        ModelError::Config(format!("{} holds no {wanted}", self.dir.display()))
+    }
+
+    /// The MED with all its parts on a device; use f32 on a CPU.
+    ///
+    /// # Errors
+    /// It is another model, the device has no memory, or does not know the number type.
     pub fn med(&self, device: &Device, dtype: DType) -> Result<Med> {
-        let vb = VarBuilder::from_slice_safetensors(&self.weights, dtype, device)?;
-        Med::load(&self.config, vb, self.parts)
+        Med::load(self.config()?, self.weights.builder(dtype, device), self.parts())
+    }
+
+    /// The CLIP on a device; use f32 on a CPU.
+    ///
+    /// # Errors
+    /// It is another model, the device has no memory, or does not know the number type.
+    pub fn clip(&self, device: &Device, dtype: DType) -> Result<Clip> {
+        match &self.family {
+            Family::Clip(config) => Clip::load(config, self.weights.builder(dtype, device)),
+            Family::Blip(..) => Err(self.is_no("CLIP")),
+        }
+    }
+
+    /// The weights under their names in Hugging Face's layout: all that the config asks for, perhaps with an untied language-model
+    /// head, and nothing else.
+    #[must_use]
+    pub fn weights(&self) -> &Weights {
+        &self.weights
     }
 
     /// Every tensor as f32, by name, to start training from.
     ///
     /// # Errors
-    /// The device has no memory.
+    /// A file became unreadable, or the device has no memory.
     pub fn tensors(&self, device: &Device) -> Result<BTreeMap<String, Tensor>> {
-        let vb = VarBuilder::from_slice_safetensors(&self.weights, DType::F32, device)?;
-        let mut tensors = BTreeMap::new();
-        for parameter in parameters(&self.config, self.parts)? {
-            let tensor = vb.get(parameter.shape, &parameter.name)?;
-            tensors.insert(parameter.name, tensor);
-        }
-        if vb.contains_tensor(HEAD_WEIGHT) {
-            let text = &self.config.text_config;
-            let tensor = vb.get((text.vocab_size, text.hidden_size), HEAD_WEIGHT)?;
-            tensors.insert(HEAD_WEIGHT.to_owned(), tensor);
-        }
-        Ok(tensors)
+        let read = |name: &str| Ok((name.to_owned(), self.weights.read(name, device)?.to_dtype(DType::F32)?));
+        self.weights.tensors().map(|(name, _)| read(name)).collect()
     }
 
-    /// The tokenizer.
+    /// The tokenizer of a MED.
     ///
     /// # Errors
-    /// As [`TextTokenizer::from_dir`].
+    /// It is another model, the tokenizer is missing, or as [`TextTokenizer::from_dir`].
     pub fn tokenizer(&self) -> Result<TextTokenizer> {
-        TextTokenizer::from_dir(&self.dir, &self.config.text_config)
+        let config = self.config()?;
+        TextTokenizer::from_dir(&self.dir, &config.text_config).map_err(|e| self.without_tokenizer(e, "BLIP has one for all"))
+    }
+
+    /// The tokenizer of a CLIP.
+    ///
+    /// # Errors
+    /// It is another model, the tokenizer is missing, or as [`ClipTokenizer::from_dir`].
+    pub fn clip_tokenizer(&self) -> Result<ClipTokenizer> {
+        let Family::Clip(config) = &self.family else { return Err(self.is_no("CLIP")) };
+        ClipTokenizer::from_dir(&self.dir, config.family)
+            .map_err(|e| self.without_tokenizer(e, "or its vocab.json and merges.txt"))
+    }
+
+    fn without_tokenizer(&self, error: ModelError, hint: &str) -> ModelError {
+        match error {
+            ModelError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                let dir = self.dir.display();
+                let what = format!("{dir} has no tokenizer.json; put there that of the model's repository ({hint})");
+                ModelError::Tokenizer { what, source: None }
+            }
+            other => other,
+        }
     }
 
     /// The image transform.
@@ -121,8 +198,15 @@ impl Checkpoint {
     /// # Errors
     /// As [`Preprocessor::from_dir`], or it makes images of another size than the model takes.
     pub fn preprocessor(&self) -> Result<Preprocessor> {
+        let taken = match &self.family {
+            Family::Blip(config, _) => config.vision_config.image_size,
+            Family::Clip(config) => config.image_size(),
+        };
+        if self.original && !preprocess::file(&self.dir).exists() {
+            return Ok(Preprocessor::new(taken));
+        }
         let preprocessor = Preprocessor::from_dir(&self.dir)?;
-        let (made, taken) = (preprocessor.side(), self.config.vision_config.image_size);
+        let made = preprocessor.side();
         if made != taken {
             return Err(ModelError::Config(format!(
                 "{} makes images of side {made}, config.json says {taken}",
@@ -137,22 +221,78 @@ impl Checkpoint {
     /// # Errors
     /// A file is unreadable.
     pub fn digest(&self) -> Result<String> {
+        let mut paths = vec![self.dir.join(CONFIG), self.dir.join(OPEN_CLIP_CONFIG)];
+        paths.extend(self.weights.files().map(Path::to_owned));
+        paths.extend([tokenizer::file(&self.dir), preprocess::file(&self.dir)]);
         let mut hash = Sha256::new();
-        let mut add = |name: &str, content: &[u8]| {
-            for part in [name.as_bytes(), content] {
-                hash.update((part.len() as u64).to_le_bytes());
-                hash.update(part);
-            }
-        };
-        add("config.json", &read(&self.dir.join("config.json"))?);
-        add("model.safetensors", &self.weights);
-        for path in [tokenizer::file(&self.dir), preprocess::file(&self.dir)] {
-            if path.exists() {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                add(&name, &read(&path)?);
+        let mut buffer = vec![0; 1 << 20];
+        for path in paths.iter().filter(|path| path.exists()) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            hash.update((name.len() as u64).to_le_bytes());
+            hash.update(name.as_bytes());
+            let io = |source| ModelError::Io { path: path.clone(), source };
+            let mut file = File::open(path).map_err(io)?;
+            hash.update(file.metadata().map_err(io)?.len().to_le_bytes());
+            loop {
+                match file.read(&mut buffer).map_err(io)? {
+                    0 => break,
+                    read => hash.update(&buffer[..read]),
+                }
             }
         }
         Ok(format!("{:x}", hash.finalize()))
+    }
+
+    /// Writes the checkpoint into a new or empty directory as transformers would: one `model.safetensors` with the numbers as they are
+    /// stored, `config.json`, `tokenizer.json` and `preprocessor_config.json`. What only training or older programs need is left out.
+    /// Same checkpoint, same bytes.
+    ///
+    /// # Errors
+    /// The directory has files or cannot be written, a file is unreadable, or the tokenizer is missing.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source });
+        let (config_path, tokenizer_path, preprocessor_path) =
+            (self.dir.join(CONFIG), tokenizer::file(&self.dir), preprocess::file(&self.dir));
+        let json_error = |source| ModelError::Json { path: config_path.clone(), source };
+        let mut config = match (config_path.exists(), &self.family) {
+            (false, Family::Blip(config, _)) => serde_json::to_value(config).map_err(json_error)?,
+            _ => serde_json::from_str::<Value>(&read(&config_path)?).map_err(json_error)?,
+        };
+        if let Value::Object(fields) = &mut config {
+            fields.entry("architectures").or_insert_with(|| json!([self.architecture()]));
+            fields.entry("model_type").or_insert_with(|| json!("blip"));
+        }
+        let preprocessor = match preprocessor_path.exists() {
+            true => read(&preprocessor_path)?,
+            false => self.preprocessor()?.to_json(),
+        };
+        let tokenizer = match &self.family {
+            Family::Blip(..) => self.tokenizer()?.json().to_owned(),
+            Family::Clip(_) if tokenizer_path.exists() => read(&tokenizer_path)?,
+            Family::Clip(_) => {
+                let vocabulary = self.dir.join("vocab.json");
+                ClipTokenizer::json_from_merges(&read(&vocabulary)?, &read(&self.dir.join("merges.txt"))?, &vocabulary)?
+            }
+        };
+        empty_directory(dir)?;
+        self.weights.write(&dir.join(WEIGHTS))?;
+        write_texts(dir, &format!("{config:#}"), &tokenizer, &preprocessor)?;
+        let settings = self.dir.join(TOKENIZER_CONFIG);
+        if matches!(self.family, Family::Clip(_)) && settings.exists() {
+            let path = dir.join(TOKENIZER_CONFIG);
+            std::fs::write(&path, read(&settings)?).map_err(|source| ModelError::Io { path, source })?;
+        }
+        Ok(())
+    }
+
+    /// The class of transformers that opens it.
+    fn architecture(&self) -> &'static str {
+        match &self.family {
+            Family::Blip(_, parts) if parts.decoder => "BlipForConditionalGeneration",
+            Family::Blip(..) => "BlipForImageTextRetrieval",
+            Family::Clip(config) if config.family == ClipFamily::Siglip => "SiglipModel",
+            Family::Clip(_) => "CLIPModel",
+        }
     }
 
     /// Writes a checkpoint into a new or empty directory, weights stored as `dtype`, and opens it. Same arguments, same bytes.
@@ -166,14 +306,6 @@ impl Checkpoint {
         dtype: DType,
         tokenizer_json: &str,
     ) -> Result<Self> {
-        let io = |path: &Path, source| ModelError::Io { path: path.to_owned(), source };
-        std::fs::create_dir_all(dir).map_err(|e| io(dir, e))?;
-        if std::fs::read_dir(dir).map_err(|e| io(dir, e))?.next().is_some() {
-            return Err(ModelError::Input(format!(
-                "{} is not empty; a checkpoint is written once, into a directory of its own",
-                dir.display()
-            )));
-        }
         let config = config.clone().checked()?;
         let stored = tensors
             .iter()
@@ -182,66 +314,140 @@ impl Checkpoint {
                 Ok((name.as_str(), tensor.to_dtype(dtype)?.contiguous()?))
             })
             .collect::<Result<Vec<_>>>()?;
-        // transformers opens a file only if it says for which framework it was written.
-        let info = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let path = weight_file(dir);
-        let weights =
-            safetensors::serialize(stored, Some(info)).map_err(|source| ModelError::Weights { path: path.clone(), source })?;
-        let config_path = dir.join("config.json");
-        let config_text =
-            serde_json::to_string_pretty(&config).map_err(|source| ModelError::Json { path: config_path.clone(), source })?;
+        empty_directory(dir)?;
+        write_file(&dir.join(WEIGHTS), stored)?;
+        let json_error = |source| ModelError::Json { path: dir.join(CONFIG), source };
+        let config_text = serde_json::to_string_pretty(&config).map_err(json_error)?;
         let preprocessor = Preprocessor::new(config.vision_config.image_size).to_json();
-        for (path, content) in [
-            (config_path, config_text.as_bytes()),
-            (tokenizer::file(dir), tokenizer_json.as_bytes()),
-            (preprocess::file(dir), preprocessor.as_bytes()),
-            (path, &weights),
-        ] {
-            std::fs::write(&path, content).map_err(|e| io(&path, e))?;
-        }
+        write_texts(dir, &config_text, tokenizer_json, &preprocessor)?;
         Self::open(dir)
     }
 }
 
-/// What is wrong with the tensors of a file, by name.
-fn compare(config: &MedConfig, parts: Parts, header: &Metadata) -> Result<Vec<TensorProblem>> {
-    let text = &config.text_config;
-    let mut wanted: BTreeMap<String, Vec<usize>> =
-        parameters(config, parts)?.into_iter().map(|parameter| (parameter.name, parameter.shape)).collect();
-    let found = header.tensors();
-    for (name, shape) in [(HEAD_WEIGHT, vec![text.vocab_size, text.hidden_size]), (HEAD_BIAS, vec![text.vocab_size])] {
-        if found.contains_key(name) {
-            wanted.insert(name.to_owned(), shape);
+/// Makes a directory for a checkpoint: one is written once, into a directory of its own.
+fn empty_directory(dir: &Path) -> Result<()> {
+    let io = |source| ModelError::Io { path: dir.to_owned(), source };
+    std::fs::create_dir_all(dir).map_err(io)?;
+    if std::fs::read_dir(dir).map_err(io)?.next().is_some() {
+        return Err(ModelError::Input(format!(
+            "{} is not empty; a checkpoint is written once, into a directory of its own",
+            dir.display()
+        )));
+    }
+    Ok(())
+}
+
+fn write_texts(dir: &Path, config: &str, tokenizer: &str, preprocessor: &str) -> Result<()> {
+    for (path, text) in [(dir.join(CONFIG), config), (tokenizer::file(dir), tokenizer), (preprocess::file(dir), preprocessor)] {
+        std::fs::write(&path, text).map_err(|source| ModelError::Io { path, source })?;
+    }
+    Ok(())
+}
+
+/// What the config of a directory says.
+enum Config {
+    Blip(MedConfig),
+    Clip(ClipConfig),
+    /// There is none, but there are weights.
+    None,
+}
+
+impl Config {
+    fn of(dir: &Path) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Head {
+            model_type: Option<String>,
+        }
+        let path = dir.join(CONFIG);
+        if !path.exists() {
+            return match () {
+                () if dir.join(OPEN_CLIP_CONFIG).exists() => Ok(Self::Clip(ClipConfig::from_dir(dir)?)),
+                () if Files::of_folder(dir).is_ok() => Ok(Self::None),
+                () => Ok(Self::Blip(MedConfig::from_dir(dir)?)),
+            };
+        }
+        let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+        let head: Head = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
+        match head.model_type.as_deref() {
+            None | Some("blip") => Ok(Self::Blip(MedConfig::from_dir(dir)?)),
+            Some("clip" | "siglip") => Ok(Self::Clip(ClipConfig::from_dir(dir)?)),
+            Some(other) => {
+                let what = format!("{} has the model_type {other:?}; known are blip, clip and siglip", path.display());
+                Err(ModelError::Config(what))
+            }
+        }
+    }
+}
+
+/// Which text parts the weights of a MED have.
+fn parts(weights: &Weights) -> Result<Parts> {
+    let has = |prefix: &str| weights.tensors().any(|(name, _)| name.starts_with(prefix));
+    let parts = Parts { decoder: has("text_decoder."), encoder: has("text_encoder.") };
+    if parts.decoder || parts.encoder {
+        return Ok(parts);
+    }
+    Err(ModelError::Config(format!(
+        "{} has neither text_decoder nor text_encoder tensors: it is no BLIP checkpoint",
+        weights.path().display()
+    )))
+}
+
+/// Position embeddings are made for images of one size: a config with another is told so in terms of images.
+fn same_image_size(family: &Family, weights: &Weights) -> Result<()> {
+    let (vision, name, others) = match family {
+        Family::Blip(config, _) => (&config.vision_config, "vision_model.embeddings.position_embedding", 1),
+        Family::Clip(ClipConfig { vision: ClipVision::Vit(vision), family, .. }) => {
+            (vision, "vision_model.embeddings.position_embedding.weight", usize::from(*family == ClipFamily::Clip))
+        }
+        Family::Clip(_) => return Ok(()),
+    };
+    let Some(&[.., positions, _]) = weights.get(name).map(|stored| stored.shape()) else { return Ok(()) };
+    if positions == vision.num_patches() + others || positions < others {
+        return Ok(());
+    }
+    let side = (positions - others).isqrt() * vision.patch_size;
+    Err(ModelError::Config(format!(
+        "{} has position embeddings for images of side {side}, config.json says image_size {}; set it, and the size in \
+         preprocessor_config.json, to {side}",
+        weights.path().display(),
+        vision.image_size
+    )))
+}
+
+/// What is wrong with the tensors of a checkpoint, by name.
+fn compare(family: &Family, weights: &Weights) -> Result<Vec<TensorProblem>> {
+    let asked = match family {
+        Family::Blip(config, parts) => parameters(config, *parts)?,
+        Family::Clip(config) => asked_for(|vb| Clip::load(config, vb))?,
+    };
+    let mut wanted: BTreeMap<String, Vec<usize>> = asked.into_iter().map(|parameter| (parameter.name, parameter.shape)).collect();
+    if let Family::Blip(config, Parts { decoder: true, .. }) = family {
+        let text = &config.text_config;
+        for (name, shape) in [(HEAD_WEIGHT, vec![text.vocab_size, text.hidden_size]), (HEAD_BIAS, vec![text.vocab_size])] {
+            if weights.get(name).is_some() {
+                wanted.insert(name.to_owned(), shape);
+            }
         }
     }
     let mut problems = BTreeMap::new();
     for (name, expected) in &wanted {
         let name = name.clone();
-        let problem = match found.get(&name) {
+        let problem = match weights.get(&name) {
             None => TensorProblem::Missing { name: name.clone(), expected: expected.clone() },
-            Some(info) if info.shape != *expected => {
-                TensorProblem::Shape { name: name.clone(), expected: expected.clone(), found: info.shape.clone() }
+            Some(stored) if stored.shape() != expected => {
+                TensorProblem::Shape { name: name.clone(), expected: expected.clone(), found: stored.shape().to_vec() }
             }
-            Some(info) if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
-                TensorProblem::Format { name: name.clone(), found: format!("{:?}", info.dtype) }
+            Some(stored) if !matches!(stored.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
+                TensorProblem::Format { name: name.clone(), found: format!("{:?}", stored.dtype()) }
             }
             Some(_) => continue,
         };
         problems.insert(name, problem);
     }
-    for (name, info) in &found {
+    for (name, stored) in weights.tensors() {
         if !wanted.contains_key(name) && !name.ends_with(CONSTANT) {
-            let problem = TensorProblem::Unknown { name: name.clone(), found: info.shape.clone() };
-            problems.insert(name.clone(), problem);
+            problems.insert(name.to_owned(), TensorProblem::Unknown { name: name.to_owned(), found: stored.shape().to_vec() });
         }
     }
     Ok(problems.into_values().collect())
-}
-
-fn weight_file(dir: &Path) -> PathBuf {
-    dir.join("model.safetensors")
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })
 }

@@ -7,6 +7,11 @@ use serde::{Deserialize, Serialize};
 use crate::block::Activation;
 use crate::error::{ModelError, Result};
 
+/// No width, side or vocabulary is larger, so that sizes of tensors can be reckoned with.
+pub(crate) const MAX_SIZE: usize = 1 << 24;
+/// No transformer is deeper.
+pub(crate) const MAX_LAYERS: usize = 1 << 10;
+
 /// The vision transformer (`vision_config`); missing keys take the defaults of `BlipVisionConfig`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -198,20 +203,26 @@ impl MedConfig {
     pub fn checked(mut self) -> Result<Self> {
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size;
         let (v, t) = (&self.vision_config, &self.text_config);
-        let positive = [
+        let sizes = [
             ("vision_config.hidden_size", v.hidden_size),
             ("vision_config.intermediate_size", v.intermediate_size),
             ("vision_config.num_attention_heads", v.num_attention_heads),
             ("vision_config.image_size", v.image_size),
             ("vision_config.patch_size", v.patch_size),
+            ("text_config.vocab_size", t.vocab_size),
             ("text_config.hidden_size", t.hidden_size),
             ("text_config.intermediate_size", t.intermediate_size),
             ("text_config.num_attention_heads", t.num_attention_heads),
             ("text_config.max_position_embeddings", t.max_position_embeddings),
             ("image_text_hidden_size", self.image_text_hidden_size),
         ];
-        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(ModelError::Config(format!("{key} is 0")));
+        if let Some((key, value)) = sizes.iter().find(|(_, value)| !(1..=MAX_SIZE).contains(value)) {
+            return Err(ModelError::Config(format!("{key} is {value}")));
+        }
+        let depths =
+            [("vision_config.num_hidden_layers", v.num_hidden_layers), ("text_config.num_hidden_layers", t.num_hidden_layers)];
+        if let Some((key, value)) = depths.iter().find(|(_, value)| *value > MAX_LAYERS) {
+            return Err(ModelError::Config(format!("{key} is {value}")));
         }
         let divides = [
             ("vision_config.num_attention_heads", v.num_attention_heads, "vision_config.hidden_size", v.hidden_size),

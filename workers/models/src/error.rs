@@ -1,7 +1,10 @@
 //! What can go wrong inside the models, one enum for the whole crate.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// What is wrong with a file whose name promises safetensors.
+pub(crate) const NO_SAFETENSORS: &str = "is not a readable safetensors file; fetch or save it again";
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, ModelError>;
@@ -30,14 +33,16 @@ pub enum ModelError {
     /// A configuration describes a model that cannot exist or that this crate does not implement.
     #[error("unusable model config: {0}")]
     Config(String),
-    /// The header of a weight file cannot be read.
-    #[error("{path} is not a readable safetensors file; fetch or save the checkpoint again")]
+    /// A weight file, or an index of shards, cannot be used.
+    #[error("{path} {what}")]
     Weights {
-        /// The weight file.
+        /// The file, or the folder that should hold it.
         path: PathBuf,
-        /// What the reader said.
+        /// What is wrong with it.
+        what: String,
+        /// What the reader said, if it was asked.
         #[source]
-        source: safetensors::SafeTensorError,
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
     /// The weight file and `config.json` disagree.
     #[error("{path} does not fit its config.json: {problems}")]
@@ -91,6 +96,10 @@ pub enum ModelError {
 }
 
 impl ModelError {
+    pub(crate) fn no_safetensors(path: &Path, source: safetensors::SafeTensorError) -> Self {
+        Self::Weights { path: path.to_owned(), what: NO_SAFETENSORS.to_owned(), source: Some(source.into()) }
+    }
+
     /// True if the same call may succeed later without any change: only interrupted input and output.
     #[must_use]
     pub fn is_retryable(&self) -> bool {

@@ -1,19 +1,33 @@
-//! The captioner: nucleus sampling in batches, with cached keys and values.
+//! The captioner: texts of many images grow together, step by step, with cached keys and values.
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
+use serde::Serialize;
 
 use crate::error::{ModelError, Result};
 use crate::med::Med;
 use crate::preprocess::Pixels;
-use crate::random::Stream;
-use crate::sampling::Sampling;
+use crate::sampling::{Sampling, Strategy};
+use crate::search::{Search, Written};
 use crate::text::{CrossCache, SelfCache};
 use crate::tokenizer::TextTokenizer;
 
-/// Images that one CPU thread decodes together: enough to read the weights once for many rows, fixed so that results never depend on
-/// the number of threads.
-const CPU_CHUNK: usize = 16;
+/// Images that a CPU works on together: enough to read the weights once for many rows, few enough for the keys and values of the images
+/// (BLIP at 384 pixels: 43 MB each).
+const CPU_BATCH: usize = 64;
+
+/// A caption.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Caption {
+    /// The text, prompt cut off.
+    pub text: String,
+    /// The token ids, prompt first and `[SEP]` last unless the caption was cut.
+    pub ids: Vec<u32>,
+    /// For beams: log-probability of the tokens after the prompt, with the repetition penalty applied, divided by their number to the
+    /// power of the length penalty.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f32>,
+}
 
 /// Writes captions for images.
 #[derive(Debug, Clone)]
@@ -43,6 +57,10 @@ impl Captioner {
                 sampling.max_length
             )));
         }
+        let vocab = med.config().text_config.vocab_size;
+        if sampling.strategy == Strategy::Beam && 2 * sampling.beams() >= vocab {
+            return Err(ModelError::Input(format!("{} beams are too many for {vocab} tokens", sampling.beams())));
+        }
         let prompt = tokenizer.prompt(&sampling.prompt)?;
         if prompt.len() >= sampling.max_length {
             return Err(ModelError::Input(format!(
@@ -62,131 +80,131 @@ impl Captioner {
         &self.med
     }
 
-    /// `sampling.captions` captions for each image, prompt cut off.
+    /// `sampling.captions` captions for each image; beams with the best first.
     ///
     /// Every random choice is keyed by `seed`, the image's key (its sample id), the number of the caption and the position in it. So a
     /// caption does not depend on the other images: on a CPU bit for bit, on a GPU up to rounding in the matrix product.
     ///
     /// # Errors
     /// There are not as many keys as images, an image has another size than the model takes, or the device fails.
-    pub fn caption(&self, images: &[Pixels], keys: &[&str], seed: u64) -> Result<Vec<Vec<String>>> {
-        let ids = self.generate(images, keys, seed)?;
-        ids.chunks(self.sampling.captions).map(|rows| rows.iter().map(|ids| self.text(ids)).collect()).collect()
-    }
-
-    /// The token ids of the captions, prompt first and `[SEP]` last unless the caption was cut: image-major, `captions` per image.
-    ///
-    /// # Errors
-    /// As [`Self::caption`].
-    pub fn generate(&self, images: &[Pixels], keys: &[&str], seed: u64) -> Result<Vec<Vec<u32>>> {
+    pub fn write(&self, images: &[Pixels], keys: &[&str], seed: u64) -> Result<Vec<Vec<Caption>>> {
         if images.len() != keys.len() {
             return Err(ModelError::Input(format!("{} images but {} keys", images.len(), keys.len())));
         }
-        // A GPU takes everything at once; CPU threads take a chunk each.
-        let chunk = if self.med.device().is_cpu() { CPU_CHUNK } else { images.len().max(1) };
-        let parts: Vec<Vec<Vec<u32>>> = images
-            .par_chunks(chunk)
-            .zip(keys.par_chunks(chunk))
-            .map(|(images, keys)| self.decode(images, keys, seed))
-            .collect::<Result<_>>()?;
-        Ok(parts.into_iter().flatten().collect())
-    }
-
-    /// Generates for one chunk of images.
-    fn decode(&self, images: &[Pixels], keys: &[&str], seed: u64) -> Result<Vec<Vec<u32>>> {
-        let per_image = self.sampling.captions;
-        let states = self.med.encode_images(images)?;
-        let mut batch = Batch::start(self, &states, images.len() * per_image)?;
-        let mut streams: Vec<Stream> = keys
-            .iter()
-            .flat_map(|key| {
-                (0..per_image as u64).map(|number| Stream::new("caption", seed, &[key.as_bytes(), &number.to_le_bytes()]))
-            })
-            .collect();
-        let mut texts = vec![Text { ids: self.prompt.clone(), done: false }; streams.len()];
-
-        loop {
-            let logits = batch.step(self, &texts)?;
-            for (logits, &row) in logits.iter().zip(&batch.rows) {
-                let text = &mut texts[row];
-                if !text.done {
-                    let uniform = streams[row].uniform_at(text.ids.len() as u64);
-                    let id = self.sampling.choose(logits, &text.ids, self.tokenizer.sep_id(), uniform)?;
-                    text.ids.push(id);
-                    text.done = id == self.tokenizer.sep_id() || text.ids.len() >= self.sampling.max_length;
-                }
+        let together = if self.med.device().is_cpu() { CPU_BATCH } else { images.len().max(1) };
+        let mut captions = Vec::with_capacity(images.len());
+        for (images, keys) in images.chunks(together).zip(keys.chunks(together)) {
+            for written in self.decode(images, keys, seed)? {
+                captions.push(written.into_iter().map(|written| self.caption_of(written)).collect::<Result<Vec<_>>>()?);
             }
-            if texts.iter().all(|text| text.done) {
-                return Ok(texts.into_iter().map(|text| text.ids).collect());
-            }
-            batch.drop_finished(self, &texts)?;
         }
+        Ok(captions)
     }
 
-    fn text(&self, ids: &[u32]) -> Result<String> {
-        let text = self.tokenizer.decode(ids)?;
-        Ok(text.strip_prefix(&self.prefix).unwrap_or(&text).trim().to_owned())
+    /// The texts of [`Self::write`].
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn caption(&self, images: &[Pixels], keys: &[&str], seed: u64) -> Result<Vec<Vec<String>>> {
+        let written = self.write(images, keys, seed)?;
+        Ok(written.into_iter().map(|of_image| of_image.into_iter().map(|caption| caption.text).collect()).collect())
+    }
+
+    /// The token ids of [`Self::write`], image-major.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn generate(&self, images: &[Pixels], keys: &[&str], seed: u64) -> Result<Vec<Vec<u32>>> {
+        Ok(self.write(images, keys, seed)?.into_iter().flatten().map(|caption| caption.ids).collect())
+    }
+
+    fn caption_of(&self, written: Written) -> Result<Caption> {
+        let text = self.tokenizer.decode(&written.ids)?;
+        let text = text.strip_prefix(&self.prefix).unwrap_or(&text).trim().to_owned();
+        Ok(Caption { text, ids: written.ids, score: written.score })
+    }
+
+    /// The captions of images that are in the model together.
+    fn decode(&self, images: &[Pixels], keys: &[&str], seed: u64) -> Result<Vec<Vec<Written>>> {
+        let states = self.med.encode_images(images)?;
+        let mut batch = Batch {
+            searches: keys
+                .iter()
+                .enumerate()
+                .map(|(image, key)| (image, Search::new(&self.sampling, &self.prompt, self.tokenizer.sep_id(), seed, key)))
+                .collect(),
+            images: self.med.decoder_cross_cache(&states)?,
+            tokens: self.med.decoder_self_cache(images.len(), self.sampling.max_length)?,
+        };
+        drop(states);
+        let mut written: Vec<Vec<Written>> = vec![Vec::new(); images.len()];
+        // One row an image until the texts part.
+        let mut fresh = self.prompt.repeat(images.len());
+        while !fresh.is_empty() {
+            let rows = batch.tokens.rows();
+            let ids = Tensor::from_vec(fresh, (rows, ()), self.med.device())?;
+            let logits = self.med.decode_step(&ids, &mut batch.tokens, &batch.images)?;
+            let vocab = logits.dim(1)?;
+            let mut logits: Vec<f32> = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+            let per_image = rows / batch.searches.len() * vocab;
+            batch
+                .searches
+                .par_iter_mut()
+                .zip(logits.par_chunks_mut(per_image))
+                .filter(|((_, search), _)| !search.is_done())
+                .try_for_each(|((_, search), logits)| search.step(logits, vocab))?;
+            fresh = batch.go_on(&mut written)?;
+        }
+        Ok(written)
     }
 }
 
-/// A text being written.
-#[derive(Clone)]
-struct Text {
-    ids: Vec<u32>,
-    done: bool,
-}
-
-/// The rows that are still in the model, with their caches.
-struct Batch {
-    /// For each row of the model's batch, its number among all texts.
-    rows: Vec<usize>,
+/// The images that are still in the model.
+struct Batch<'a> {
+    /// Each with its number.
+    searches: Vec<(usize, Search<'a>)>,
     images: CrossCache,
+    /// Rows are image-major, equally many per image.
     tokens: SelfCache,
 }
 
-impl Batch {
-    fn start(captioner: &Captioner, states: &Tensor, rows: usize) -> Result<Self> {
-        Ok(Self {
-            rows: (0..rows).collect(),
-            images: captioner.med.decoder_cross_cache(states)?,
-            tokens: captioner.med.decoder_self_cache(rows, captioner.sampling.max_length)?,
-        })
-    }
-
-    /// Feeds the tokens that the model has not seen and returns the logits after the last, one vector per row.
-    fn step(&mut self, captioner: &Captioner, texts: &[Text]) -> Result<Vec<Vec<f32>>> {
-        let seen = self.tokens.length();
-        let fresh = if seen == 0 { captioner.prompt.len() } else { 1 };
-        // A finished row that waits for the other captions of its image is fed padding; its output is not looked at.
-        let pad = captioner.tokenizer.pad_id();
-        let ids: Vec<u32> = self
-            .rows
-            .iter()
-            .flat_map(|&row| (seen..seen + fresh).map(move |i| texts[row].ids.get(i).copied().unwrap_or(pad)))
-            .collect();
-        let ids = Tensor::from_vec(ids, (self.rows.len(), fresh), captioner.med.device())?;
-        let logits = captioner.med.decode_step(&ids, &mut self.tokens, &self.images)?;
-        Ok(logits.to_dtype(DType::F32)?.to_vec2()?)
-    }
-
-    /// Takes images whose captions are all finished out of the batch, when they are enough to pay for the copy.
-    fn drop_finished(&mut self, captioner: &Captioner, texts: &[Text]) -> Result<()> {
+impl Batch<'_> {
+    /// Makes the rows of the next step out of those of this one and returns their newest tokens; none when all is written.
+    ///
+    /// Finished images leave when they are enough to pay for the copy; until then they go along, and what comes of them is not looked
+    /// at.
+    fn go_on(&mut self, written: &mut [Vec<Written>]) -> Result<Vec<u32>> {
         const WORTH_A_COPY: usize = 4; // one image in four
-        let per_image = captioner.sampling.captions;
-        let images = self.rows.len() / per_image;
-        let open: Vec<usize> =
-            (0..images).filter(|image| self.rows[image * per_image..][..per_image].iter().any(|&row| !texts[row].done)).collect();
-        if (images - open.len()) * WORTH_A_COPY < images {
-            return Ok(());
+        let before = self.searches.len();
+        let per_image = self.tokens.rows() / before;
+        let open = self.searches.iter().filter(|(_, search)| !search.is_done()).count();
+        // The number that each image had in this step.
+        let mut places: Vec<usize> = (0..before).collect();
+        if (before - open) * WORTH_A_COPY >= before {
+            let mut place = 0;
+            while place < self.searches.len() {
+                if self.searches[place].1.is_done() {
+                    let (image, search) = self.searches.swap_remove(place);
+                    written[image] = search.finish();
+                    places.swap_remove(place);
+                } else {
+                    place += 1;
+                }
+            }
+            if places.is_empty() {
+                return Ok(Vec::new());
+            }
+            self.images.keep(&places)?;
         }
-        let kept: Vec<usize> = open.iter().flat_map(|image| image * per_image..(image + 1) * per_image).collect();
-        let index = |list: &[usize]| {
-            let list: Vec<u32> = list.iter().map(|&i| i as u32).collect();
-            Tensor::new(list, captioner.med.device())
-        };
-        self.images = self.images.select(&index(&open)?)?;
-        self.tokens = self.tokens.select(&index(&kept)?)?;
-        self.rows = kept.into_iter().map(|i| self.rows[i]).collect();
-        Ok(())
+        let (mut parents, mut fresh) = (Vec::new(), Vec::new());
+        for ((_, search), place) in self.searches.iter().zip(places) {
+            for (row, id) in search.next() {
+                // After the first step, all texts go on from the prompt's row.
+                parents.push((place * per_image + row.min(per_image - 1)) as u32);
+                fresh.push(id);
+            }
+        }
+        self.tokens.keep(&parents)?;
+        Ok(fresh)
     }
 }

@@ -7,7 +7,7 @@
 use candle_core::{D, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use crate::ops::{layer_norm, linear};
+use crate::ops::{Activation, PackedLinear, Precision, layer_norm, linear};
 
 /// Spread of freshly initialised weights (BLIP and BERT: normal, 0.02).
 const INIT_STD: f64 = 0.02;
@@ -17,9 +17,14 @@ pub(crate) const INIT_WEIGHT: Init = Init::Randn { mean: 0.0, stdev: INIT_STD };
 
 /// A dense layer `y = x Wᵀ + b`.
 #[derive(Debug, Clone)]
-pub struct Linear {
-    weight: Tensor,
-    bias: Tensor,
+pub struct Linear(Weights);
+
+#[derive(Debug, Clone)]
+enum Weights {
+    /// As tensors, of any device; may be in training.
+    Tensors { weight: Tensor, bias: Tensor },
+    /// Frozen, on a CPU.
+    Packed(PackedLinear),
 }
 
 impl Linear {
@@ -35,7 +40,7 @@ impl Linear {
             true => weight.t()?.contiguous()?.t()?,
             false => weight,
         };
-        Ok(Self { weight, bias })
+        Ok(Self(Weights::Tensors { weight, bias }))
     }
 
     /// Reads `weight` `(outputs, inputs)` and `bias` `(outputs)`.
@@ -50,6 +55,42 @@ impl Linear {
         )
     }
 
+    /// One layer of several with the same inputs; their outputs follow each other.
+    ///
+    /// # Errors
+    /// A layer is packed, or the layers differ in their inputs.
+    pub fn concat(layers: &[Self]) -> Result<Self> {
+        let parts = |side: fn(&Tensor, &Tensor) -> Tensor| {
+            let part = |layer: &Self| match &layer.0 {
+                Weights::Tensors { weight, bias } => Ok(side(weight, bias)),
+                Weights::Packed(_) => candle_core::bail!("a packed layer cannot be put together with others"),
+            };
+            Tensor::cat(&layers.iter().map(part).collect::<Result<Vec<_>>>()?, 0)
+        };
+        Self::new(parts(|weight, _| weight.clone())?, parts(|_, bias| bias.clone())?)
+    }
+
+    /// Multiplies from now on by the processor's instructions for bfloat16, where there are any; the layer can no longer be trained.
+    ///
+    /// # Errors
+    /// The weight is not in main memory.
+    pub fn pack(&mut self, precision: Precision) -> Result<()> {
+        if let Weights::Tensors { weight, bias } = &self.0
+            && let Some(packed) = PackedLinear::new(weight, bias, precision)?
+        {
+            self.0 = Weights::Packed(packed);
+        }
+        Ok(())
+    }
+
+    /// The weight `(out, in)` and the bias `(out)`; nothing once packed.
+    pub(crate) fn tensors(&self) -> Option<(&Tensor, &Tensor)> {
+        match &self.0 {
+            Weights::Tensors { weight, bias } => Some((weight, bias)),
+            Weights::Packed(_) => None,
+        }
+    }
+
     /// `(.., in)` to `(.., out)`.
     ///
     /// On the CPU, a row of a frozen layer's result does not depend on the other rows of `x`.
@@ -57,8 +98,65 @@ impl Linear {
     /// # Errors
     /// The last dimension of `x` is not the input width.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        linear(x, &self.weight, Some(&self.bias))
+        match &self.0 {
+            Weights::Tensors { weight, bias } => linear(x, weight, Some(bias)),
+            Weights::Packed(packed) => packed.forward(x, None, None, None),
+        }
     }
+
+    /// [`Self::forward`] of `norm(x)`.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_normed(&self, x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
+        match &self.0 {
+            Weights::Tensors { .. } => self.forward(&norm.forward(x)?),
+            Weights::Packed(packed) => packed.forward(x, Some(norm), None, None),
+        }
+    }
+
+    /// An activation of [`Self::forward`].
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        match &self.0 {
+            Weights::Tensors { .. } => activation.forward(&self.forward(x)?),
+            Weights::Packed(packed) => packed.forward(x, None, Some(activation), None),
+        }
+    }
+
+    /// [`Self::forward`] and `added` `(.., out)`.
+    ///
+    /// # Errors
+    /// As [`Self::forward`], or `added` has another shape than the result.
+    pub fn forward_add(&self, x: &Tensor, added: &Tensor) -> Result<Tensor> {
+        match &self.0 {
+            Weights::Tensors { .. } => self.forward(x)? + added,
+            Weights::Packed(packed) => packed.forward(x, None, None, Some(added)),
+        }
+    }
+}
+
+/// `second(activation(first(norm(x)))) + added`, the MLP of a transformer; in `MED`'s post-norm blocks without `norm`.
+///
+/// # Errors
+/// Shapes do not fit.
+pub(crate) fn mlp(
+    (first, second): (&Linear, &Linear),
+    x: &Tensor,
+    norm: Option<&LayerNorm>,
+    activation: Activation,
+    added: &Tensor,
+) -> Result<Tensor> {
+    if let (Weights::Packed(first), Weights::Packed(second)) = (&first.0, &second.0) {
+        return first.mlp(second, x, norm, activation, Some(added));
+    }
+    let hidden = match norm {
+        Some(norm) => first.forward_activated(&norm.forward(x)?, activation)?,
+        None => first.forward_activated(x, activation)?,
+    };
+    second.forward_add(&hidden, added)
 }
 
 /// Layer normalisation over the last dimension, with weight and bias.
@@ -81,6 +179,18 @@ impl LayerNorm {
             bias: vb.get_with_hints(size, "bias", Init::Const(0.0))?,
             eps,
         })
+    }
+
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    pub(crate) fn bias(&self) -> &Tensor {
+        &self.bias
+    }
+
+    pub(crate) fn eps(&self) -> f64 {
+        self.eps
     }
 
     /// `(.., size)` to the same shape.

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::config::{MedConfig, TextConfig};
 use crate::error::{ModelError, Result};
 use crate::layers::{LayerNorm, Linear, l2_normalize};
-use crate::ops::gelu;
+use crate::ops::{Activation, Precision};
 use crate::preprocess::Pixels;
 use crate::text::{CrossCache, SelfCache, TextModel, causal_mask, padding_mask};
 use crate::vision::{VisionFamily, VisionModel};
@@ -90,6 +90,24 @@ impl Med {
             dtype: vb.dtype(),
             config,
         })
+    }
+
+    /// Multiplies from now on by the processor's instructions for bfloat16, where it has some; elsewhere nothing changes. The model must be
+    /// in main memory, in f32: what lies between the products stays so. It can no longer be trained.
+    ///
+    /// # Errors
+    /// The model is on another device.
+    pub fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.vision.pack(precision)?;
+        if let Some(decoder) = &mut self.decoder {
+            decoder.bert.pack(precision)?;
+            decoder.transform.pack(precision)?;
+            decoder.vocabulary.pack(precision)?;
+        }
+        if let Some(encoder) = &mut self.encoder {
+            encoder.bert.pack(precision)?;
+        }
+        Ok(())
     }
 
     /// The configuration.
@@ -261,7 +279,7 @@ impl Decoder {
 
     /// `(.., d)` to `(.., vocab)`.
     pub(crate) fn logits(&self, states: &Tensor) -> candle_core::Result<Tensor> {
-        let hidden = gelu(&self.transform.forward(states)?)?;
+        let hidden = self.transform.forward_activated(states, Activation::Gelu)?;
         self.vocabulary.forward(&self.layer_norm.forward(&hidden)?)
     }
 }

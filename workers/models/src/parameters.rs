@@ -1,4 +1,4 @@
-//! Which tensors a MED has, and how fresh ones are drawn.
+//! Which tensors a model has, and how fresh ones are drawn.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +12,7 @@ use crate::error::{ModelError, Result};
 use crate::med::{Med, Parts};
 use crate::random::Stream;
 
-/// One tensor of a MED.
+/// One tensor of a model.
 #[derive(Debug, Clone)]
 pub struct Parameter {
     /// Name in the weight file.
@@ -28,11 +28,18 @@ pub struct Parameter {
 /// # Errors
 /// The config is unusable.
 pub fn parameters(config: &MedConfig, parts: Parts) -> Result<Vec<Parameter>> {
+    asked_for(|vb| Med::load(config, vb, parts))
+}
+
+/// Every tensor that loading a model asks its builder for, in the order of names.
+///
+/// # Errors
+/// As `load`.
+pub fn asked_for<M>(load: impl FnOnce(VarBuilder<'static>) -> Result<M>) -> Result<Vec<Parameter>> {
     // The model is built once from a source that notes what is asked for: the list cannot drift from the code.
     let recorder = Recorder::default();
     let asked = Arc::clone(&recorder.asked);
-    let vb = VarBuilder::from_backend(Box::new(recorder), DType::F32, Device::Cpu);
-    Med::load(config, vb, parts)?;
+    load(VarBuilder::from_backend(Box::new(recorder), DType::F32, Device::Cpu))?;
     let mut list = std::mem::take(&mut *asked.lock().unwrap_or_else(PoisonError::into_inner));
     list.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(list)

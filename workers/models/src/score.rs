@@ -13,6 +13,9 @@ use crate::tokenizer::{FirstToken, MAX_WORDS, TextBatch, TextTokenizer, clean_ca
 /// Texts are padded to a multiple of this many tokens, so that a text is computed at a length that depends on itself alone.
 const LENGTH_STEP: usize = 8;
 
+/// Images that a CPU works on together: enough to read the weights once for many texts.
+const CPU_BATCH: usize = 16;
+
 /// The first token of a text for the image-grounded encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -27,7 +30,9 @@ pub enum ItmToken {
 /// The scores of one text for one image.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScoredText {
-    /// Probability of a match by the ITM head.
+    /// Logits of the ITM head: no match, match.
+    pub logits: [f32; 2],
+    /// Probability of a match by the ITM head: softmax of the logits.
     pub itm: f32,
     /// Cosine of the ITC features.
     pub itc: f32,
@@ -89,15 +94,12 @@ impl FilterScorer {
         if images.len() != texts.len() {
             return Err(ModelError::Input(format!("{} images but {} lists of texts", images.len(), texts.len())));
         }
-        let encoded = texts
-            .par_iter()
-            .map(|texts| texts.iter().map(|text| self.encode(text.as_ref())).collect())
-            .collect::<Result<Vec<Vec<Encoded>>>>()?;
-        if self.med.device().is_cpu() {
-            images.par_iter().zip(&encoded).map(|(image, texts)| self.score_image(image, texts)).collect()
-        } else {
-            self.score_batch(images, &encoded)
+        let together = if self.med.device().is_cpu() { CPU_BATCH } else { images.len().max(1) };
+        let mut scores = Vec::with_capacity(images.len());
+        for (images, texts) in images.chunks(together).zip(texts.chunks(together)) {
+            scores.extend(self.score_together(images, texts)?);
         }
+        Ok(scores)
     }
 
     fn encode(&self, text: &str) -> Result<Encoded> {
@@ -110,66 +112,65 @@ impl FilterScorer {
         Ok(Encoded { itc, itm })
     }
 
-    /// One image and its texts, in groups of equal padded length.
-    fn score_image(&self, image: &Pixels, texts: &[Encoded]) -> Result<Vec<ScoredText>> {
-        if texts.is_empty() {
-            return Ok(Vec::new());
+    /// Scores images that are in the model together: their texts in groups of equal padded length.
+    fn score_together<S: AsRef<str> + Sync>(&self, images: &[Pixels], texts: &[Vec<S>]) -> Result<Vec<Vec<ScoredText>>> {
+        let texts_of = |image: usize| texts[image].iter().map(move |text| (image, text.as_ref()));
+        let texts_of_all: Vec<(usize, &str)> = (0..images.len()).flat_map(texts_of).collect();
+        let rows = texts_of_all.par_iter().map(|&(image, text)| Ok((image, self.encode(text)?))).collect::<Result<Vec<_>>>()?;
+        let mut scores: Vec<Vec<ScoredText>> = texts.iter().map(|texts| Vec::with_capacity(texts.len())).collect();
+        if rows.is_empty() {
+            return Ok(scores);
         }
-        let states = self.med.encode_images(std::slice::from_ref(image))?;
-        let cross = self.med.encoder_cross_cache(&states)?;
-        let mut scores = vec![ScoredText { itm: 0.0, itc: 0.0 }; texts.len()];
-        let mut left: Vec<usize> = (0..texts.len()).collect();
-        while let Some(&first) = left.first() {
-            let width = self.padded(texts[first].itc.len());
-            let (group, rest): (Vec<usize>, Vec<usize>) =
-                left.into_iter().partition(|&i| self.padded(texts[i].itc.len()) == width);
-            let rows: Vec<&Encoded> = group.iter().map(|&i| &texts[i]).collect();
-            for (i, score) in group.into_iter().zip(self.score_rows(&states, &cross, &rows, width)?) {
-                scores[i] = score;
+        let states = self.med.encode_images(images)?;
+        let (cross, features) = (self.med.encoder_cross_cache(&states)?, self.med.image_features(&states)?);
+        drop(states);
+        let width = |row: usize| self.padded(rows[row].1.itc.len());
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        order.sort_by_key(|&row| width(row));
+        let mut scored = vec![None; rows.len()];
+        for group in order.chunk_by(|&a, &b| width(a) == width(b)) {
+            let of_group: Vec<&(usize, Encoded)> = group.iter().map(|&row| &rows[row]).collect();
+            for (&row, score) in group.iter().zip(self.score_rows(&features, &cross, &of_group, width(group[0]))?) {
+                scored[row] = Some(score);
             }
-            left = rest;
+        }
+        for ((image, _), score) in rows.iter().zip(scored) {
+            scores[*image].extend(score);
         }
         Ok(scores)
     }
 
-    /// All images at once: every image gets as many rows as the one with the most texts.
-    fn score_batch(&self, images: &[Pixels], texts: &[Vec<Encoded>]) -> Result<Vec<Vec<ScoredText>>> {
-        let most = texts.iter().map(Vec::len).max().unwrap_or(0);
-        if most == 0 {
-            return Ok(vec![Vec::new(); images.len()]);
-        }
-        let states = self.med.encode_images(images)?;
-        let cross = self.med.encoder_cross_cache(&states)?;
-        let filler = self.encode("")?;
-        let rows: Vec<&Encoded> =
-            texts.iter().flat_map(|texts| texts.iter().chain(std::iter::repeat(&filler)).take(most)).collect();
-        let longest = rows.iter().map(|row| row.itc.len()).max().unwrap_or(0);
-        let scores = self.score_rows(&states, &cross, &rows, self.padded(longest))?;
-        Ok(scores.chunks(most).zip(texts).map(|(scores, texts)| scores[..texts.len()].to_vec()).collect())
-    }
-
-    /// Rows are image-major, equally many per image.
-    fn score_rows(&self, states: &Tensor, cross: &CrossCache, rows: &[&Encoded], width: usize) -> Result<Vec<ScoredText>> {
+    /// Texts, each with the number of its image, against the features `(b, p)` and the keys and values of the images.
+    fn score_rows(
+        &self,
+        features: &Tensor,
+        cross: &CrossCache,
+        rows: &[&(usize, Encoded)],
+        width: usize,
+    ) -> Result<Vec<ScoredText>> {
         let (pad, device) = (self.tokenizer.pad_id(), self.med.device());
-        let itm_rows: Vec<&[u32]> = rows.iter().map(|row| row.itm.as_slice()).collect();
+        let images: Vec<u32> = rows.iter().map(|(image, _)| *image as u32).collect();
+        let images = Tensor::new(images, device)?;
+        let itm_rows: Vec<&[u32]> = rows.iter().map(|(_, text)| text.itm.as_slice()).collect();
         let (ids, mask) = TextBatch::pad(&itm_rows, width, pad).tensors(device)?;
-        let logits = self.med.itm_logits_cached(&ids, &mask, cross)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        let logits = self.med.itm_logits_cached(&ids, &mask, &cross.select(&images)?)?;
+        let logits = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
 
-        let itc_rows: Vec<&[u32]> = rows.iter().map(|row| row.itc.as_slice()).collect();
+        let itc_rows: Vec<&[u32]> = rows.iter().map(|(_, text)| text.itc.as_slice()).collect();
         let (ids, mask) = TextBatch::pad(&itc_rows, width, pad).tensors(device)?;
         let texts = self.med.text_features(&ids, &mask)?;
-        let images = self.med.image_features(states)?;
-        let (count, width) = images.dims2()?;
-        let texts = texts.reshape((count, rows.len() / count, width))?;
-        let cosines = texts.broadcast_mul(&images.unsqueeze(1)?)?.sum(D::Minus1)?;
-        let cosines = cosines.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        let cosines = (texts * features.index_select(&images, 0)?)?.sum(D::Minus1)?;
+        let cosines = cosines.to_dtype(DType::F32)?.to_vec1::<f32>()?;
 
-        let match_probability = |pair: &[f32]| match pair {
-            // softmax of two numbers, class 1
-            [apart, together] => (1.0 / (1.0 + f64::from(apart - together).exp())) as f32,
-            _ => f32::NAN,
+        let scored = |pair: &[f32], itc| {
+            let [apart, together] = *pair else {
+                return Err(ModelError::Config(format!("an ITM head of {} classes, there must be 2", pair.len())));
+            };
+            // Softmax of two numbers, class 1.
+            let itm = (1.0 / (1.0 + f64::from(apart - together).exp())) as f32;
+            Ok(ScoredText { logits: [apart, together], itm, itc })
         };
-        Ok(logits.iter().zip(cosines).map(|(pair, itc)| ScoredText { itm: match_probability(pair), itc }).collect())
+        logits.iter().zip(cosines).map(|(pair, itc)| scored(pair, itc)).collect()
     }
 
     fn padded(&self, length: usize) -> usize {

@@ -8,10 +8,11 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
+use rayon::prelude::*;
 
 use crate::config::TextConfig;
-use crate::layers::{Embedding, LayerNorm, Linear};
-use crate::ops::{attention, gelu};
+use crate::layers::{Embedding, LayerNorm, Linear, mlp};
+use crate::ops::{Activation, PackedCrossAttention, PackedStates, Precision, attention};
 
 /// Added to the score of a position that must not be seen (the value of BLIP).
 const MASKED: f32 = -10_000.0;
@@ -32,7 +33,16 @@ pub struct TextModel {
 /// text `j` of image `i`.
 #[derive(Debug, Clone)]
 pub struct CrossCache {
-    layers: Vec<(Tensor, Tensor)>,
+    layers: Vec<KeysValues>,
+}
+
+/// What one layer reads of the images.
+#[derive(Debug, Clone)]
+enum KeysValues {
+    /// `(images, states, d)` each.
+    Tensors(Tensor, Tensor),
+    /// The states themselves, the same for all layers.
+    Packed(PackedStates),
 }
 
 /// Keys and values of the tokens so far, preallocated for the longest text: per layer `(rows, max_length, d)`.
@@ -61,6 +71,8 @@ struct Attention {
     value: Linear,
     dense: Linear,
     layer_norm: LayerNorm,
+    /// Cross-attention with the weights of keys and values absorbed, once packed.
+    absorbed: Option<PackedCrossAttention>,
 }
 
 impl TextModel {
@@ -88,13 +100,25 @@ impl TextModel {
         self.words.weight()
     }
 
+    /// See [`Med::pack`](crate::med::Med::pack).
+    pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.pack(precision))
+    }
+
     /// Keys and values of the image states `(b, n, d_v)` for every layer.
     ///
     /// # Errors
     /// The width is not the one of the config.
     pub fn cross_cache(&self, image_states: &Tensor) -> Result<CrossCache> {
-        let layers = self.layers.iter().map(|layer| layer.cross.keys_values(image_states)).collect::<Result<_>>()?;
-        Ok(CrossCache { layers })
+        let packed = self.layers.first().and_then(|layer| layer.cross.absorbed.as_ref());
+        if let Some(states) = packed.map(|absorbed| absorbed.states(image_states)).transpose()? {
+            return Ok(CrossCache { layers: self.layers.iter().map(|_| KeysValues::Packed(states.clone())).collect() });
+        }
+        let layers = self.layers.iter().map(|layer| {
+            let (k, v) = layer.cross.keys_values(image_states)?;
+            Ok(KeysValues::Tensors(k, v))
+        });
+        Ok(CrossCache { layers: layers.collect::<Result<_>>()? })
     }
 
     /// Ids `(rows, t)` to hidden states `(rows, t, d)`, whole sequences at once.
@@ -177,21 +201,22 @@ impl Layer {
         x: &Tensor,
         (k, v): (&Tensor, &Tensor),
         mask: Option<&Tensor>,
-        image: Option<&(Tensor, Tensor)>,
+        images: Option<&KeysValues>,
     ) -> Result<Tensor> {
         let mut x = self.attention.forward(x, k, v, mask)?;
-        if let Some((k, v)) = image {
-            // All texts of an image ask the same keys and values: they go in as one long query.
-            let (rows, t, d) = x.dims3()?;
-            let images = k.dim(0)?;
-            if rows % images != 0 {
-                candle_core::bail!("{rows} texts cannot be spread evenly over {images} images");
-            }
-            let queries = x.reshape((images, rows / images * t, d))?;
-            x = self.cross.forward(&queries, k, v, None)?.reshape((rows, t, d))?;
+        if let Some(images) = images {
+            x = self.cross.forward_images(&x, images)?;
         }
-        let hidden = gelu(&self.intermediate.forward(&x)?)?;
-        self.layer_norm.forward(&(self.output.forward(&hidden)? + x)?)
+        let x = mlp((&self.intermediate, &self.output), &x, None, Activation::Gelu, &x)?;
+        self.layer_norm.forward(&x)
+    }
+
+    fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.attention.pack(precision)?;
+        self.cross.absorb(precision)?;
+        self.cross.pack(precision)?;
+        self.intermediate.pack(precision)?;
+        self.output.pack(precision)
     }
 }
 
@@ -207,7 +232,12 @@ impl Attention {
             value: Linear::load(source, d, vb.pp("self.value"))?,
             dense: Linear::load(d, d, vb.pp("output.dense"))?,
             layer_norm: LayerNorm::load(d, config.layer_norm_eps, vb.pp("output.LayerNorm"))?,
+            absorbed: None,
         })
+    }
+
+    fn pack(&mut self, precision: Precision) -> Result<()> {
+        [&mut self.query, &mut self.key, &mut self.value, &mut self.dense].into_iter().try_for_each(|layer| layer.pack(precision))
     }
 
     /// `(b, n, source)` to keys and values `(b, n, d)`.
@@ -215,10 +245,40 @@ impl Attention {
         Ok((self.key.forward(source)?, self.value.forward(source)?))
     }
 
+    /// Takes the weights of keys and values over to the side of the queries; before they are packed.
+    fn absorb(&mut self, precision: Precision) -> Result<()> {
+        if let (Some((key, _)), Some((value, bias))) = (self.key.tensors(), self.value.tensors()) {
+            self.absorbed = PackedCrossAttention::new(key, value, bias, self.heads, self.scale, precision)?;
+        }
+        Ok(())
+    }
+
     fn forward(&self, x: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         let q = self.query.forward(x)?;
-        let mixed = self.dense.forward(&attention(&q, k, v, self.heads, self.scale, mask)?)?;
-        self.layer_norm.forward(&(mixed + x)?)
+        self.output(x, &attention(&q, k, v, self.heads, self.scale, mask)?)
+    }
+
+    /// Texts `(rows, t, d)` ask images; the rows of an image stand side by side.
+    fn forward_images(&self, x: &Tensor, images: &KeysValues) -> Result<Tensor> {
+        let (rows, t, d) = x.dims3()?;
+        let count = images.len()?;
+        if rows % count.max(1) != 0 {
+            candle_core::bail!("{rows} texts cannot be spread evenly over {count} images");
+        }
+        // All texts of an image ask the same keys and values: they go in as one long query.
+        let q = self.query.forward(x)?.reshape((count, rows / count * t, d))?;
+        let mixed = match images {
+            KeysValues::Tensors(k, v) => attention(&q, k, v, self.heads, self.scale, None)?,
+            KeysValues::Packed(states) => match &self.absorbed {
+                Some(absorbed) => absorbed.attend(&q, states)?,
+                None => candle_core::bail!("the states of the images are for a packed model"),
+            },
+        };
+        self.output(x, &mixed.reshape((rows, t, d))?)
+    }
+
+    fn output(&self, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
+        self.layer_norm.forward(&self.dense.forward_add(mixed, x)?)
     }
 }
 
@@ -228,7 +288,16 @@ impl CrossCache {
     /// # Errors
     /// An index is out of range.
     pub fn select(&self, images: &Tensor) -> Result<Self> {
-        Ok(Self { layers: select(&self.layers, images)? })
+        let layers = self.layers.iter().map(|layer| layer.select(images)).collect::<Result<_>>()?;
+        Ok(Self { layers })
+    }
+
+    /// Leaves the images with these numbers, in this order. Only an image whose place changes is copied.
+    ///
+    /// # Errors
+    /// An image goes to a place behind its own, which would be that of another.
+    pub(crate) fn keep(&mut self, images: &[usize]) -> Result<()> {
+        self.layers.par_iter_mut().try_for_each(|layer| layer.keep(images))
     }
 }
 
@@ -239,17 +308,71 @@ impl SelfCache {
         self.length
     }
 
-    /// The cache of the rows with these indices `(n)` (u32), in this order.
+    /// The number of texts in the cache.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.layers.first().map_or(0, |(k, _)| k.dims()[0])
+    }
+
+    /// Leaves the rows with these numbers, in this order; a row may be taken many times.
     ///
     /// # Errors
-    /// An index is out of range.
-    pub fn select(&self, rows: &Tensor) -> Result<Self> {
-        Ok(Self { layers: select(&self.layers, rows)?, length: self.length })
+    /// A number is out of range.
+    pub(crate) fn keep(&mut self, rows: &[u32]) -> Result<()> {
+        let unchanged = rows.len() == self.rows() && rows.iter().zip(0..).all(|(row, place)| *row == place);
+        if let Some((k, _)) = self.layers.first().filter(|_| !unchanged) {
+            let rows = Tensor::new(rows, k.device())?;
+            let kept = self.layers.par_iter().map(|(k, v)| Ok((k.index_select(&rows, 0)?, v.index_select(&rows, 0)?)));
+            self.layers = kept.collect::<Result<_>>()?;
+        }
+        Ok(())
     }
 }
 
-fn select(layers: &[(Tensor, Tensor)], indices: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
-    layers.iter().map(|(k, v)| Ok((k.index_select(indices, 0)?, v.index_select(indices, 0)?))).collect()
+impl KeysValues {
+    /// The number of images.
+    fn len(&self) -> Result<usize> {
+        match self {
+            Self::Tensors(k, _) => k.dim(0),
+            Self::Packed(packed) => Ok(packed.len()),
+        }
+    }
+
+    /// See [`CrossCache::keep`].
+    fn keep(&mut self, images: &[usize]) -> Result<()> {
+        match self {
+            Self::Tensors(k, v) => keep_rows(k, images).and_then(|()| keep_rows(v, images)),
+            Self::Packed(packed) => {
+                *packed = packed.select(images);
+                Ok(())
+            }
+        }
+    }
+
+    fn select(&self, images: &Tensor) -> Result<Self> {
+        Ok(match self {
+            Self::Tensors(k, v) => Self::Tensors(k.index_select(images, 0)?, v.index_select(images, 0)?),
+            Self::Packed(packed) => {
+                let images: Vec<usize> = images.to_vec1::<u32>()?.into_iter().map(|image| image as usize).collect();
+                if images.iter().any(|&image| image >= packed.len()) {
+                    candle_core::bail!("{images:?} are not all among {} images", packed.len());
+                }
+                Self::Packed(packed.select(&images))
+            }
+        })
+    }
+}
+
+/// Leaves these rows, in place.
+fn keep_rows(cache: &mut Tensor, rows: &[usize]) -> Result<()> {
+    for (to, from) in rows.iter().enumerate().filter(|(to, from)| to != *from) {
+        if to > *from {
+            candle_core::bail!("row {from} cannot go back to place {to}");
+        }
+        cache.slice_set(&cache.narrow(0, *from, 1)?.force_contiguous()?, 0, to)?;
+    }
+    *cache = cache.narrow(0, 0, rows.len())?;
+    Ok(())
 }
 
 /// An additive mask `(b, 1, 1, t)` from a mask `(b, t)` that is 1 for tokens and 0 for padding (any number type).

@@ -7,6 +7,7 @@ use candle_nn::VarBuilder;
 use crate::block::{Block, BlockConfig, load_blocks};
 use crate::config::VisionConfig;
 use crate::layers::{INIT_WEIGHT, LayerNorm, Linear};
+use crate::ops::Precision;
 
 /// Whose vision transformer it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +81,18 @@ impl VisionModel {
             post_layernorm: LayerNorm::load(d, eps, vb.pp("post_layernorm"))?,
             config: config.clone(),
         })
+    }
+
+    /// Images that a CPU thread encodes together: so many that their states have the rows for which products are fast.
+    pub(crate) fn images_together(&self) -> usize {
+        const ROWS: usize = 512;
+        (ROWS / self.config.num_patches()).max(1)
+    }
+
+    /// See [`Med::pack`](crate::med::Med::pack).
+    pub(crate) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.patch.pack(precision)?;
+        self.blocks.iter_mut().try_for_each(|block| block.pack(precision))
     }
 
     /// Normalised pixels `(b, 3, s, s)` to image states `(b, n, d)` after the last layer norm: the class token first if there is one, then

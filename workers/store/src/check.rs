@@ -141,7 +141,7 @@ impl Store {
                 named.insert((o.table, o.digest), (path.to_string(), Some(o.bytes)));
             }
         }
-        for role in registry::ROLES {
+        for role in registry::ROLES.iter().chain([&registry::IMPORTED]) {
             for (path, event) in self.records::<AliasEvent>(&layout::model_role(role), report).await? {
                 named.entry((Table::Models, event.model)).or_insert((path.to_string(), None));
             }

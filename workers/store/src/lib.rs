@@ -18,7 +18,7 @@ pub use check::{CheckReport, Finding, SweepReport};
 pub use commit::CommitResult;
 pub use error::{StoreError, chain};
 pub use ledger::RunEvent;
-pub use registry::{CHECKPOINT_FILES, ROLES, model_rows};
+pub use registry::{CHECKPOINT_FILES, IMPORTED, ROLES, model_rows};
 pub use shard::{ShardWriter, read_parquet};
 pub use store::{Created, Store, now_ms};
 pub use takedown::{TakenDown, Targets};

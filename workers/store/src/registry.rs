@@ -1,6 +1,7 @@
 //! The model registry: models are objects of the `models` table; roles point to them by numbered events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,6 +12,9 @@ use crate::{Result, ShardWriter, Store, StoreError, layout, now_ms};
 
 /// The roles that a model can play.
 pub const ROLES: &[&str] = &["captioner", "filter"];
+
+/// In place of a role: the list of models that were imported without one.
+pub const IMPORTED: &str = "imported";
 
 /// The files that every model has; it may have more, such as its training log.
 pub const CHECKPOINT_FILES: &[&str] = &["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"];
@@ -27,6 +31,28 @@ impl Store {
         let mut shard = ShardWriter::new(Table::Models)?;
         for batch in model_rows(files) {
             shard.write(&batch?)?;
+        }
+        shard.finish(self).await
+    }
+
+    /// As [`put_model`](Self::put_model), for files of a folder. They are read a part at a time.
+    ///
+    /// # Errors
+    /// [`StoreError::Unknown`] if a file cannot be read, and as [`put_model`](Self::put_model).
+    pub async fn put_files(&self, folder: &Path, names: &[&str]) -> Result<Output> {
+        let mut shard = ShardWriter::new(Table::Models)?;
+        for name in BTreeSet::from_iter(names) {
+            let path = folder.join(name);
+            let fail = |e: std::io::Error| StoreError::Unknown(format!("cannot read `{}`: {e}", path.display()));
+            let mut file = std::fs::File::open(&path).map_err(fail)?;
+            for number in 0.. {
+                let mut part = Vec::new();
+                file.by_ref().take(MODEL_PART_BYTES as u64).read_to_end(&mut part).map_err(fail)?;
+                if part.is_empty() && number > 0 {
+                    break;
+                }
+                shard.write(&model_row(name, number, &part)?)?;
+            }
         }
         shard.finish(self).await
     }
@@ -71,7 +97,7 @@ impl Store {
         Ok(())
     }
 
-    /// Lets `model` play `role` from now on. With a `key` that an event of the role has already, nothing happens and that event is
+    /// Lets `model` play `role` from now on, or notes it under [`IMPORTED`]. With a `key` that an event of the role has already, nothing happens and that event is
     /// returned: an act of a run happens once however often the run is repeated.
     ///
     /// # Errors
@@ -85,7 +111,7 @@ impl Store {
         key: &str,
         metrics: BTreeMap<String, f64>,
     ) -> Result<AliasEvent> {
-        if !ROLES.contains(&role) {
+        if !ROLES.contains(&role) && role != IMPORTED {
             return Err(StoreError::Unknown(format!("no role `{role}`; the roles are {}", ROLES.join(" and "))));
         }
         if self.get(&layout::object(Table::Models, &model)).await?.is_none() {
@@ -129,17 +155,17 @@ impl Store {
 pub fn model_rows(files: &BTreeMap<String, Vec<u8>>) -> impl Iterator<Item = Result<RecordBatch>> + '_ {
     files.iter().flat_map(|(name, bytes)| {
         let parts: Vec<&[u8]> = if bytes.is_empty() { vec![&[]] } else { bytes.chunks(MODEL_PART_BYTES).collect() };
-        parts.into_iter().zip(0_u32..).map(move |(part, n)| {
-            let columns: Vec<ArrayRef> = vec![
-                Arc::new(StringArray::from_iter_values([name])),
-                Arc::new(UInt32Array::from_iter_values([n])) as ArrayRef,
-                Arc::new(BinaryArray::from_iter_values([part])),
-            ];
-            RecordBatch::try_new(Table::Models.schema(), columns).map_err(|e| StoreError::Parquet {
-                table: Table::Models,
-                what: name.clone(),
-                source: e.into(),
-            })
-        })
+        parts.into_iter().zip(0_u32..).map(move |(part, number)| model_row(name, number, part))
     })
+}
+
+fn model_row(name: &str, number: u32, part: &[u8]) -> Result<RecordBatch> {
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(StringArray::from_iter_values([name])),
+        Arc::new(UInt32Array::from_iter_values([number])),
+        Arc::new(BinaryArray::from_iter_values([part])),
+    ];
+    let fail =
+        |e: arrow::error::ArrowError| StoreError::Parquet { table: Table::Models, what: name.to_owned(), source: e.into() };
+    RecordBatch::try_new(Table::Models.schema(), columns).map_err(fail)
 }

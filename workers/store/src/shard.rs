@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use arrow::array::RecordBatch;
+use arrow::array::{Array, RecordBatch, new_null_array};
 use arrow::compute::BatchCoalescer;
-use arrow::datatypes::Schema;
+use arrow::datatypes::{FieldRef, Schema, SchemaRef};
 use bytes::Bytes;
 use capfilt_schemas::{Digest, Output, Table, column};
 use parquet::arrow::ArrowWriter;
@@ -41,7 +41,10 @@ const fn batch_rows(table: Table) -> usize {
 pub struct ShardWriter {
     table: Table,
     batches: BatchCoalescer,
-    writer: ArrowWriter<Vec<u8>>,
+    /// Rows of a table with optional columns: which of them are written is known at the end.
+    held: Vec<RecordBatch>,
+    /// Of all others.
+    writer: Option<ArrowWriter<Vec<u8>>>,
     rows: u64,
 }
 
@@ -51,22 +54,9 @@ impl ShardWriter {
     /// # Errors
     /// [`StoreError::Parquet`].
     pub fn new(table: Table) -> Result<Self> {
-        let mut properties = WriterProperties::builder()
-            .set_created_by("capfilt".to_owned())
-            .set_compression(Compression::SNAPPY)
-            .set_max_row_group_row_count(Some(row_group_rows(table)));
-        for distinct in DISTINCT {
-            properties = properties.set_column_dictionary_enabled(ColumnPath::from(distinct), false);
-        }
-        for opaque in [column::IMAGE, column::BYTES] {
-            properties = properties
-                .set_column_compression(ColumnPath::from(opaque), Compression::UNCOMPRESSED)
-                .set_column_dictionary_enabled(ColumnPath::from(opaque), false)
-                .set_column_statistics_enabled(ColumnPath::from(opaque), parquet::file::properties::EnabledStatistics::None);
-        }
-        let writer = ArrowWriter::try_new(Vec::new(), table.schema(), Some(properties.build()))
-            .map_err(|source| writing(table, source))?;
-        Ok(Self { table, batches: BatchCoalescer::new(table.schema(), batch_rows(table)), writer, rows: 0 })
+        let writer = if table.optional().is_empty() { Some(encoder(table, table.schema())?) } else { None };
+        let batches = BatchCoalescer::new(table.schema(), batch_rows(table));
+        Ok(Self { table, batches, held: Vec::new(), writer, rows: 0 })
     }
 
     /// Appends rows.
@@ -76,7 +66,7 @@ impl ShardWriter {
     pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
         same_columns(self.table, batch.schema_ref())?;
         let fail = |source: arrow::error::ArrowError| writing(self.table, source.into());
-        let rows = RecordBatch::try_new(self.table.schema(), batch.columns().to_vec()).map_err(fail)?;
+        let rows = complete(&self.table.schema(), batch).map_err(fail)?;
         self.batches.push_batch(rows).map_err(fail)?;
         self.rows += batch.num_rows() as u64;
         self.encode()
@@ -84,7 +74,10 @@ impl ShardWriter {
 
     fn encode(&mut self) -> Result<()> {
         while let Some(batch) = self.batches.next_completed_batch() {
-            self.writer.write(&batch).map_err(|source| writing(self.table, source))?;
+            match &mut self.writer {
+                Some(writer) => writer.write(&batch).map_err(|source| writing(self.table, source))?,
+                None => self.held.push(batch),
+            }
         }
         Ok(())
     }
@@ -102,11 +95,47 @@ impl ShardWriter {
     pub async fn finish(mut self, store: &Store) -> Result<Output> {
         self.batches.finish_buffered_batch().map_err(|source| writing(self.table, source.into()))?;
         self.encode()?;
-        let bytes = self.writer.into_inner().map_err(|source| writing(self.table, source))?;
+        let writer = match self.writer {
+            Some(writer) => writer,
+            None => encode_held(self.table, &self.held)?,
+        };
+        let bytes = writer.into_inner().map_err(|source| writing(self.table, source))?;
         let size = bytes.len() as u64;
         let digest = store.put_object(self.table, bytes.into()).await?;
         Ok(Output { table: self.table, digest, rows: self.rows, bytes: size })
     }
+}
+
+fn encoder(table: Table, schema: SchemaRef) -> Result<ArrowWriter<Vec<u8>>> {
+    let mut properties = WriterProperties::builder()
+        .set_created_by("capfilt".to_owned())
+        .set_compression(Compression::SNAPPY)
+        .set_max_row_group_row_count(Some(row_group_rows(table)));
+    for distinct in DISTINCT {
+        properties = properties.set_column_dictionary_enabled(ColumnPath::from(distinct), false);
+    }
+    for opaque in [column::IMAGE, column::BYTES] {
+        properties = properties
+            .set_column_compression(ColumnPath::from(opaque), Compression::UNCOMPRESSED)
+            .set_column_dictionary_enabled(ColumnPath::from(opaque), false)
+            .set_column_statistics_enabled(ColumnPath::from(opaque), parquet::file::properties::EnabledStatistics::None);
+    }
+    ArrowWriter::try_new(Vec::new(), schema, Some(properties.build())).map_err(|source| writing(table, source))
+}
+
+/// Encodes rows without the optional columns that hold nothing.
+fn encode_held(table: Table, batches: &[RecordBatch]) -> Result<ArrowWriter<Vec<u8>>> {
+    let schema = table.schema();
+    let empty = |place: usize| batches.iter().all(|batch| batch.column(place).null_count() == batch.num_rows());
+    let stored: Vec<usize> = (0..schema.fields().len())
+        .filter(|place| !(table.optional().contains(&schema.field(*place).name().as_str()) && empty(*place)))
+        .collect();
+    let fail = |source: arrow::error::ArrowError| writing(table, source.into());
+    let mut writer = encoder(table, Arc::new(schema.project(&stored).map_err(fail)?))?;
+    for batch in batches {
+        writer.write(&batch.project(&stored).map_err(fail)?).map_err(|source| writing(table, source))?;
+    }
+    Ok(writer)
 }
 
 impl Store {
@@ -156,14 +185,27 @@ pub fn read_parquet(
     same_columns(table, builder.schema())?;
     let reader = builder.with_batch_size(batch_rows).build().map_err(&fail)?;
     let schema = table.schema();
-    Ok(reader.map(move |batch| batch.and_then(|b| b.with_schema(Arc::clone(&schema))).map_err(|e| fail(e.into()))))
+    Ok(reader.map(move |batch| batch.and_then(|b| complete(&schema, &b)).map_err(|e| fail(e.into()))))
 }
 
+/// Rows with all columns of their table: those that are missing hold nothing.
+fn complete(schema: &SchemaRef, batch: &RecordBatch) -> std::result::Result<RecordBatch, arrow::error::ArrowError> {
+    let column = |field: &FieldRef| match batch.column_by_name(field.name()) {
+        Some(values) => Arc::clone(values),
+        None => new_null_array(field.data_type(), batch.num_rows()),
+    };
+    RecordBatch::try_new(Arc::clone(schema), schema.fields().iter().map(column).collect())
+}
+
+/// Whether these are the table's columns, in order; optional ones may be missing.
 fn same_columns(table: Table, found: &Schema) -> Result<()> {
     let expected = table.schema();
-    let same = expected.fields().len() == found.fields().len()
-        && expected.fields().iter().zip(found.fields()).all(|(e, f)| e.name() == f.name() && e.data_type() == f.data_type());
-    if same {
+    let mut left = found.fields().iter().peekable();
+    let same = expected.fields().iter().all(|e| {
+        let there = left.next_if(|f| e.name() == f.name() && e.data_type() == f.data_type()).is_some();
+        there || table.optional().contains(&e.name().as_str())
+    });
+    if same && left.peek().is_none() {
         return Ok(());
     }
     let names = |s: &Schema| s.fields().iter().map(|f| format!("{}: {}", f.name(), f.data_type())).collect::<Vec<_>>().join(", ");

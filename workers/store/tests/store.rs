@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{ArrayRef, BinaryArray, Float64Array, RecordBatch, StringArray, UInt32Array};
+use arrow::array::{ArrayRef, BinaryArray, Float32Array, Float64Array, RecordBatch, StringArray, UInt32Array};
 use capfilt_schemas::{Commit, FetchStatus, Output, Redaction, RunId, StageKind, Table, Task};
-use capfilt_store::{CommitResult, ShardWriter, Store, StoreError, Targets};
+use capfilt_store::{CommitResult, IMPORTED, ShardWriter, Store, StoreError, Targets};
 
 struct Place {
     store: Store,
@@ -64,6 +64,38 @@ async fn shards_do_not_depend_on_batching_and_read_back() {
         assert_eq!(sizes.iter().sum::<usize>(), 1500);
         assert!(sizes.iter().all(|s| *s <= 400));
     }
+}
+
+#[tokio::test]
+async fn an_optional_column_that_holds_nothing_is_not_stored_and_read_as_nulls() {
+    let store = Store::open("memory:").await.unwrap();
+    let schema = Table::Dataset.schema();
+    let text = |value: &str| Arc::new(StringArray::from_iter_values([value, value])) as ArrayRef;
+    let number = |values: [Option<f32>; 2]| Arc::new(Float32Array::from_iter(values)) as ArrayRef;
+    let rows = |clip: Option<[Option<f32>; 2]>| {
+        let (itm, row) = (number([Some(0.5), None]), Arc::new(UInt32Array::from_iter_values([0, 1])) as ArrayRef);
+        let mut columns =
+            vec![text("id"), text("a dog"), text("web"), Arc::clone(&itm), itm, text("u"), text("h"), text("s"), row];
+        columns.extend(clip.map(number));
+        let present: Vec<usize> = (0..columns.len()).collect();
+        RecordBatch::try_new(Arc::new(schema.project(&present).unwrap()), columns).unwrap()
+    };
+    let put = async |batches: &[RecordBatch]| {
+        let mut w = ShardWriter::new(Table::Dataset).unwrap();
+        batches.iter().for_each(|batch| w.write(batch).unwrap());
+        w.finish(&store).await.unwrap()
+    };
+    let nothing = rows(Some([None, None]));
+    let without = put(&[rows(None)]).await;
+    assert_eq!(put(std::slice::from_ref(&nothing)).await, without, "the bytes are those of a shard without the column");
+    assert_eq!(store.read_whole(Table::Dataset, &without.digest).await.unwrap(), nothing);
+
+    let scored = rows(Some([None, Some(0.25)]));
+    let mixed = put(&[rows(None), scored.clone()]).await;
+    let back = store.read_whole(Table::Dataset, &mixed.digest).await.unwrap();
+    assert_eq!((back.slice(0, 2), back.slice(2, 2)), (nothing, scored));
+    let short = rows(None).project(&[0, 1, 2]).unwrap();
+    assert!(ShardWriter::new(Table::Dataset).unwrap().write(&short).is_err(), "the other columns must be there");
 }
 
 /// Values larger than a page of the file, so that pages are cut between rows.
@@ -192,6 +224,25 @@ async fn models_keep_their_files_and_roles_their_history() {
         let folder = tempfile::tempdir().unwrap();
         store.write_model(&model.digest, folder.path()).await.unwrap();
         assert_eq!(std::fs::read(folder.path().join("config.json")).unwrap(), b"{}");
+        for name in capfilt_store::CHECKPOINT_FILES {
+            std::fs::write(folder.path().join(name), name).unwrap();
+        }
+        std::fs::write(folder.path().join("tokenizer.json"), "").unwrap();
+        let of_folder = store.put_files(folder.path(), capfilt_store::CHECKPOINT_FILES).await.unwrap();
+        let named = |name: &&str| ((*name).to_owned(), if *name == "tokenizer.json" { vec![] } else { name.as_bytes().to_vec() });
+        let files: BTreeMap<String, Vec<u8>> = capfilt_store::CHECKPOINT_FILES.iter().map(named).collect();
+        assert_eq!(store.put_model(&files).await.unwrap(), of_folder);
+        let note = |reason: &'static str| store.set_alias(IMPORTED, of_folder.digest, "import", reason, "", BTreeMap::new());
+        assert_eq!(note("by hand").await.unwrap().role, "imported");
+        std::fs::remove_file(folder.path().join("config.json")).unwrap();
+        assert!(
+            store
+                .put_files(folder.path(), capfilt_store::CHECKPOINT_FILES)
+                .await
+                .unwrap_err()
+                .to_string()
+                .contains("config.json")
+        );
         let evil = store.put_model(&BTreeMap::from([("../x".to_owned(), vec![1])])).await.unwrap();
         assert!(store.write_model(&evil.digest, folder.path()).await.is_err());
     }

@@ -9,7 +9,7 @@ use capfilt_models::med::Med;
 use capfilt_models::preprocess::Pixels;
 use capfilt_models::random::Stream;
 use capfilt_models::retrieval::retrieval_scores;
-use capfilt_models::sampling::Sampling;
+use capfilt_models::sampling::{Sampling, Strategy};
 use capfilt_models::score::{FilterScorer, ItmToken};
 use capfilt_models::tokenizer::{MAX_WORDS, TextTokenizer, clean_caption};
 use image::RgbImage;
@@ -104,12 +104,10 @@ impl HeldOut<'_> {
         metrics: &mut Metrics,
     ) -> Result<(), TrainerError> {
         let greedy = Sampling {
-            temperature: 0.0,
-            repetition_penalty: 1.0,
             min_length: 0,
             max_length: config.max_length,
             prompt: config.prompt.clone(),
-            ..Sampling::default()
+            ..Sampling::new(Strategy::Greedy)
         };
         let captioner = Captioner::new(med.clone(), tokenizer.clone(), greedy)?;
         let keys: Vec<&str> = self.pairs.iter().map(|pair| pair.sample_id.as_str()).collect();

@@ -50,7 +50,7 @@ impl Stage for TrainStage {
                 None => None,
             };
             let side = match &parent {
-                Some(parent) if config.init == Init::Parent => parent.config().vision_config.image_size,
+                Some(parent) if config.init == Init::Parent => parent.config().map_err(fail)?.vision_config.image_size,
                 _ => config.model.image_size,
             };
             let pairs = dataset_pairs(&work.store, input, side).await?;

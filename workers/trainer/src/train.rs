@@ -113,8 +113,8 @@ fn start(pairs: &[TrainPair], config: &TrainConfig, parent: Option<&Checkpoint>,
         (Init::Parent, None) => Err(TrainerError::Config("`init = \"parent\"` needs a parent model".to_owned())),
         (Init::Fresh, Some(parent)) => {
             let tokenizer = parent.tokenizer()?.json().to_owned();
-            let vocabulary = parent.config().text_config.vocab_size;
-            Ok(Trainer::fresh(&config.model.config(Some(parent.config()), vocabulary), tokenizer, recipe)?)
+            let parent = parent.config()?;
+            Ok(Trainer::fresh(&config.model.config(Some(parent), parent.text_config.vocab_size), tokenizer, recipe)?)
         }
         (Init::Fresh, None) => {
             let texts = pairs.iter().flat_map(|pair| &pair.texts).map(|text| clean_caption(&text.text, MAX_WORDS));

@@ -1,5 +1,6 @@
-//! The caption stage: synthetic texts for every image of a `samples` shard (BLIP's captioner, nucleus sampling).
+//! The caption stage: synthetic texts for every image of a `samples` shard (BLIP's captioner).
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, ListBuilder, RecordBatch, StringBuilder};
@@ -13,17 +14,20 @@ use capfilt_schemas::{StageKind, Table, column};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Loaded, ModelSlot, VisionWorkerConfig, dtype};
-use crate::pixels::{RowPixels, prepared, spread, status_columns, text_column};
+use crate::model::{Loaded, ModelSlot, NumberType, VisionWorkerConfig, captioner};
+use crate::pixels::{RowPixels, prepared, spread, status_columns, take_view, text_column};
 
-/// `[caption]`: how captions are drawn. Part of the task's name.
+/// `[caption]`: how captions are written. Part of the task's name.
 #[derive(Clone, Default, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CaptionConfig {
     /// Keys every random choice, together with the sample id.
     pub seed: u64,
-    /// The sampling settings.
+    /// The strategy and its settings.
     pub sampling: Sampling,
+    /// The number type in which the captioner computes; `f32` on a CPU and `bf16` on a GPU, if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<NumberType>,
 }
 
 impl CaptionConfig {
@@ -33,6 +37,12 @@ impl CaptionConfig {
     /// The first setting that makes no sense.
     pub fn check(&self) -> Result<(), ModelError> {
         self.sampling.check()
+    }
+
+    /// The parameters of the stage's tasks, for workers with these settings.
+    #[must_use]
+    pub fn params(&self, worker: &VisionWorkerConfig) -> Self {
+        Self { dtype: NumberType::settle(self.dtype, worker), ..self.clone() }
     }
 }
 
@@ -58,13 +68,14 @@ impl Stage for CaptionStage {
         let slot = Arc::clone(&self.slot);
         let start = async move {
             let config: CaptionConfig = work.params()?;
-            let sampling = config.sampling.clone();
-            let make = move |checkpoint: &capfilt_models::checkpoint::Checkpoint, device: &Device| {
-                Captioner::new(checkpoint.med(device, dtype(device))?, checkpoint.tokenizer()?, sampling)
+            let (sampling, dtype) = (config.sampling.clone(), config.dtype);
+            let make = move |folders: &[PathBuf], device: &Device| {
+                let (captioner, preprocessor) = captioner(&folders[0], sampling, dtype, device)?;
+                Ok((captioner, vec![preprocessor]))
             };
-            let loaded = slot.get(&work, make).await?;
+            let loaded = slot.get(&work, &[], make).await?;
             let seed = config.seed;
-            let rows = prepared(input, Arc::clone(&loaded.preprocessor))
+            let rows = prepared(input, Arc::clone(&loaded.preprocessors))
                 .and_then(move |(batch, pixels)| caption(loaded.clone(), seed, batch, pixels));
             Ok::<_, StageError>(rows)
         };
@@ -83,7 +94,7 @@ async fn caption(
     let ids = text_column(&batch, column::SAMPLE_ID)?.clone();
     let keys: Vec<String> =
         ids.iter().zip(&present).filter(|(_, there)| **there).map(|(id, _)| id.unwrap_or_default().to_owned()).collect();
-    let images: Vec<_> = rows.into_iter().flatten().collect();
+    let images = take_view(&mut rows.into_iter().flatten().collect::<Vec<_>>());
     let texts = if images.is_empty() {
         Vec::new()
     } else {

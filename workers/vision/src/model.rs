@@ -1,13 +1,20 @@
-//! The model that a stage works with: loaded once, kept on a thread of its own until another is asked for.
+//! The models that a stage works with: loaded once, kept on a thread of their own until others are asked for.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use capfilt_models::ModelError;
-use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::checkpoint::{Checkpoint, Family};
+use capfilt_models::clip::ClipScorer;
 use capfilt_models::device::{DType, Device, device};
+use capfilt_models::generate::Captioner;
+use capfilt_models::med::Med;
+use capfilt_models::ops::Precision;
 use capfilt_models::preprocess::Preprocessor;
+use capfilt_models::sampling::Sampling;
+use capfilt_models::score::{FilterScorer, ItmToken};
+use capfilt_models::{ModelError, files};
 use capfilt_runtime::{ModelThread, StageError, Work};
+use capfilt_schemas::Digest;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
@@ -25,15 +32,62 @@ impl Default for VisionWorkerConfig {
     }
 }
 
-/// A loaded model and the image transform that belongs to it.
+/// The number type in which a model computes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NumberType {
+    /// Single precision.
+    F32,
+    /// Half of it, with the range of single precision.
+    Bf16,
+    /// Half of it, with more digits and less range.
+    F16,
+}
+
+impl NumberType {
+    /// What is named, or else what suits the device: `f32` on a CPU, `bf16` on a GPU. `f32` is left out, as it was from tasks when there
+    /// was no choice.
+    pub(crate) fn settle(named: Option<Self>, worker: &VisionWorkerConfig) -> Option<Self> {
+        let usual = if worker.device == "cpu" { Self::F32 } else { Self::Bf16 };
+        Some(named.unwrap_or(usual)).filter(|dtype| *dtype != Self::F32)
+    }
+
+    /// How the models compute; in `f32` if nothing is named.
+    pub(crate) fn of(named: Option<Self>, device: &Device) -> Numbers {
+        match named {
+            None | Some(Self::F32) => Numbers { stored: DType::F32, packed: None },
+            // A CPU keeps single precision between products, which are what costs time.
+            Some(Self::Bf16) if device.is_cpu() => Numbers { stored: DType::F32, packed: Some(Precision::Bf16) },
+            Some(Self::Bf16) => Numbers { stored: DType::BF16, packed: None },
+            Some(Self::F16) => Numbers { stored: DType::F16, packed: None },
+        }
+    }
+}
+
+/// A number type, as a device has it.
+#[derive(Clone, Copy)]
+pub(crate) struct Numbers {
+    stored: DType,
+    packed: Option<Precision>,
+}
+
+impl Numbers {
+    fn med(self, checkpoint: &Checkpoint, device: &Device) -> Result<Med, ModelError> {
+        let mut med = checkpoint.med(device, self.stored)?;
+        self.packed.map_or(Ok(()), |precision| med.pack(precision))?;
+        Ok(med)
+    }
+}
+
+/// A loaded model and the image transforms that belong to it.
 pub(crate) struct Loaded<M> {
     pub(crate) thread: ModelThread<M>,
-    pub(crate) preprocessor: Arc<Preprocessor>,
+    pub(crate) preprocessors: Arc<[Preprocessor]>,
 }
 
 impl<M> Clone for Loaded<M> {
     fn clone(&self) -> Self {
-        Self { thread: self.thread.clone(), preprocessor: Arc::clone(&self.preprocessor) }
+        Self { thread: self.thread.clone(), preprocessors: Arc::clone(&self.preprocessors) }
     }
 }
 
@@ -49,11 +103,13 @@ impl<M: 'static> ModelSlot<M> {
         Self { name, config, slot: Mutex::new(None) }
     }
 
-    /// The model that a task names, made by `make` from its checkpoint when another one (or none) was there.
+    /// The model that a task names, made by `make` from the folders of its checkpoint and of `others` when another one (or none) was
+    /// there.
     pub(crate) async fn get(
         &self,
         work: &Work,
-        make: impl FnOnce(&Checkpoint, &Device) -> capfilt_models::Result<M> + Send + 'static,
+        others: &[Digest],
+        make: impl FnOnce(&[PathBuf], &Device) -> capfilt_models::Result<(M, Vec<Preprocessor>)> + Send + 'static,
     ) -> Result<Loaded<M>, StageError> {
         let digest = work.model()?;
         let key = format!("{digest} {}", work.task.params);
@@ -62,44 +118,99 @@ impl<M: 'static> ModelSlot<M> {
             return Ok(loaded.clone());
         }
         *slot = None;
-        let folder = work.model_folder(&digest).await?;
+        let mut folders = vec![work.model_folder(&digest).await?];
+        for other in others {
+            folders.push(work.model_folder(other).await?);
+        }
         let device_name = self.config.device.clone();
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let load = move || {
-            let load = || {
-                let checkpoint = Checkpoint::open(&folder)?;
-                let preprocessor = checkpoint.preprocessor()?;
-                Ok((make(&checkpoint, &device(&device_name)?)?, preprocessor))
-            };
-            let (model, preprocessor) = load().map_err(|e: ModelError| StageError::caused(e, false))?;
-            let _ = sender.send(preprocessor);
+            let made = device(&device_name).and_then(|device| make(&folders, &device));
+            let (model, preprocessors) = made.map_err(|e| StageError::caused(e, false))?;
+            let _ = sender.send(preprocessors);
             Ok(model)
         };
         let thread = ModelThread::spawn(self.name, load).await?;
-        let preprocessor = Arc::new(receiver.await.map_err(|_| StageError::Cancelled)?);
-        let loaded = Loaded { thread, preprocessor };
+        let preprocessors = receiver.await.map_err(|_| StageError::Cancelled)?.into();
+        let loaded = Loaded { thread, preprocessors };
         *slot = Some((key, loaded.clone()));
         Ok(loaded)
     }
 }
 
-/// Checks that `folder` holds a checkpoint that can play `role` (`captioner` or `filter`): every file, every tensor in its place, and
-/// every number finite.
+/// A captioner and its image transform, from a checkpoint folder.
+pub(crate) fn captioner(
+    folder: &Path,
+    sampling: Sampling,
+    dtype: Option<NumberType>,
+    device: &Device,
+) -> Result<(Captioner, Preprocessor), ModelError> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let captioner = Captioner::new(NumberType::of(dtype, device).med(&checkpoint, device)?, checkpoint.tokenizer()?, sampling)?;
+    Ok((captioner, checkpoint.preprocessor()?))
+}
+
+/// A filter and its image transform, from a checkpoint folder.
+pub(crate) fn filter(
+    folder: &Path,
+    first_token: ItmToken,
+    dtype: Option<NumberType>,
+    device: &Device,
+) -> Result<(FilterScorer, Preprocessor), ModelError> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let filter =
+        FilterScorer::new(NumberType::of(dtype, device).med(&checkpoint, device)?, checkpoint.tokenizer()?, first_token)?;
+    Ok((filter, checkpoint.preprocessor()?))
+}
+
+/// A CLIP and its image transform, from a checkpoint folder.
+pub(crate) fn clip(folder: &Path, dtype: Option<NumberType>, device: &Device) -> Result<(ClipScorer, Preprocessor), ModelError> {
+    let Numbers { stored, packed } = NumberType::of(dtype, device);
+    let checkpoint = Checkpoint::open(folder)?;
+    let mut clip = checkpoint.clip(device, stored)?;
+    packed.map_or(Ok(()), |precision| clip.pack(precision))?;
+    Ok((ClipScorer::new(clip, checkpoint.clip_tokenizer()?)?, checkpoint.preprocessor()?))
+}
+
+/// Whether `folder` holds a CLIP, and no captioner or filter.
+///
+/// # Errors
+/// It holds no checkpoint.
+pub(crate) fn is_clip(folder: &Path) -> Result<bool, ModelError> {
+    Ok(matches!(Checkpoint::open(folder)?.family(), Family::Clip(_)))
+}
+
+/// Checks that `folder` holds a checkpoint, and one that can play `role` (`captioner`, `filter` or `clip`) if a role is given: every file, every
+/// tensor in its place, and every number finite. One tensor is in memory at a time.
 ///
 /// # Errors
 /// What is missing or does not fit, by name.
-pub fn check_checkpoint(folder: &Path, role: &str) -> Result<(), ModelError> {
+pub fn check_checkpoint(folder: &Path, role: Option<&str>) -> Result<(), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
-    checkpoint.tokenizer()?;
+    match checkpoint.family() {
+        Family::Blip(..) => drop(checkpoint.tokenizer()?),
+        Family::Clip(_) => drop(checkpoint.clip_tokenizer()?),
+    }
     checkpoint.preprocessor()?;
+    match (checkpoint.family(), role) {
+        (Family::Blip(..), Some("clip")) => {
+            return Err(ModelError::Config(format!("{} is no CLIP model", folder.display())));
+        }
+        (Family::Clip(_), Some("captioner" | "filter")) => {
+            return Err(ModelError::Config(format!("{} is a CLIP model; name it in `models.clip`", folder.display())));
+        }
+        _ => {}
+    }
     let parts = checkpoint.parts();
-    if role == "captioner" && !parts.decoder {
+    if role == Some("captioner") && !parts.decoder {
         return Err(ModelError::MissingPart { wanted: "a captioner", missing: "text_decoder" });
     }
-    if role == "filter" && !parts.encoder {
+    if role == Some("filter") && !parts.encoder {
         return Err(ModelError::MissingPart { wanted: "a filter", missing: "text_encoder" });
     }
-    for (name, tensor) in checkpoint.tensors(&Device::Cpu)? {
+    let weights = checkpoint.weights();
+    for (name, _) in weights.tensors() {
+        let tensor = weights.read(name, &Device::Cpu)?.to_dtype(DType::F32)?;
         if !tensor.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
             return Err(ModelError::Config(format!(
                 "the tensor {name} of {} holds numbers that are not finite",
@@ -110,7 +221,24 @@ pub fn check_checkpoint(folder: &Path, role: &str) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// The number type in which models run on a device.
-pub(crate) fn dtype(device: &Device) -> DType {
-    if device.is_cpu() { DType::F32 } else { DType::BF16 }
+/// The files of a checkpoint in the layout of the store: those of [`files`](capfilt_models::files) that decide what its model does.
+///
+/// # Errors
+/// The checkpoint cannot be opened.
+pub fn stored_files(folder: &Path) -> Result<Vec<&'static str>, ModelError> {
+    let mut names = vec![files::CONFIG, files::WEIGHTS, files::TOKENIZER, files::PREPROCESSOR];
+    // How CLIP's texts are padded; BLIP's padding is in its config.
+    if matches!(Checkpoint::open(folder)?.family(), Family::Clip(_)) && folder.join(files::TOKENIZER_CONFIG).is_file() {
+        names.push(files::TOKENIZER_CONFIG);
+    }
+    Ok(names)
+}
+
+/// Writes the checkpoint in `folder`, of whatever format, into a new or empty folder as transformers saves one: `config.json`,
+/// `model.safetensors`, `tokenizer.json` and `preprocessor_config.json`.
+///
+/// # Errors
+/// It cannot be opened, or the folder not be written.
+pub fn write_checkpoint(folder: &Path, target: &Path) -> Result<(), ModelError> {
+    Checkpoint::open(folder)?.write(target)
 }

@@ -1,17 +1,20 @@
-//! The score stage: how well the web text and every synthetic text of an image fit it (BLIP's filter, ITM and ITC).
+//! The score stage: how well the web text and every synthetic text of an image fit it, by BLIP's filter (ITM and ITC) and, if the run
+//! has one, by a CLIP.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray, Float32Array, Float32Builder, ListBuilder, RecordBatch};
 use arrow::datatypes::{DataType, Field};
 use capfilt_models::device::Device;
-use capfilt_models::score::{FilterScorer, ItmToken, ScoredText};
+use capfilt_models::score::ItmToken;
 use capfilt_runtime::{RowStream, Stage, StageError, Work};
-use capfilt_schemas::{StageKind, Table, column};
+use capfilt_schemas::{Digest, StageKind, Table, column};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Loaded, ModelSlot, VisionWorkerConfig, dtype};
+use crate::judge::{Judge, TextScores};
+use crate::model::{Loaded, ModelSlot, NumberType, VisionWorkerConfig};
 use crate::pixels::{RowPixels, prepared, spread, status_columns, text_column};
 
 /// `[score]`: how texts are scored. Part of the task's name.
@@ -20,11 +23,36 @@ use crate::pixels::{RowPixels, prepared, spread, status_columns, text_column};
 pub struct ScoreConfig {
     /// The first token of a text for the image-grounded encoder: `enc`, as BLIP was trained, or `cls`, as Hugging Face's class does.
     pub first_token: ItmToken,
+    /// The number type in which the models compute; `f32` on a CPU and `bf16` on a GPU, if not given.
+    pub dtype: Option<NumberType>,
 }
 
-/// Scores texts. Row i answers row i: the web text's scores, and those of the captions in their order.
+impl ScoreConfig {
+    /// The parameters of the stage's tasks, for workers with these settings and the CLIP model of the run.
+    #[must_use]
+    pub fn params(&self, worker: &VisionWorkerConfig, clip: Option<Digest>) -> ScoreParams {
+        ScoreParams { first_token: self.first_token, dtype: NumberType::settle(self.dtype, worker), clip }
+    }
+}
+
+/// What a task of the stage is told. What is not there is not part of its name.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScoreParams {
+    /// As in [`ScoreConfig`].
+    pub first_token: ItmToken,
+    /// As in [`ScoreConfig`]; `f32` if it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<NumberType>,
+    /// The CLIP model beside the filter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip: Option<Digest>,
+}
+
+/// Scores texts. Row i answers row i: the web text's scores, and those of the captions in their order. The columns of the CLIP hold nothing
+/// without one.
 pub struct ScoreStage {
-    slot: Arc<ModelSlot<FilterScorer>>,
+    slot: Arc<ModelSlot<Judge>>,
 }
 
 impl ScoreStage {
@@ -43,12 +71,13 @@ impl Stage for ScoreStage {
     fn process(&self, work: Work, input: RowStream) -> RowStream {
         let slot = Arc::clone(&self.slot);
         let start = async move {
-            let config: ScoreConfig = work.params()?;
-            let make = move |checkpoint: &capfilt_models::checkpoint::Checkpoint, device: &Device| {
-                FilterScorer::new(checkpoint.med(device, dtype(device))?, checkpoint.tokenizer()?, config.first_token)
+            let params: ScoreParams = work.params()?;
+            let make = move |folders: &[PathBuf], device: &Device| {
+                let clip = folders.get(1).map(PathBuf::as_path);
+                Judge::open(Some(&folders[0]), clip, params.first_token, params.dtype, device)
             };
-            let loaded = slot.get(&work, make).await?;
-            let rows = prepared(input, Arc::clone(&loaded.preprocessor))
+            let loaded = slot.get(&work, params.clip.as_slice(), make).await?;
+            let rows = prepared(input, Arc::clone(&loaded.preprocessors))
                 .and_then(move |(batch, pixels)| score(loaded.clone(), batch, pixels));
             Ok::<_, StageError>(rows)
         };
@@ -57,9 +86,9 @@ impl Stage for ScoreStage {
 }
 
 /// Takes one of a text's scores.
-type Pick = fn(&ScoredText) -> f32;
+type Pick = fn(&TextScores) -> Option<f32>;
 
-async fn score(loaded: Loaded<FilterScorer>, batch: RecordBatch, rows: Vec<RowPixels>) -> Result<RecordBatch, StageError> {
+async fn score(loaded: Loaded<Judge>, batch: RecordBatch, rows: Vec<RowPixels>) -> Result<RecordBatch, StageError> {
     let (status, error) = status_columns(&rows);
     let present: Vec<bool> = rows.iter().map(Result::is_ok).collect();
     let texts = texts_of(&batch, &present)?;
@@ -67,30 +96,32 @@ async fn score(loaded: Loaded<FilterScorer>, batch: RecordBatch, rows: Vec<RowPi
     let scores = if images.is_empty() {
         Vec::new()
     } else {
-        let work = move |filter: &mut FilterScorer| filter.score(&images, &texts);
+        let work = move |judge: &mut Judge| judge.score(images, &texts);
         loaded.thread.call(work).await?.map_err(|e| StageError::caused(e, true))?
     };
-    let scores: Vec<Vec<ScoredText>> = spread(&present, scores);
-    let web = |pick: Pick| scores.iter().map(|s| s.first().map(pick)).collect::<Float32Array>();
-    let synthetic = |pick: Pick| {
+    let scores: Vec<Vec<TextScores>> = spread(&present, scores);
+    let web = |pick: Pick| scores.iter().map(|s| s.first().and_then(pick)).collect::<Float32Array>();
+    // A list is null if the model is not there.
+    let synthetic = |pick: Pick, may_be_null: bool| {
         let mut list = ListBuilder::new(Float32Builder::new()).with_field(Field::new("item", DataType::Float32, false));
         for row in &scores {
-            for text in row.iter().skip(1) {
-                list.values().append_value(pick(text));
-            }
-            list.append(true);
+            let of_captions: Vec<f32> = row.iter().skip(1).filter_map(pick).collect();
+            list.values().append_slice(&of_captions);
+            list.append(!may_be_null || row.first().and_then(pick).is_some());
         }
         list.finish()
     };
-    let (itm, itc): (Pick, Pick) = (|s| s.itm, |s| s.itc);
+    let (itm, itc, clip): (Pick, Pick, Pick) = (|s| s.itm, |s| s.itc, |s| s.clip);
     let columns: Vec<ArrayRef> = vec![
         Arc::new(text_column(&batch, column::SAMPLE_ID)?.clone()),
         Arc::new(status),
         Arc::new(error),
         Arc::new(web(itm)),
         Arc::new(web(itc)),
-        Arc::new(synthetic(itm)),
-        Arc::new(synthetic(itc)),
+        Arc::new(synthetic(itm, false)),
+        Arc::new(synthetic(itc, false)),
+        Arc::new(web(clip)),
+        Arc::new(synthetic(clip, true)),
     ];
     Ok(RecordBatch::try_new(Table::Scores.schema(), columns)?)
 }

@@ -18,15 +18,17 @@ pub enum Policy {
     Rank,
 }
 
-/// A score of the filter.
+/// A score of a text.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Score {
-    /// Cosine of image and text.
+    /// Cosine of image and text by the filter.
     #[default]
     Itc,
-    /// Probability that image and text match.
+    /// Probability that image and text match, by the filter.
     Itm,
+    /// Cosine of image and text by the run's CLIP model, as BLIP-2 does.
+    Clip,
 }
 
 /// What a dataset version holds. All of it is part of the task's name.

@@ -114,6 +114,29 @@ async fn the_rank_policy_keeps_the_best_of_web_and_synthetic() {
 }
 
 #[tokio::test]
+async fn the_rank_policy_ranks_by_clip_where_there_is_one() {
+    let store = memory().await;
+    let mut scored = sample(1, "web", 0.1);
+    (scored.captions, scored.itm, scored.itc) = (vec!["first", "second"], vec![0.9, 0.8], vec![0.9, 0.8]);
+    scored.clip = Some((0.2, vec![0.1, 0.3]));
+    let mut unscored = sample(2, "no cosine", 0.9);
+    (unscored.captions, unscored.itm, unscored.itc) = (vec!["of this"], vec![0.9], vec![0.9]);
+    let rank = BuildConfig { policy: Policy::Rank, rank_by: Score::Clip, ..BuildConfig::default() };
+    let done = run(&store, &rank, &[scored.clone(), unscored.clone()], &[people(7, &["one"])], &[]).await;
+    let mut rows = kept(&store, &done.shards).await;
+    rows.sort_by(|a, b| a.text.cmp(&b.text));
+    let said: Vec<_> = rows.iter().map(|row| (row.text.as_str(), row.clip)).collect();
+    assert_eq!(said, [("one", None), ("second", Some(0.3)), ("web", Some(0.2))]);
+    assert_eq!(done.facts["texts"]["web"]["unjudged"], 1, "what has no cosine is not judged");
+
+    // Other policies carry the cosines on, and a dataset without any is stored as it was before there were some.
+    let done = run(&store, &BuildConfig::default(), &[scored.clone()], &[], &[]).await;
+    assert!(kept(&store, &done.shards).await.iter().all(|row| row.clip.is_some()));
+    let plain = run(&store, &BuildConfig::default(), &[Sample { clip: None, ..scored }, unscored], &[], &[]).await;
+    assert!(kept(&store, &plain.shards).await.iter().all(|row| row.clip.is_none()));
+}
+
+#[tokio::test]
 async fn duplicates_leave_one_image() {
     let store = memory().await;
     let again = |text: &str, image: Image| Sample { image: Some(image), url: format!("http://b/{text}"), ..sample(0, text, 0.9) };

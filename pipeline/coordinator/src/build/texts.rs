@@ -73,11 +73,16 @@ const RANK_BY_ITC: &str = "
                 THEN row_number() OVER (PARTITION BY part, row_no ORDER BY itc DESC NULLS LAST, position) <= $keep END AS kept
     FROM texts";
 
-/// The same by the other score.
+/// The same by other scores.
 const RANK_BY_ITM: &str = "
     SELECT *,
            CASE WHEN itm IS NOT NULL
                 THEN row_number() OVER (PARTITION BY part, row_no ORDER BY itm DESC NULLS LAST, position) <= $keep END AS kept
+    FROM texts";
+const RANK_BY_CLIP: &str = "
+    SELECT *,
+           CASE WHEN clip IS NOT NULL
+                THEN row_number() OVER (PARTITION BY part, row_no ORDER BY clip DESC NULLS LAST, position) <= $keep END AS kept
     FROM texts";
 
 /// How many texts of each origin were kept (true), rejected (false) or not judged (null), by ITM bin.
@@ -90,9 +95,9 @@ const TALLY: &str = "
 
 /// The rows of the dataset.
 const KEPT: &str = "
-    SELECT sample_id, text, origin, itm, itc, url, sha256, part, row_no FROM judged WHERE kept
+    SELECT sample_id, text, origin, itm, itc, url, sha256, part, row_no, clip FROM judged WHERE kept
     UNION ALL
-    SELECT sample_id, text, origin, itm, itc, url, sha256, part, row_no FROM human
+    SELECT sample_id, text, origin, itm, itc, url, sha256, part, row_no, clip FROM human
     ORDER BY sample_id, origin, text, part, row_no";
 
 impl Job<'_> {
@@ -106,6 +111,7 @@ impl Job<'_> {
             (Policy::Itm, _) => (ITM, min_itm),
             (Policy::Rank, Score::Itc) => (RANK_BY_ITC, keep),
             (Policy::Rank, Score::Itm) => (RANK_BY_ITM, keep),
+            (Policy::Rank, Score::Clip) => (RANK_BY_CLIP, keep),
         };
         self.sql.define("judged", policy, &[parameter]).await?;
         let mut texts = Texts::default();
@@ -128,7 +134,15 @@ impl Job<'_> {
                 source(
                     Table::Scores,
                     |t| t.scores,
-                    &[column::SAMPLE_ID, column::WEB_ITM, column::WEB_ITC, column::SYNTHETIC_ITM, column::SYNTHETIC_ITC],
+                    &[
+                        column::SAMPLE_ID,
+                        column::WEB_ITM,
+                        column::WEB_ITC,
+                        column::WEB_CLIP,
+                        column::SYNTHETIC_ITM,
+                        column::SYNTHETIC_ITC,
+                        column::SYNTHETIC_CLIP,
+                    ],
                 ),
             ],
             only: Some(Arc::clone(&images.web)),
@@ -186,7 +200,8 @@ impl Job<'_> {
             humans += (0..batch.num_rows()).filter(|i| human(*i)).count() as u64;
             let shard: StringArray = (0..batch.num_rows()).map(|i| Some(shard(i))).collect();
             let mut columns = batch.columns()[..7].to_vec();
-            columns.extend([Arc::new(shard) as ArrayRef, Arc::clone(batch.column(8))]);
+            columns.push(Arc::new(shard));
+            columns.extend_from_slice(&batch.columns()[8..]);
             shards.write(&scan::batch("dataset rows", &Table::Dataset.schema(), columns)?).await?;
         }
         texts.tallies.insert(Origin::Human.as_str(), Tally { kept: humans, ..Tally::default() });
@@ -208,6 +223,7 @@ fn text_schema() -> SchemaRef {
         Field::new(column::TEXT, DataType::Utf8, false),
         Field::new(column::ITM, DataType::Float32, true),
         Field::new(column::ITC, DataType::Float32, true),
+        Field::new(column::CLIP, DataType::Float32, true),
     ]))
 }
 
@@ -218,6 +234,14 @@ struct Image<'a> {
     id: &'a str,
     url: &'a str,
     sha256: &'a str,
+}
+
+/// What the models say of a text.
+#[derive(Clone, Copy, Default)]
+struct Scores {
+    itm: Option<f32>,
+    itc: Option<f32>,
+    clip: Option<f32>,
 }
 
 #[derive(Default)]
@@ -232,10 +256,11 @@ struct TextRows {
     text: StringBuilder,
     itm: Float32Builder,
     itc: Float32Builder,
+    clip: Float32Builder,
 }
 
 impl TextRows {
-    fn push(&mut self, image: &Image<'_>, origin: Origin, position: u32, text: &str, itm: Option<f32>, itc: Option<f32>) {
+    fn push(&mut self, image: &Image<'_>, origin: Origin, position: u32, text: &str, scores: Scores) {
         self.part.append_value(image.part);
         self.row.append_value(image.row);
         self.id.append_value(image.id);
@@ -244,8 +269,9 @@ impl TextRows {
         self.origin.append_value(origin.as_str());
         self.position.append_value(position);
         self.text.append_value(text);
-        self.itm.append_option(itm);
-        self.itc.append_option(itc);
+        self.itm.append_option(scores.itm);
+        self.itc.append_option(scores.itc);
+        self.clip.append_option(scores.clip);
     }
 
     fn finish(mut self) -> Result<RecordBatch> {
@@ -260,6 +286,7 @@ impl TextRows {
             Arc::new(self.text.finish()),
             Arc::new(self.itm.finish()),
             Arc::new(self.itc.finish()),
+            Arc::new(self.clip.finish()),
         ];
         scan::batch("texts", &text_schema(), columns)
     }
@@ -272,22 +299,21 @@ fn web_texts(scan: &Scan, slice: &Slice) -> Result<RecordBatch> {
     let (id, url) = (samples.column(0).as_string::<i32>(), samples.column(1).as_string::<i32>());
     let (text, sha256) = (samples.column(2).as_string::<i32>(), samples.column(3).as_string::<i32>());
     let captions = captions.column(1).as_list::<i32>();
-    let (web_itm, web_itc) = (scores.column(1).as_primitive::<Float32Type>(), scores.column(2).as_primitive::<Float32Type>());
-    let (itm, itc) = (scores.column(3).as_list::<i32>(), scores.column(4).as_list::<i32>());
+    let web = |column: usize, i: usize| score(scores.column(column).as_primitive::<Float32Type>(), i);
     let mut rows = TextRows::default();
     for i in 0..samples.num_rows() {
         let row = slice.rows.value(i);
         let sha256 = scan::text_at(sha256, i, || scan.bad(0, slice.part, "has an image without SHA-256"))?;
         let image = Image { part: slice.part, row, id: id.value(i), url: url.value(i), sha256 };
         let mut said = HashSet::new();
-        let web = text.value(i).trim();
-        if !web.is_empty() {
-            said.insert(normalise(web));
-            rows.push(&image, Origin::Web, 0, web, score(web_itm, i), score(web_itc, i));
+        let found = text.value(i).trim();
+        if !found.is_empty() {
+            said.insert(normalise(found));
+            rows.push(&image, Origin::Web, 0, found, Scores { itm: web(1, i), itc: web(2, i), clip: web(3, i) });
         }
         let written = captions.value(i);
-        let (itms, itcs) = (Judged::of(itm, i), Judged::of(itc, i));
-        for judged in [&itms, &itcs] {
+        let [itms, itcs, clips] = [4, 5, 6].map(|column| Judged::of(scores.column(column).as_list(), i));
+        for judged in [&itms, &itcs, &clips] {
             if judged.0.len() != written.len() && !judged.0.is_empty() {
                 let problem = format!("has {} scores for the {} captions of row {row}", judged.0.len(), written.len());
                 return Err(scan.bad(2, slice.part, problem));
@@ -297,7 +323,8 @@ fn web_texts(scan: &Scan, slice: &Slice) -> Result<RecordBatch> {
             let caption = caption.unwrap_or_default().trim();
             if !caption.is_empty() && said.insert(normalise(caption)) {
                 let position = u32::try_from(n + 1).unwrap_or(u32::MAX);
-                rows.push(&image, Origin::Synthetic, position, caption, itms.get(n), itcs.get(n));
+                let scores = Scores { itm: itms.get(n), itc: itcs.get(n), clip: clips.get(n) };
+                rows.push(&image, Origin::Synthetic, position, caption, scores);
             }
         }
     }
@@ -317,14 +344,14 @@ fn human_texts(scan: &Scan, slice: &Slice) -> Result<RecordBatch> {
         let mut said = HashSet::new();
         for (position, caption) in (0..).zip(written.as_string::<i32>().iter().flatten().map(str::trim)) {
             if !caption.is_empty() && said.insert(caption) {
-                rows.push(&image, Origin::Human, position, caption, None, None);
+                rows.push(&image, Origin::Human, position, caption, Scores::default());
             }
         }
     }
     rows.finish()
 }
 
-/// The scores of one image's captions; none if the image was not scored.
+/// The scores of one image's captions by one model; none if it did not score the image.
 struct Judged(Float32Array);
 
 impl Judged {

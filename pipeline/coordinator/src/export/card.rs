@@ -110,8 +110,8 @@ fn inputs(version: &DatasetVersion) -> String {
 
 const FIELDS: &str = "## Fields\n\n\
     `text`; `origin` (web, synthetic, human); `sample_id` (the same for all texts of a pair); `url` (where the image was found); \
-    `itm` (probability that image and text match) and `itc` (cosine of image and text), both empty for human texts; `sha256` of the \
-    image as the server sent it (images here are re-encoded).\n\n";
+    `itm` (probability that image and text match) and `itc` (cosine of image and text), by the filter, and `clip` (their cosine by a \
+    CLIP model, if the run had one), all empty for human texts; `sha256` of the image as the server sent it (images here are re-encoded).\n\n";
 
 fn how_to_load(manifest: &Manifest) -> String {
     let mut text = "## How to load it\n\n```python\n".to_owned();

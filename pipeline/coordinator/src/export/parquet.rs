@@ -40,6 +40,7 @@ struct Columns {
     url: Vec<String>,
     itm: Vec<Option<f32>>,
     itc: Vec<Option<f32>>,
+    clip: Vec<Option<f32>>,
     sha256: Vec<String>,
 }
 
@@ -124,6 +125,7 @@ impl Columns {
         self.url.push(pair.url.clone());
         self.itm.push(pair.itm);
         self.itc.push(pair.itc);
+        self.clip.push(pair.clip);
         self.sha256.push(pair.sha256.clone());
     }
 
@@ -139,6 +141,7 @@ impl Columns {
             texts(self.url),
             Arc::new(Float32Array::from(self.itm)),
             Arc::new(Float32Array::from(self.itc)),
+            Arc::new(Float32Array::from(self.clip)),
             texts(self.sha256),
         ];
         RecordBatch::try_new(schema(), columns)
@@ -161,6 +164,7 @@ fn schema() -> SchemaRef {
         text("url"),
         score("itm"),
         score("itc"),
+        score("clip"),
         text("sha256"),
     ];
     Arc::new(Schema::new_with_metadata(fields, [(FEATURES_KEY.to_owned(), features())].into()))
@@ -181,6 +185,7 @@ fn features() -> String {
         "url": value("string"),
         "itm": value("float32"),
         "itc": value("float32"),
+        "clip": value("float32"),
         "sha256": value("string"),
     });
     json!({"info": {"features": features}}).to_string()

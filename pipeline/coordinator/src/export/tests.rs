@@ -22,8 +22,19 @@ async fn some_version(store: &Store) -> DatasetVersion {
     samples[3].image = Some(Image { bytes: png, ..image(3) });
     samples[3].captions = vec!["a cat", "a dog"];
     (samples[3].itm, samples[3].itc) = (vec![0.7, 0.6], vec![0.1, 0.2]);
+    samples[3].clip = Some((0.5, vec![0.25, 0.125]));
     let human = [Annotated { url: "people://1".into(), captions: vec!["one", "two"], image: image(900) }];
     version(store, 4, &BuildConfig { shard_rows: 10, ..BuildConfig::default() }, &samples, &human).await
+}
+
+/// The cosines of [`some_version`].
+fn cosine_of(text: &str) -> Option<f64> {
+    match text {
+        "text \"3\"\nof web" => Some(0.5),
+        "a cat" => Some(0.25),
+        "a dog" => Some(0.125),
+        _ => None,
+    }
 }
 
 fn config(folder: &Path) -> ExportConfig {
@@ -114,6 +125,8 @@ fn webdataset_pairs(folder: &Path) -> Vec<Read4> {
             if field("origin") == "web" {
                 assert_eq!(about["itm"], 0.75);
             }
+            let text = String::from_utf8(sample[1].1.clone()).unwrap();
+            assert_eq!(about["clip"].as_f64(), cosine_of(&text), "{text}");
             assert_eq!(about["width"], 100);
             pairs.push((
                 field("sample_id"),
@@ -149,7 +162,9 @@ fn parquet_pairs(folder: &Path) -> Vec<Read4> {
             let image = batch.column(0).as_struct();
             let bytes = image.column_by_name("bytes").unwrap().as_binary::<i32>();
             let text = |name: &str, i| batch.column_by_name(name).unwrap().as_string::<i32>().value(i).to_owned();
+            let clip = batch.column_by_name("clip").unwrap().as_primitive::<Float32Type>();
             for i in 0..batch.num_rows() {
+                assert_eq!(clip.is_valid(i).then(|| f64::from(clip.value(i))), cosine_of(&text("text", i)));
                 pairs.push((text("sample_id", i), text("origin", i), text("text", i), bytes.value(i).to_vec()));
             }
         }

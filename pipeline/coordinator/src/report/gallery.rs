@@ -73,8 +73,10 @@ fn text(h: &mut Html, origin: &'static str, text: &Text) {
         let width = format!("{:.1}", itm.clamp(0.0, 1.0) * 100.0);
         h.put("<p class=\"score\"><span class=\"meter\"><i class=\"{}\" style=\"width:{}%\"></i></span>", &[&origin, &width]);
         h.put("<span>ITM <b>{}</b></span>", &[&format_args!("{itm:.3}")]);
-        if let Some(itc) = text.itc {
-            h.put("<span>ITC {}</span>", &[&format!("{itc:.3}").replace('-', "−")]);
+        for (name, cosine) in [("ITC", text.itc), ("CLIP", text.clip)] {
+            if let Some(cosine) = cosine {
+                h.put("<span>{} {}</span>", &[&name, &format!("{cosine:.3}").replace('-', "−")]);
+            }
         }
         h.raw("</p>");
     }

@@ -66,6 +66,7 @@ pub(super) struct Text {
     pub(super) text: String,
     pub(super) itm: Option<f32>,
     pub(super) itc: Option<f32>,
+    pub(super) clip: Option<f32>,
     pub(super) fate: Fate,
 }
 
@@ -155,8 +156,16 @@ const TEXTS_AND_IMAGE: &[&str] = &[
     column::IMAGE,
 ];
 const CAPTIONS: &[&str] = &[column::SAMPLE_ID, column::CAPTIONS];
-const SCORES: &[&str] =
-    &[column::SAMPLE_ID, column::STATUS, column::WEB_ITM, column::WEB_ITC, column::SYNTHETIC_ITM, column::SYNTHETIC_ITC];
+const SCORES: &[&str] = &[
+    column::SAMPLE_ID,
+    column::STATUS,
+    column::WEB_ITM,
+    column::WEB_ITC,
+    column::WEB_CLIP,
+    column::SYNTHETIC_ITM,
+    column::SYNTHETIC_ITC,
+    column::SYNTHETIC_CLIP,
+];
 
 /// The (`samples`, `captions`, `scores`) shards in which to look: a build names them in the same order.
 fn parts(version: &DatasetVersion) -> Vec<[Digest; 3]> {
@@ -235,22 +244,22 @@ fn sample(batches: &[RecordBatch], i: usize, kept: &Kept) -> Sample {
     };
     let image = samples.column_by_name(column::IMAGE).and_then(|c| c.as_binary_opt::<i32>());
     let id = text(column::SAMPLE_ID).unwrap_or_default();
-    let judged = |text: String, itm: Option<f32>, itc: Option<f32>, web: bool| {
+    let judged = |text: String, [itm, itc, clip]: [Option<f32>; 3], web: bool| {
         let key = (id.clone(), web, text);
         let fate = if kept.contains(&key) { Fate::Kept } else { Fate::Removed };
-        Text { text: key.2, itm, itc, fate }
+        Text { text: key.2, itm, itc, clip, fate }
     };
     let one = |n: usize| {
         let column = scores.column(n).as_primitive::<Float32Type>();
         column.is_valid(i).then(|| column.value(i))
     };
     let many = |n: usize| scores.column(n).as_list::<i32>().value(i).as_primitive::<Float32Type>().values().to_vec();
-    let web = judged(text(column::TEXT).unwrap_or_default(), one(2), one(3), true);
-    let (itm, itc) = (many(4), many(5));
+    let web = judged(text(column::TEXT).unwrap_or_default(), [2, 3, 4].map(one), true);
+    let of_captions = [5, 6, 7].map(many);
     let texts = captions.column(1).as_list::<i32>().value(i);
     let texts = texts.as_string::<i32>().iter().flatten().enumerate();
     let synthetic: Vec<Text> =
-        texts.map(|(n, text)| judged(text.to_owned(), itm.get(n).copied(), itc.get(n).copied(), false)).collect();
+        texts.map(|(n, text)| judged(text.to_owned(), of_captions.each_ref().map(|s| s.get(n).copied()), false)).collect();
     Sample {
         url: text(column::URL).unwrap_or_default(),
         page_url: text(column::PAGE_URL),

@@ -189,7 +189,9 @@ impl Recorder {
 
     async fn put(&mut self, table: Table, columns: Vec<ArrayRef>) -> Output {
         let mut shard = ShardWriter::new(table).unwrap();
-        shard.write(&RecordBatch::try_new(table.schema(), columns).unwrap()).unwrap();
+        let stored: Vec<usize> = (0..columns.len()).collect();
+        let schema = table.schema().project(&stored).unwrap();
+        shard.write(&RecordBatch::try_new(Arc::new(schema), columns).unwrap()).unwrap();
         let output = shard.finish(&self.store).await.unwrap();
         self.shards.insert(table, output.digest);
         output

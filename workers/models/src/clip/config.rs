@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::block::Activation;
-use crate::config::VisionConfig;
+use crate::config::{MAX_LAYERS, MAX_SIZE, VisionConfig};
 use crate::error::{ModelError, Result};
 
 /// Hugging Face's file.
@@ -241,6 +241,7 @@ impl ClipConfig {
                     ("the vision's width", v.hidden_size),
                     ("the vision's MLP", v.intermediate_size),
                     ("the patch", v.patch_size),
+                    ("the image", v.image_size),
                     ("the number of patches", v.image_size / v.patch_size.max(1)),
                 ]);
                 divides.push(("heads of the vision transformer", v.num_attention_heads, v.hidden_size));
@@ -254,8 +255,15 @@ impl ClipConfig {
                 ]);
             }
         }
-        if let Some((what, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(ModelError::Config(format!("{what} has size 0")));
+        if let Some((what, value)) = positive.iter().find(|(_, value)| !(1..=MAX_SIZE).contains(value)) {
+            return Err(ModelError::Config(format!("{what} has size {value}")));
+        }
+        let depth = match &self.vision {
+            ClipVision::Vit(v) => v.num_hidden_layers.max(text.num_hidden_layers),
+            ClipVision::ResNet(v) => v.layers.iter().copied().max().unwrap_or(0).max(text.num_hidden_layers),
+        };
+        if depth > MAX_LAYERS {
+            return Err(ModelError::Config(format!("a transformer or ResNet has {depth} layers")));
         }
         if let Some((what, part, whole)) = divides.iter().find(|(_, part, whole)| *part == 0 || whole % part != 0) {
             return Err(ModelError::Config(format!("{part} {what} do not divide {whole}")));

@@ -19,6 +19,7 @@ pub use tokenizer::ClipTokenizer;
 
 use crate::error::Result;
 use crate::layers::{INIT_WEIGHT, Linear, l2_normalize};
+use crate::ops::Precision;
 use crate::preprocess::Pixels;
 use crate::vision::{VisionFamily, VisionModel};
 use pool::PoolingHead;
@@ -99,6 +100,22 @@ impl Clip {
         })
     }
 
+    /// As [`Med::pack`](crate::med::Med::pack); a ResNet's image side stays as it is.
+    ///
+    /// # Errors
+    /// The model is on another device.
+    pub fn pack(&mut self, precision: Precision) -> Result<()> {
+        match &mut self.image {
+            ImageSide::Vit(model, _) => model.pack(precision)?,
+            ImageSide::Siglip(model, head) => {
+                model.pack(precision)?;
+                head.pack(precision)?;
+            }
+            ImageSide::ResNet(_) => {}
+        }
+        Ok(self.text.pack(precision)?)
+    }
+
     /// The configuration.
     #[must_use]
     pub fn config(&self) -> &ClipConfig {
@@ -145,8 +162,8 @@ impl Clip {
         Ok(l2_normalize(&features)?)
     }
 
-    /// [`Self::image_features`] for prepared images. On a CPU each image is encoded by itself, several at a time, so that its features do
-    /// not depend on the others.
+    /// [`Self::image_features`] for prepared images. On a CPU several threads take some images each; features do not depend on the other
+    /// images.
     ///
     /// # Errors
     /// There is no image, or one has another size than the config says.
@@ -154,7 +171,12 @@ impl Clip {
         if !self.device.is_cpu() || images.len() < 2 {
             return self.image_features(&Pixels::stack(images, &self.device)?);
         }
-        let features = images.par_iter().map(|image| self.encode_images(std::slice::from_ref(image)));
+        let together = match &self.image {
+            ImageSide::Vit(model, _) | ImageSide::Siglip(model, _) => model.images_together(),
+            ImageSide::ResNet(_) => 1,
+        };
+        let together = together.min(images.len().div_ceil(rayon::current_num_threads()));
+        let features = images.par_chunks(together).map(|images| self.image_features(&Pixels::stack(images, &self.device)?));
         Ok(Tensor::cat(&features.collect::<Result<Vec<_>>>()?, 0)?)
     }
 

@@ -6,7 +6,7 @@ use candle_nn::{Init, VarBuilder};
 use crate::block::{BlockConfig, Mlp, attention_scale};
 use crate::config::VisionConfig;
 use crate::layers::{INIT_WEIGHT, LayerNorm, Linear};
-use crate::ops::attention;
+use crate::ops::{Precision, attention};
 
 /// One learned query over the image states, and an MLP.
 #[derive(Debug, Clone)]
@@ -51,12 +51,17 @@ impl PoolingHead {
         })
     }
 
+    pub(super) fn pack(&mut self, precision: Precision) -> Result<()> {
+        [&mut self.key, &mut self.value].into_iter().try_for_each(|layer| layer.pack(precision))?;
+        self.mlp.pack(precision)
+    }
+
     /// Image states `(b, n, d)` to `(b, d)`.
     pub(super) fn forward(&self, states: &Tensor) -> Result<Tensor> {
         let (b, _, d) = states.dims3()?;
         let query = self.query.forward(&self.probe)?.broadcast_as((b, 1, d))?;
         let (k, v) = (self.key.forward(states)?, self.value.forward(states)?);
         let x = self.output.forward(&attention(&query, &k, &v, self.heads, self.scale, None)?)?;
-        (&x + self.mlp.forward(&self.layer_norm.forward(&x)?)?)?.squeeze(1)
+        self.mlp.forward_add(&x, &self.layer_norm)?.squeeze(1)
     }
 }

@@ -6,6 +6,7 @@ use candle_nn::VarBuilder;
 use super::config::{ClipFamily, ClipTextConfig};
 use crate::block::{Block, BlockConfig, load_blocks};
 use crate::layers::{Embedding, INIT_WEIGHT, LayerNorm};
+use crate::ops::Precision;
 use crate::text::causal_mask;
 
 /// The older eos id of the configs, which stands for the highest id of a text.
@@ -60,6 +61,10 @@ impl ClipText {
                 (ClipFamily::Clip, eos) => Pooling::First(eos),
             },
         })
+    }
+
+    pub(super) fn pack(&mut self, precision: Precision) -> Result<()> {
+        self.blocks.iter_mut().try_for_each(|block| block.pack(precision))
     }
 
     /// Ids `(b, t)` (u32) to hidden states `(b, t, d)` after the last layer norm.

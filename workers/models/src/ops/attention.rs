@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, DType, Layout, Result, Sh
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::kernel::{BLOCK_ROWS, Left, exp, small_matmul, sum, vectorized};
+use super::kernel::{BLOCK_ROWS, Left, exp, max, small_matmul, sum, vectorized};
 use super::{on_cpu, output, slice, tensor_like, with_slices};
 
 /// Numbers added to the scores before the softmax, `(batch or 1, 1, queries or 1, keys)`.
@@ -186,9 +186,9 @@ impl Heads {
                     }
                 }
             }
-            let max = row.iter().fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max });
+            let largest = max(row);
             for score in row.iter_mut() {
-                *score = exp(*score - max);
+                *score = exp(*score - largest);
             }
             let inverse = 1.0 / sum(row.len(), |i| row[i]);
             for score in row.iter_mut() {

@@ -28,13 +28,19 @@ fn normal(x: f32) -> (f32, f32) {
     (if x < 0.0 { tail } else { 1.0 - tail }, density)
 }
 
+/// `x · Φ(x)` of one number.
+#[inline(always)]
+pub(super) fn gelu_of(x: f32) -> f32 {
+    x * normal(x).0
+}
+
 struct Forward<'a>(&'a [f32]);
 
 impl RowKernel for Forward<'_> {
     #[inline(always)]
     fn rows(&self, first: usize, out: &mut [f32]) {
         for (out, x) in out.iter_mut().zip(&self.0[first * STRIP..]) {
-            *out = x * normal(*x).0;
+            *out = gelu_of(*x);
         }
     }
 }

@@ -71,6 +71,24 @@ pub(super) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     lanes[0]
 }
 
+/// The largest of some numbers, passing over what is not a number; negative infinity of none.
+#[inline(always)]
+pub(super) fn max(numbers: &[f32]) -> f32 {
+    // Lanes for the same reason as in `sum`.
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = numbers.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = if x > *lane { x } else { *lane };
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, |max, x| if x > max { x } else { max })
+}
+
 /// Applies a kernel to every block of rows of `out` in parallel.
 pub(super) fn for_row_blocks<K: RowKernel>(out: &mut [f32], width: usize, kernel: &K) {
     struct Block<'a, K>(&'a K, usize, &'a mut [f32]);

@@ -36,6 +36,15 @@ fn moments(row: &[f32], eps: f32) -> (f32, f32) {
     (mean, 1.0 / (variance + eps).sqrt())
 }
 
+/// One row.
+#[inline(always)]
+pub(super) fn normalize(row: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let (mean, inverse) = moments(row, eps);
+    for (((out, x), weight), bias) in out.iter_mut().zip(row).zip(weight).zip(bias) {
+        *out = (x - mean) * inverse * weight + bias;
+    }
+}
+
 struct Forward<'a> {
     eps: f32,
     x: &'a [f32],
@@ -48,10 +57,7 @@ impl RowKernel for Forward<'_> {
     fn rows(&self, first: usize, out: &mut [f32]) {
         let width = self.weight.len();
         for (row, out) in self.x[first * width..].chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-            let (mean, inverse) = moments(row, self.eps);
-            for (((out, x), weight), bias) in out.iter_mut().zip(row).zip(self.weight).zip(self.bias) {
-                *out = (x - mean) * inverse * weight + bias;
-            }
+            normalize(row, self.weight, self.bias, self.eps, out);
         }
     }
 }

@@ -7,6 +7,7 @@
 //!
 //! Results do not depend on the number of threads: work is cut by rows, and sums over rows are added in the order of fixed blocks.
 
+mod activation;
 mod attention;
 mod cross_entropy;
 mod gated;
@@ -16,13 +17,17 @@ mod layer_norm;
 mod linear;
 #[cfg(test)]
 mod tests;
+mod tile;
 
+pub use activation::Activation;
 pub use attention::{attention, attention_packed};
 pub use cross_entropy::smoothed_cross_entropy;
 pub use gated::{quick_gelu, tanh_gelu};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub(crate) use tile::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};
+pub use tile::{Precision, has_bf16};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 

@@ -30,8 +30,7 @@ impl Trainer {
         });
         // One entry only: several would be written in the order of a hash table, and so not always as the same bytes.
         let info = HashMap::from([(STATE.to_owned(), format!("{} {}", self.steps(), self.fingerprint()))]);
-        let bytes = safetensors::serialize(tensors, Some(info))
-            .map_err(|source| ModelError::Weights { path: path.to_owned(), source })?;
+        let bytes = safetensors::serialize(tensors, Some(info)).map_err(|e| ModelError::no_safetensors(path, e))?;
         let part = path.with_extension("part");
         let io = |source| ModelError::Io { path: path.to_owned(), source };
         std::fs::write(&part, bytes).map_err(io)?;
@@ -44,9 +43,8 @@ impl Trainer {
     ///
     /// The file cannot be read, or it was written by a run with another model, tokenizer or recipe.
     pub fn load_state(&mut self, path: &Path) -> Result<()> {
-        let weights = |source| ModelError::Weights { path: path.to_owned(), source };
         let bytes = std::fs::read(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })?;
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(weights)?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| ModelError::no_safetensors(path, e))?;
         let info = header.metadata().as_ref().and_then(|info| info.get(STATE)).and_then(|state| state.split_once(' '));
         let Some((Ok(step), run)) = info.map(|(step, run)| (step.parse(), run)) else {
             return Err(ModelError::Input(format!("{} is no training state", path.display())));

@@ -183,7 +183,7 @@ impl Trainer {
     pub fn from_checkpoint(checkpoint: &Checkpoint, recipe: Recipe) -> Result<Self> {
         const ENCODER: &str = "text_encoder.";
         const DECODER: &str = "text_decoder.bert.";
-        let config = checkpoint.config().clone();
+        let config = checkpoint.config()?.clone();
         let stored = checkpoint.tensors(&Device::Cpu)?;
         let copied = |name: &str| {
             let twin = match name.strip_prefix(ENCODER) {

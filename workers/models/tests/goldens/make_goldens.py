@@ -109,6 +109,17 @@ def captioner():
     logits = model(pixels, input_ids=ids, attention_mask=mask).logits
     prompt = torch.tensor([PROMPT + [SEP]] * 3)
     greedy = dict(do_sample=False, num_beams=1, max_length=16)
+    prompted = dict(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+    beams = {
+        "beam3": dict(num_beams=3),
+        "beam3_prompt": dict(num_beams=3, **prompted),
+        "beam3_k": dict(num_beams=3, num_return_sequences=3, **prompted),
+        "beam3_penalty": dict(num_beams=3, repetition_penalty=1.3, min_length=12),
+        "beam4_short": dict(num_beams=4, num_return_sequences=4, length_penalty=0.5),
+        "beam4_long": dict(num_beams=4, num_return_sequences=4, length_penalty=2.0),
+        # Shorter is better, and most texts end long before their greatest length.
+        "beam5_early": dict(num_beams=5, num_return_sequences=5, length_penalty=-1.0, max_length=30, **prompted),
+    }
     tensors = {
         "pixels": pixels,
         "image_states": states,
@@ -121,8 +132,14 @@ def captioner():
         ),
         "greedy_penalty": model.generate(pixels, repetition_penalty=1.3, min_length=12, **greedy),
     }
+    for name, settings in beams.items():
+        # `generate` writes the first token into the ids that it is given.
+        settings = dict(max_length=16) | {k: v.clone() if torch.is_tensor(v) else v for k, v in settings.items()}
+        wanted = dict(do_sample=False, return_dict_in_generate=True, output_scores=True)
+        out = model.generate(pixels, **wanted, **settings)
+        tensors |= {name: out.sequences, f"{name}_scores": out.sequences_scores}
     save("captioner", model, {k: v.to(torch.int32) if v.dtype == torch.int64 else v for k, v in tensors.items()})
-    for name in ("greedy", "greedy_prompt", "greedy_penalty"):
+    for name in ("greedy", "greedy_prompt", "greedy_penalty", *beams):
         print(name, tensors[name].tolist())
 
 

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::Parts;
 use capfilt_models::preprocess::Pixels;
-use capfilt_models::sampling::Sampling;
+use capfilt_models::sampling::{Sampling, Strategy};
 use capfilt_models::{ModelError, layers};
 
 use crate::fixture::{difference, images, med, tokenizer};
@@ -46,17 +46,27 @@ fn decoding_step_by_step_equals_the_whole_sequence() {
 
 #[test]
 fn a_caption_does_not_depend_on_its_batch() {
-    for captions in [1, 3] {
-        let captioner = captioner(Sampling { captions, ..Sampling::default() });
+    let beam = Sampling { min_length: 0, num_beams: Some(4), ..Sampling::new(Strategy::Beam) };
+    let samplings = [
+        Sampling::default(),
+        Sampling { captions: 3, ..Sampling::default() },
+        Sampling { min_length: 0, ..Sampling::new(Strategy::Greedy) },
+        Sampling { captions: 3, ..beam.clone() },
+        // Searches end at once, and rows leave at different times.
+        Sampling { length_penalty: Some(-1.0), ..beam },
+    ];
+    for sampling in samplings {
+        let captions = sampling.captions;
+        let captioner = captioner(sampling.clone());
         let (images, keys) = (images(21), keys(21));
         let batch = generate(&captioner, &images, &keys, 7);
         assert_eq!(batch.len(), 21 * captions);
         for i in 0..images.len() {
             let alone = generate(&captioner, &images[i..=i], &keys[i..=i], 7);
-            assert_eq!(alone, batch[i * captions..(i + 1) * captions], "image {i} of {captions} captions each");
+            assert_eq!(alone, batch[i * captions..(i + 1) * captions], "image {i}, {sampling:?}");
         }
         let lengths: std::collections::BTreeSet<usize> = batch.iter().map(Vec::len).collect();
-        assert!(lengths.len() > 2, "rows must have left at different times: {lengths:?}");
+        assert!(lengths.len() > 2, "rows must have left at different times: {lengths:?}, {sampling:?}");
     }
 }
 
@@ -107,6 +117,8 @@ fn impossible_captioners_are_refused() {
     assert!(refuse(Sampling { max_length: 41, ..base.clone() }).contains("40 positions"));
     assert!(refuse(Sampling { min_length: 0, max_length: 4, ..base.clone() }).contains("nothing is left"));
     assert!(refuse(Sampling { top_p: 1.5, ..base.clone() }).contains("top_p"));
+    let beam = Sampling { num_beams: Some(100), ..Sampling::new(Strategy::Beam) };
+    assert!(refuse(beam).contains("100 beams are too many for 200 tokens"));
     let filter = Captioner::new(med(Parts::FILTER), tokenizer(), base.clone()).unwrap_err();
     assert!(matches!(filter, ModelError::MissingPart { missing: "text_decoder", .. }));
 

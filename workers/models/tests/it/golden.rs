@@ -8,7 +8,7 @@ use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::Med;
 use capfilt_models::preprocess::{Pixels, Preprocessor};
-use capfilt_models::sampling::Sampling;
+use capfilt_models::sampling::{Sampling, Strategy};
 use capfilt_models::tokenizer::TextTokenizer;
 use serde_json::json;
 
@@ -49,9 +49,9 @@ fn language_model_logits_agree_under_padding() {
 }
 
 #[test]
-fn greedy_captions_agree_token_by_token() {
+fn greedy_and_beam_captions_agree_token_by_token() {
     let (checkpoint, med, golden) = model("captioner");
-    let side = checkpoint.config().vision_config.image_size;
+    let side = checkpoint.config().unwrap().vision_config.image_size;
     let images: Vec<Pixels> = (0..3)
         .map(|i| Pixels::new(side, golden["pixels"].get(i).unwrap().flatten_all().unwrap().to_vec1().unwrap()).unwrap())
         .collect();
@@ -67,18 +67,38 @@ fn greedy_captions_agree_token_by_token() {
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                   "max_input_chars_per_word": 100, "vocab": vocab},
     });
-    let config = &checkpoint.config().text_config;
+    let config = &checkpoint.config().unwrap().text_config;
     let tokenizer = TextTokenizer::from_json(json.to_string(), config, Path::new("golden")).unwrap();
 
-    let greedy = Sampling { temperature: 0.0, repetition_penalty: 1.0, min_length: 0, max_length: 16, ..Sampling::default() };
+    let greedy = Sampling { min_length: 0, max_length: 16, ..Sampling::new(Strategy::Greedy) };
+    let beam = Sampling { min_length: 0, max_length: 16, ..Sampling::new(Strategy::Beam) };
     let runs = [
+        ("beam3", Sampling { prompt: String::new(), ..beam.clone() }),
+        ("beam3_prompt", beam.clone()),
+        ("beam3_k", Sampling { captions: 3, ..beam.clone() }),
+        ("beam3_penalty", Sampling { prompt: String::new(), repetition_penalty: 1.3, min_length: 12, ..beam.clone() }),
+        (
+            "beam4_short",
+            Sampling { prompt: String::new(), num_beams: Some(4), length_penalty: Some(0.5), captions: 4, ..beam.clone() },
+        ),
+        (
+            "beam4_long",
+            Sampling { prompt: String::new(), num_beams: Some(4), length_penalty: Some(2.0), captions: 4, ..beam.clone() },
+        ),
+        ("beam5_early", Sampling { num_beams: Some(5), length_penalty: Some(-1.0), captions: 5, max_length: 30, ..beam }),
         ("greedy", Sampling { prompt: String::new(), ..greedy.clone() }),
         ("greedy_prompt", greedy.clone()),
         ("greedy_penalty", Sampling { prompt: String::new(), repetition_penalty: 1.3, min_length: 12, ..greedy }),
     ];
     for (name, sampling) in runs {
         let captioner = Captioner::new(med.clone(), tokenizer.clone(), sampling).unwrap();
-        let got = captioner.generate(&images, &["x", "y", "z"], 0).unwrap();
+        let written = captioner.write(&images, &["x", "y", "z"], 0).unwrap().concat();
+        if let Some(expected) = golden.get(&format!("{name}_scores")) {
+            for (caption, expected) in written.iter().zip(expected.to_vec1::<f32>().unwrap()) {
+                assert!((caption.score.unwrap() - expected).abs() < TOLERANCE * expected.abs(), "{name}");
+            }
+        }
+        let got: Vec<Vec<u32>> = written.into_iter().map(|caption| caption.ids).collect();
         let expected: Vec<Vec<u32>> = ids(&golden[name]).to_vec2().unwrap();
         for (got, mut expected) in got.into_iter().zip(expected) {
             // The reference pads texts that end early.
@@ -102,7 +122,7 @@ fn matching_and_contrastive_scores_agree_under_padding() {
     assert!(difference(&with_cls, &golden["itm_cls"]) < TOLERANCE);
 
     // The golden run puts [ENC] after [DEC].
-    let enc = checkpoint.config().text_config.bos_token_id + 1;
+    let enc = checkpoint.config().unwrap().text_config.bos_token_id + 1;
     let (rows, width) = text.dims2().unwrap();
     let first = Tensor::full(enc, (rows, 1), &Device::Cpu).unwrap();
     let grounded = Tensor::cat(&[&first, &text.narrow(1, 1, width - 1).unwrap()], 1).unwrap();
@@ -127,7 +147,7 @@ fn the_distribution_that_is_drawn_from_agrees() {
         let expected: Vec<Vec<f32>> = golden[&format!("probabilities.{number}")].to_vec2().unwrap();
         for ((logits, history), expected) in logits.iter().zip(&history).zip(&expected) {
             let mut got = vec![0.0; expected.len()];
-            for (id, probability) in sampling.distribution(logits, history, SEP).unwrap() {
+            for (id, probability) in sampling.distribution(&mut logits.clone(), history, SEP).unwrap() {
                 got[id as usize] = probability as f32;
             }
             for (id, (got, expected)) in got.iter().zip(expected).enumerate() {

@@ -6,6 +6,7 @@ mod clip;
 mod decoding;
 mod families;
 mod fixture;
+mod formats;
 mod golden;
 mod gradients;
 mod inputs;

@@ -31,6 +31,8 @@ fn a_score_does_not_depend_on_its_batch() {
     }
     let distinct: std::collections::BTreeSet<u32> = batch.iter().flatten().map(|score| score.itm.to_bits()).collect();
     assert_eq!(distinct.len(), 8, "every pair has a score of its own");
+    let softmax = |s: &ScoredText| 1.0 / (1.0 + (s.logits[0] - s.logits[1]).exp());
+    assert!(batch.iter().flatten().all(|score| (softmax(score) - score.itm).abs() < 1e-6));
     let in_range = |s: &ScoredText| (0.0..=1.0).contains(&s.itm) && (-1.0..=1.0).contains(&s.itc);
     assert!(batch.iter().flatten().all(in_range));
 }

@@ -1,0 +1,219 @@
+//! Images a second of the models on the CPU, with random weights, at each one's best batch size, beside transformers: the CapFilt pass
+//! (BLIP-base at 384 px: a caption of 20 new tokens, then ITM and ITC of two texts by a second model), captioning alone, and CLIP ViT-B/32's
+//! image features. Also how much of the machine's own rate of large products captioning reaches.
+//!
+//! The environment variable `TRANSFORMERS_PYTHON` names a Python that has transformers: the peer; without it ours runs alone.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
+
+use candle_nn::{VarBuilder, VarMap};
+use capfilt_models::clip::{Clip, ClipConfig};
+use capfilt_models::config::MedConfig;
+use capfilt_models::device::{DType, Device};
+use capfilt_models::generate::Captioner;
+use capfilt_models::layers::Linear;
+use capfilt_models::med::{Med, Parts};
+use capfilt_models::ops::Precision;
+use capfilt_models::parameters::fresh_tensors;
+use capfilt_models::preprocess::Pixels;
+use capfilt_models::sampling::Sampling;
+use capfilt_models::score::{FilterScorer, ItmToken};
+use capfilt_models::special;
+use capfilt_models::tokenizer::{TextTokenizer, train_wordpiece};
+use capfilt_tests::Figures;
+
+/// Measurements of each kind.
+const ROUNDS: usize = 3;
+/// Tokens written for an image.
+const TOKENS: usize = 20;
+/// Images that go through a model together.
+const BATCHES: [usize; 3] = [4, 8, 16];
+/// Of a caption of 20 new tokens by BLIP-base at 384 px, in 10^9: the image 111, keys and values 16.3, the tokens 6.
+const CAPTION_GFLOP: f64 = 133.3;
+
+/// How numbers are multiplied: our setting and its name, and the peer's number type.
+const NUMBERS: [(Option<Precision>, &str, &str); 4] = [
+    (None, "f32", "float32"),
+    (Some(Precision::Bf16x3), "bf16x3", "float32"),
+    (Some(Precision::Bf16), "bf16", "float32"),
+    (Some(Precision::Bf16), "bf16", "bfloat16"),
+];
+
+fn med(parts: Parts) -> (Med, TextTokenizer) {
+    let mut config = MedConfig::base();
+    let text = &mut config.text_config;
+    (text.bos_token_id, text.pad_token_id, text.sep_token_id) = (special::DEC_ID, special::PAD_ID, special::SEP_ID);
+    text.enc_token_id = Some(special::ENC_ID);
+    let json = train_wordpiece(&["a picture of a grey heron standing in the water"], 100).unwrap();
+    let tokenizer = TextTokenizer::from_json(json, &config.text_config, "tokenizer.json".as_ref()).unwrap();
+    let tensors = fresh_tensors(&config, parts, 1, &Device::Cpu).unwrap();
+    let vb = VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
+    (Med::load(&config, vb, parts).unwrap(), tokenizer)
+}
+
+fn clip() -> Clip {
+    let variables = VarMap::new();
+    let config = ClipConfig::from_hugging_face(r#"{"model_type": "clip"}"#, "config.json".as_ref()).unwrap();
+    Clip::load(&config, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu)).unwrap();
+    let tensors = variables.data().lock().unwrap().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
+    Clip::load(&config, VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu)).unwrap()
+}
+
+fn images(count: usize, side: usize) -> Vec<Pixels> {
+    let value = |n: usize, i: usize| ((n * 7919 + i * 104_729) % 1000) as f32 / 500.0 - 1.0;
+    (0..count).map(|n| Pixels::new(side, (0..3 * side * side).map(|i| value(n, i)).collect()).unwrap()).collect()
+}
+
+/// `transformers_peer.py`: it does the same work when told, and answers with its figure.
+struct Peer {
+    child: Child,
+    asked: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Peer {
+    fn start() -> Option<Self> {
+        let python = std::env::var("TRANSFORMERS_PYTHON").ok()?;
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/transformers_peer.py");
+        let threads = std::thread::available_parallelism().unwrap().to_string();
+        let mut child =
+            Command::new(python).arg(script).arg(threads).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (asked, answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let mut peer = Self { child, asked, answers };
+        assert_eq!(peer.answer(), "ready");
+        Some(peer)
+    }
+
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        self.answers.read_line(&mut line).unwrap();
+        line.trim().to_owned()
+    }
+
+    fn rate(&mut self, work: &str, numbers: &str, batch: usize) -> f64 {
+        writeln!(self.asked, "{work} {numbers} {batch}").unwrap();
+        self.answer().parse().unwrap()
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+/// The batch size at which `rate` is best, each tried twice, the first time as a warm-up.
+fn best_batch(mut rate: impl FnMut(usize) -> f64) -> usize {
+    let rates = BATCHES.map(|batch| {
+        rate(batch);
+        (batch, rate(batch))
+    });
+    rates.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap().0
+}
+
+/// Prints the images a second of `work`, and the peer's, taken in turn; gives the median of ours.
+fn measure(name: &str, ours: &str, theirs: &str, peer: Option<&mut Peer>, mut work: impl FnMut(usize)) -> f64 {
+    let mut rate = |batch: usize| {
+        let began = Instant::now();
+        work(batch);
+        batch as f64 / began.elapsed().as_secs_f64()
+    };
+    let batch = best_batch(&mut rate);
+    let (mut figures, mut peers) = (Vec::new(), Vec::new());
+    let mut peer_name = String::new();
+    match peer {
+        None => figures.extend((0..ROUNDS).map(|_| rate(batch))),
+        Some(peer) => {
+            let peer_batch = best_batch(|batch| peer.rate(name, theirs, batch));
+            peer_name = format!("transformers ({theirs}, batch {peer_batch})");
+            for _ in 0..ROUNDS {
+                figures.push(rate(batch));
+                peers.push(peer.rate(name, theirs, peer_batch));
+            }
+        }
+    }
+    let mut sorted = figures.clone();
+    sorted.sort_by(f64::total_cmp);
+    let unit = format!("images/s ({ours}, batch {batch})");
+    let peer = (!peers.is_empty()).then_some((peer_name, peers));
+    Figures { name, unit: &unit, ours: figures, peer }.report().unwrap();
+    sorted[sorted.len() / 2]
+}
+
+/// This machine's rate of one large product, in 10^9 operations a second.
+fn large_product(precision: Option<Precision>) -> f64 {
+    use candle_core::Tensor;
+    let (m, n, k) = (4096, 3072, 3072);
+    let x = Tensor::ones((m, k), DType::F32, &Device::Cpu).unwrap();
+    let weight = Tensor::ones((n, k), DType::F32, &Device::Cpu).unwrap();
+    let mut layer = Linear::new(weight, Tensor::zeros(n, DType::F32, &Device::Cpu).unwrap()).unwrap();
+    if let Some(precision) = precision {
+        layer.pack(precision).unwrap();
+    }
+    let rate = |_| {
+        let began = Instant::now();
+        layer.forward(&x).unwrap();
+        2.0 * (m * n * k) as f64 / 1e9 / began.elapsed().as_secs_f64()
+    };
+    (0..2 * ROUNDS).map(rate).fold(0.0, f64::max)
+}
+
+fn main() {
+    // Arguments choose among the works and the numbers: `capfilt bf16`.
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let among =
+        |names: &[&str], name: &str| !wanted.iter().any(|w| names.contains(&w.as_str())) || wanted.iter().any(|w| w == name);
+    let runs = |name: &str| among(&["caption", "capfilt", "clip"], name);
+    let mut peer = Peer::start();
+    let most = BATCHES[BATCHES.len() - 1];
+    let pictures = images(most, 384);
+    let keys: Vec<String> = (0..most).map(|n| n.to_string()).collect();
+    let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+    let texts = vec![vec!["a grey heron standing in the water of a picture", "a picture of a grey heron in the water"]; most];
+
+    for (precision, ours, theirs) in NUMBERS {
+        if !among(&["f32", "bf16x3", "bf16"], ours) {
+            continue;
+        }
+        let captioner = || {
+            let (mut med, tokenizer) = med(Parts::CAPTIONER);
+            precision.map_or(Ok(()), |precision| med.pack(precision)).unwrap();
+            let sampling =
+                Sampling { min_length: TOKENS + 1, max_length: TOKENS + 1, prompt: String::new(), ..Sampling::default() };
+            Captioner::new(med, tokenizer, sampling).unwrap()
+        };
+        if runs("caption") {
+            let captioner = captioner();
+            let rate = measure("caption", ours, theirs, peer.as_mut(), |batch| {
+                captioner.generate(&pictures[..batch], &keys[..batch], 1).unwrap();
+            });
+            let large = large_product(precision);
+            let share = 100.0 * rate * CAPTION_GFLOP / large;
+            writeln!(
+                std::io::stdout(),
+                "captioning in {ours}: {share:.0} % of {large:.0} GFLOP/s, the rate of one large product"
+            )
+            .unwrap();
+        }
+        if runs("capfilt") {
+            let captioner = captioner();
+            let (mut med, tokenizer) = med(Parts::FILTER);
+            precision.map_or(Ok(()), |precision| med.pack(precision)).unwrap();
+            let filter = FilterScorer::new(med, tokenizer, ItmToken::Enc).unwrap();
+            measure("capfilt", ours, theirs, peer.as_mut(), |batch| {
+                captioner.generate(&pictures[..batch], &keys[..batch], 1).unwrap();
+                filter.score(&pictures[..batch], &texts[..batch]).unwrap();
+            });
+        }
+        if runs("clip") {
+            let mut clip = clip();
+            precision.map_or(Ok(()), |precision| clip.pack(precision)).unwrap();
+            let pictures = images(most, 224);
+            measure("clip", ours, theirs, peer.as_mut(), |batch| _ = clip.encode_images(&pictures[..batch]).unwrap());
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! The models that judge texts: a filter, a CLIP, or both, on images that are decoded once.
+
+use std::path::Path;
+
+use capfilt_models::ModelError;
+use capfilt_models::clip::{ClipScorer, clip_score};
+use capfilt_models::device::Device;
+use capfilt_models::preprocess::Preprocessor;
+use capfilt_models::score::{FilterScorer, ItmToken, ScoredText};
+use serde::Serialize;
+
+use crate::model::{NumberType, clip, filter};
+use crate::pixels::{Views, take_view};
+
+/// What the models say of one text for one image; nothing where a model is not there.
+#[derive(Clone, Copy, Default, PartialEq, Debug, Serialize)]
+pub struct TextScores {
+    /// Logits of the filter's ITM head: no match, match.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub itm_logits: Option<[f32; 2]>,
+    /// Probability of a match by the ITM head.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub itm: Option<f32>,
+    /// Cosine of the filter's ITC features.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub itc: Option<f32>,
+    /// Cosine of the CLIP features.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f32>,
+    /// CLIPScore: 2.5 times that cosine, at least 0 (Hessel et al. 2021, arXiv 2104.08718).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_score: Option<f32>,
+}
+
+/// A filter, a CLIP, or both.
+pub(crate) struct Judge {
+    filter: Option<FilterScorer>,
+    clip: Option<ClipScorer>,
+}
+
+impl Judge {
+    /// From checkpoint folders; the image transforms are in the order of the models.
+    pub(crate) fn open(
+        filter_folder: Option<&Path>,
+        clip_folder: Option<&Path>,
+        first_token: ItmToken,
+        dtype: Option<NumberType>,
+        device: &Device,
+    ) -> Result<(Self, Vec<Preprocessor>), ModelError> {
+        let filter = filter_folder.map(|folder| filter(folder, first_token, dtype, device)).transpose()?;
+        let clip = clip_folder.map(|folder| clip(folder, dtype, device)).transpose()?;
+        let (filter, of_filter) = filter.unzip();
+        let (clip, of_clip) = clip.unzip();
+        Ok((Self { filter, clip }, of_filter.into_iter().chain(of_clip).collect()))
+    }
+
+    /// Scores `texts[i]`, each, against `images[i]`. Each image goes through each model once.
+    pub(crate) fn score(&self, mut images: Vec<Views>, texts: &[Vec<String>]) -> Result<Vec<Vec<TextScores>>, ModelError> {
+        let mut scores: Vec<Vec<TextScores>> = texts.iter().map(|texts| vec![TextScores::default(); texts.len()]).collect();
+        if let Some(filter) = &self.filter {
+            let judged: Vec<Vec<ScoredText>> = filter.score(&take_view(&mut images), texts)?;
+            for (text, judged) in scores.iter_mut().flatten().zip(judged.iter().flatten()) {
+                (text.itm_logits, text.itm, text.itc) = (Some(judged.logits), Some(judged.itm), Some(judged.itc));
+            }
+        }
+        if let Some(clip) = &self.clip {
+            let cosines = clip.score(&take_view(&mut images), texts)?;
+            for (text, cosine) in scores.iter_mut().flatten().zip(cosines.into_iter().flatten()) {
+                (text.clip, text.clip_score) = (Some(cosine), Some(clip_score(cosine)));
+            }
+        }
+        Ok(scores)
+    }
+}
