@@ -1,6 +1,7 @@
-"""Writes the golden files of this folder with Hugging Face transformers: small MEDs with random weights, inputs and outputs.
+"""Writes the golden files of this folder with Hugging Face transformers and OpenCLIP: here small MEDs with random weights, inputs and
+outputs; `families.py` has every family, small and full-size, and `inputs.py` images and texts.
 
-    pip install "transformers==5.23.*" torch pillow safetensors
+    pip install -r scripts/requirements-goldens.txt
     python make_goldens.py
 
 The Rust tests read the files and never run this script.
@@ -9,6 +10,8 @@ The Rust tests read the files and never run this script.
 import json
 from pathlib import Path
 
+import families
+import inputs
 import numpy as np
 import torch
 from PIL import Image
@@ -215,3 +218,5 @@ if __name__ == "__main__":
     matcher()
     sampling()
     preprocessing()
+    inputs.main()
+    families.main()

@@ -170,8 +170,8 @@ fn a_preprocessor_for_another_size_is_refused() {
     assert!(checkpoint.preprocessor().unwrap_err().to_string().contains("side 64"));
     std::fs::write(&file, r#"{"size": {"height": 32, "width": 64}}"#).unwrap();
     assert!(checkpoint.preprocessor().unwrap_err().to_string().contains("squares"));
-    std::fs::write(&file, r#"{"size": 32, "resample": 2}"#).unwrap();
-    assert!(checkpoint.preprocessor().unwrap_err().to_string().contains("another transform"));
+    std::fs::write(&file, r#"{"size": 32, "resample": 1}"#).unwrap();
+    assert!(checkpoint.preprocessor().unwrap_err().to_string().contains("filter 1"));
 }
 
 #[test]

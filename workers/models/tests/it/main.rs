@@ -2,10 +2,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod checkpoint;
+mod clip;
 mod decoding;
+mod families;
 mod fixture;
 mod formats;
 mod golden;
 mod gradients;
+mod inputs;
+mod real;
 mod scoring;
 mod text;

@@ -1,0 +1,311 @@
+//! Every family, small and full-size, against transformers 5.23 and OpenCLIP 3.3 on the same weights, which a rule makes of their names
+//! (`goldens/weights.py`); outputs were made by `goldens/families.py`.
+
+use std::collections::{BTreeSet, HashMap};
+
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use capfilt_models::clip::{Clip, ClipConfig, openclip};
+use capfilt_models::config::MedConfig;
+use capfilt_models::med::{Med, Parts};
+use capfilt_models::vqa::Vqa;
+use rayon::prelude::*;
+use safetensors::SafeTensors;
+
+use crate::fixture::goldens;
+
+/// Largest difference allowed, relative to the largest number of the tensor.
+const TOLERANCE: f32 = 1e-4;
+
+/// FNV-1a of the name, the finalizer of `MurmurHash3` of it and the index, the upper 24 bits: `count` numbers in [-0.5, 0.5).
+pub(crate) fn numbers(name: &str, count: usize) -> Vec<f32> {
+    let seed = name.bytes().fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let number = |index: usize| {
+        let mut x = (index as u32).wrapping_mul(0x9e37_79b1).wrapping_add(seed);
+        x = (x ^ (x >> 16)).wrapping_mul(0x85eb_ca6b);
+        x = (x ^ (x >> 13)).wrapping_mul(0xc2b2_ae35);
+        x ^= x >> 16;
+        (x >> 8) as f32 / (1 << 24) as f32 - 0.5
+    };
+    (0..count).into_par_iter().map(number).collect()
+}
+
+/// The weight that the rule makes.
+fn weight(name: &str, shape: &Shape) -> candle_core::Result<Tensor> {
+    let mut values = numbers(name, shape.elem_count());
+    let (scale, shift) = if shape.rank() < 2 {
+        (0.2, if name.ends_with(".weight") || name.ends_with("running_var") { 1.0 } else { 0.0 })
+    } else {
+        let inputs: usize = shape.dims()[1..].iter().product();
+        ((4.0 / (inputs as f64).sqrt()) as f32, 0.0)
+    };
+    values.par_iter_mut().for_each(|value| *value = *value * scale + shift);
+    Tensor::from_vec(values, shape, &Device::Cpu)
+}
+
+struct Rule;
+
+impl SimpleBackend for Rule {
+    fn get(&self, shape: Shape, name: &str, _: Init, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        weight(name, &shape)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        candle_core::bail!("{name} was asked for without a shape")
+    }
+
+    /// The language-model head is tied.
+    fn contains_tensor(&self, _: &str) -> bool {
+        false
+    }
+}
+
+/// A source of every tensor there may be.
+pub(crate) fn rule() -> VarBuilder<'static> {
+    VarBuilder::from_backend(Box::new(Rule), DType::F32, Device::Cpu)
+}
+
+/// What one file of `goldens/families` holds.
+struct Golden {
+    tensors: HashMap<String, Tensor>,
+    texts: HashMap<String, String>,
+}
+
+impl Golden {
+    fn read(name: &str) -> Self {
+        let bytes = std::fs::read(goldens().join(format!("families/{name}.safetensors"))).unwrap();
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
+        Self { tensors, texts: header.metadata().clone().unwrap() }
+    }
+
+    fn clip_config(&self) -> ClipConfig {
+        ClipConfig::from_hugging_face(&self.texts["config"], "golden".as_ref()).unwrap()
+    }
+
+    fn med_config(&self) -> MedConfig {
+        serde_json::from_str::<MedConfig>(&self.texts["config"]).unwrap().checked().unwrap()
+    }
+
+    fn ids(&self, name: &str) -> Tensor {
+        self.tensors[name].to_dtype(DType::U32).unwrap()
+    }
+
+    fn rows(&self, name: &str) -> Vec<Vec<u32>> {
+        self.ids(name).to_vec2().unwrap()
+    }
+
+    /// How many images the features are of.
+    fn images(&self) -> usize {
+        self.tensors["image_features"].dim(0).unwrap()
+    }
+
+    fn pixels(&self, side: usize, count: usize) -> Tensor {
+        let values: Vec<f32> = numbers("pixels", count * 3 * side * side).iter().map(|x| x * 4.0).collect();
+        Tensor::from_vec(values, (count, 3, side, side), &Device::Cpu).unwrap()
+    }
+
+    /// Compares a whole tensor with one of the same shape.
+    fn whole(&self, name: &str, got: &Tensor) {
+        let expected = &self.tensors[name];
+        assert_eq!(got.dims(), expected.dims(), "{name}");
+        let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+        let most = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        close(name, &got.flatten_all().unwrap().to_vec1().unwrap(), &expected, most);
+    }
+
+    /// Compares numbers at even distances with a sample: the largest magnitude of the whole tensor, then its numbers.
+    fn sampled(&self, name: &str, got: &Tensor) {
+        let sample: Vec<f32> = self.tensors[name].to_vec1().unwrap();
+        let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
+        let (most, expected) = (sample[0], &sample[1..]);
+        let found = got.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        assert!((found - most).abs() < TOLERANCE * most, "{name}: the largest number is {found}, expected {most}");
+        let step = (got.len() / 256).max(1);
+        let got: Vec<f32> = got.into_iter().step_by(step).take(256).collect();
+        close(name, &got, expected, most);
+    }
+}
+
+fn close(name: &str, got: &[f32], expected: &[f32], most: f32) {
+    assert_eq!(got.len(), expected.len(), "{name}");
+    assert!(got.iter().all(|x| x.is_finite()), "{name}");
+    let worst = got.iter().zip(expected).fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs()));
+    assert!(worst < TOLERANCE * most, "{name} differs by {worst} of {most}");
+}
+
+/// A model of Hugging Face's.
+fn contrastive(name: &str) {
+    let golden = Golden::read(name);
+    let clip = Clip::load(&golden.clip_config(), rule()).unwrap();
+    let pixels = golden.pixels(clip.config().image_size(), golden.images());
+    let ids = golden.ids("ids");
+    golden.sampled("image_states", &clip.image_states(&pixels).unwrap().unwrap());
+    golden.sampled("text_states", &clip.text_states(&ids).unwrap());
+    same_features(&golden, &clip, &pixels, &ids);
+}
+
+/// A model of OpenCLIP's, weights in its layout.
+fn open_clip(name: &str) {
+    let golden = Golden::read(name);
+    let config = ClipConfig::from_open_clip(&golden.texts["config"], "golden".as_ref()).unwrap();
+    let shapes: HashMap<String, Vec<usize>> = serde_json::from_str(&golden.texts["shapes"]).unwrap();
+    let tensors = shapes.into_iter().map(|(name, shape)| (name.clone(), weight(&name, &shape.into()).unwrap())).collect();
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    assert!(openclip::is_open_clip(&vb));
+    let clip = Clip::load(&config, openclip::hugging_face(vb)).unwrap();
+    let pixels = golden.pixels(config.image_size(), golden.images());
+    same_features(&golden, &clip, &pixels, &golden.ids("ids"));
+}
+
+fn same_features(golden: &Golden, clip: &Clip, pixels: &Tensor, ids: &Tensor) {
+    let (images, texts) = (clip.image_features(pixels).unwrap(), clip.encode_texts(ids).unwrap());
+    golden.whole("image_features", &images);
+    golden.whole("text_features", &texts);
+    golden.whole("logits", &clip.logits(&images, &texts).unwrap());
+}
+
+#[test]
+fn a_small_clip_agrees() {
+    contrastive("clip_small");
+}
+
+#[test]
+fn a_small_clip_with_exact_gelu_and_the_older_end_of_text_agrees() {
+    contrastive("clip_small_gelu");
+}
+
+#[test]
+fn a_small_siglip_agrees() {
+    contrastive("siglip_small");
+}
+
+#[test]
+fn a_small_vision_transformer_of_open_clip_agrees() {
+    open_clip("openclip_vit_small");
+}
+
+#[test]
+fn a_small_resnet_of_open_clip_agrees() {
+    open_clip("openclip_resnet_small");
+}
+
+#[test]
+fn clip_b32_agrees() {
+    contrastive("clip_b32");
+}
+
+#[test]
+fn clip_l14_agrees() {
+    contrastive("clip_l14");
+}
+
+#[test]
+fn siglip_b16_agrees() {
+    contrastive("siglip_b16");
+}
+
+#[test]
+fn clip_rn50_agrees() {
+    open_clip("openclip_rn50");
+}
+
+/// The most likely token at every step after the prompt, up to `[SEP]` or `length` tokens in all. Logits of tokens that are there already
+/// are divided by `penalty`, negative ones multiplied with it.
+pub(crate) fn greedy(med: &Med, states: &Tensor, prompt: &[u32], length: usize, penalty: f32) -> Vec<u32> {
+    let cross = med.decoder_cross_cache(states).unwrap();
+    let mut cache = med.decoder_self_cache(1, length).unwrap();
+    let mut ids = prompt.to_vec();
+    let mut seen = 0;
+    while ids.len() < length && ids.last() != Some(&med.config().text_config.sep_token_id) {
+        let fresh = Tensor::from_slice(&ids[seen..], (1, ids.len() - seen), &Device::Cpu).unwrap();
+        seen = ids.len();
+        let logits = med.decode_step(&fresh, &mut cache, &cross).unwrap();
+        let mut logits: Vec<f32> = logits.squeeze(0).unwrap().to_vec1().unwrap();
+        for id in ids.iter().collect::<BTreeSet<_>>() {
+            let logit = &mut logits[*id as usize];
+            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+        }
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+        ids.push(best as u32);
+    }
+    ids
+}
+
+fn captioner(name: &str) {
+    let golden = Golden::read(name);
+    let config = golden.med_config();
+    let med = Med::load(&config, rule(), Parts::CAPTIONER).unwrap();
+    let states = med.encode_image(&golden.pixels(config.vision_config.image_size, 1)).unwrap();
+    golden.sampled("states", &states);
+    let ids = golden.ids("ids");
+    golden.sampled("logits", &med.lm_logits(&ids, &ids.ones_like().unwrap(), &states).unwrap());
+    let expected = golden.rows("greedy");
+    let start = [config.text_config.bos_token_id];
+    assert_eq!(greedy(&med, &states, &start, expected[0].len(), 2.0), expected[0]);
+}
+
+#[test]
+fn blip_base_captions_agree() {
+    captioner("blip_base");
+}
+
+#[test]
+fn blip_large_captions_agree() {
+    captioner("blip_large");
+}
+
+#[test]
+fn blip_base_matching_agrees() {
+    let golden = Golden::read("blip_itm_base");
+    let config = golden.med_config();
+    let med = Med::load(&config, rule(), Parts::FILTER).unwrap();
+    let states = med.encode_image(&golden.pixels(config.vision_config.image_size, 1)).unwrap();
+    let ids = golden.ids("ids");
+    let mask = ids.ones_like().unwrap();
+    golden.whole("itm_cls", &med.itm_logits(&ids, &mask, &states).unwrap());
+    golden.whole("itm_enc", &med.itm_logits(&golden.ids("grounded"), &mask, &states).unwrap());
+    let (image, text) = (med.image_features(&states).unwrap(), med.text_features(&ids, &mask).unwrap());
+    golden.whole("itc", &image.matmul(&text.t().unwrap()).unwrap());
+}
+
+fn questions(name: &str, count: usize) {
+    let golden = Golden::read(name);
+    let config = golden.med_config();
+    let vqa = Vqa::load(&config, rule()).unwrap();
+    let pixels = golden.pixels(config.vision_config.image_size, count);
+    let images = vqa.image_cache(&vqa.encode_image(&pixels).unwrap()).unwrap();
+    let (ids, mask) = (golden.ids("ids"), golden.ids("mask"));
+    let states = vqa.question_states(&ids, &mask, &images).unwrap();
+    golden.sampled("states", &states);
+    golden.sampled("logits", &vqa.answer_logits(&golden.ids("answers"), &states).unwrap());
+    let pad = |mut row: Vec<u32>, length| {
+        row.resize(length, config.text_config.pad_token_id);
+        row
+    };
+    let expected = golden.rows("greedy");
+    let length = expected[0].len();
+    let got: Vec<_> = vqa.generate(&states, length).unwrap().into_iter().map(|row| pad(row, length)).collect();
+    assert_eq!(got, expected);
+    // Each question by itself, at its own length.
+    let lengths: Vec<u32> = mask.sum(1).unwrap().to_vec1().unwrap();
+    for (row, length) in lengths.into_iter().enumerate() {
+        let image = vqa.encode_image(&pixels.narrow(0, row, 1).unwrap()).unwrap();
+        let ids = ids.narrow(0, row, 1).unwrap().narrow(1, 0, length as usize).unwrap().contiguous().unwrap();
+        let image = vqa.image_cache(&image).unwrap();
+        let states = vqa.question_states(&ids, &ids.ones_like().unwrap(), &image).unwrap();
+        let expected: Vec<u32> = golden.ids(&format!("greedy.{row}")).to_vec1().unwrap();
+        assert_eq!(vqa.generate(&states, expected.len()).unwrap(), [expected], "question {row}");
+    }
+}
+
+#[test]
+fn small_answers_agree_alone_and_in_a_padded_batch() {
+    questions("vqa_small", 3);
+}
+
+#[test]
+fn blip_base_answers_agree() {
+    questions("blip_vqa_base", 1);
+}
