@@ -488,9 +488,9 @@ mod tests {
         let rank = ["build.policy=rank", "build.rank_by=clip"];
         let refused = demo(&rank).unwrap_err();
         assert!(refused.contains("models.clip"), "{refused}");
-        let config = demo(&[rank[0], rank[1], "models.clip=some/clip"]).unwrap();
+        let config = demo(&[rank[0], rank[1], "models.clip=some/more/clip"]).unwrap();
         let clip = config.models.unwrap().clip.unwrap();
-        assert!(clip.ends_with("configs/some/clip") && Path::new(&clip).is_absolute(), "{clip}");
+        assert!(clip.ends_with("configs/some/more/clip") && Path::new(&clip).is_absolute(), "{clip}");
     }
 
     #[test]

@@ -107,7 +107,7 @@ fn what_cannot_be_is_refused_with_a_reason() {
     let (captioner, filter) = (checkpoint("captioner"), checkpoint("filter"));
     refused(&["caption", "--model", &filter], "text_decoder", 1);
     refused(&["score", "--model", &captioner, "--text", "a dog"], "text_encoder", 1);
-    refused(&["caption", "--model", "no/such/folder"], "there is no folder", 2);
+    refused(&["caption", "--model", "no/such/folder"], "neither a folder nor a name of the hub", 2);
     refused(&["caption", "--model", &captioner, "--num-beams", "3"], "strategy", 2);
     refused(&["caption", "--model", &captioner, "--temperature", "0"], "greedy", 2);
     refused(&["caption", "--model", &captioner, "--device", "tpu"], "no device `tpu`", 1);

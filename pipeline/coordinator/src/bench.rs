@@ -124,7 +124,11 @@ fn scores(rows: &[u64]) -> Vec<ArrayRef> {
         let items = Float32Array::from_iter_values(rows.iter().flat_map(|n| [score(*n, k), score(*n, k + 1)]));
         list(rows, 2, DataType::Float32, Arc::new(items))
     };
-    vec![texts(rows, id), same(rows, RowStatus::Ok.as_str()), none(rows), web(0), web(1), both(2), both(4)]
+    // There is no CLIP.
+    let schema = Table::Scores.schema();
+    let clip = schema.fields().iter().skip(7).map(|field| new_null_array(field.data_type(), rows.len()));
+    let filter = vec![texts(rows, id), same(rows, RowStatus::Ok.as_str()), none(rows), web(0), web(1), both(2), both(4)];
+    filter.into_iter().chain(clip).collect()
 }
 
 /// Queries of the made-up list.

@@ -11,6 +11,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use capfilt_vision::files;
+use futures::StreamExt as _;
 use tempfile::TempDir;
 
 use super::*;
@@ -204,8 +205,11 @@ fn content(world: &mut World, commit: &str, file: &str, headers: &HeaderMap, sma
     let body = match breaks_at {
         Some(at) => {
             let sent = body[..at.min(body.len())].to_vec();
-            let broken = (at < body.len()).then(|| Err(std::io::Error::other("broken")));
-            Body::from_stream(futures::stream::iter([Ok(Bytes::from(sent))].into_iter().chain(broken)))
+            let breaks = at < body.len();
+            // What was written before goes out while the server waits.
+            let broken = futures::stream::once(tokio::time::sleep(Duration::from_millis(50)))
+                .filter_map(move |()| std::future::ready(breaks.then(|| Err(std::io::Error::other("broken")))));
+            Body::from_stream(futures::stream::iter([Ok(Bytes::from(sent))]).chain(broken))
         }
         None => Body::from(body),
     };
