@@ -504,7 +504,7 @@ mod tests {
         assert_eq!(score, serde_json::json!({"first_token": "enc"}));
         assert_eq!(caption["sampling"]["top_p"], 0.9);
         assert!(caption.get("dtype").is_none() && caption["sampling"].get("strategy").is_none());
-        assert_eq!(params(&["caption.dtype=f32", "score.dtype=f32"], None), (caption.clone(), score.clone()));
+        assert_eq!(params(&["caption.dtype=f32", "score.dtype=f32"], None), (caption.clone(), score));
         let (half, half_score) = params(&["worker.vision.device=cuda:0"], None);
         assert_eq!((&half["dtype"], &half_score["dtype"]), (&Value::from("bf16"), &Value::from("bf16")));
         assert_eq!(params(&["worker.vision.device=cuda:0", "caption.dtype=f32"], None).0, caption);

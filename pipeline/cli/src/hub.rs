@@ -311,6 +311,7 @@ struct Fetch<'a> {
 
 impl Fetch<'_> {
     /// Fetches a file unless the cache has it, whole and as the hub tells it.
+    #[expect(clippy::disallowed_methods, reason = "it runs on a thread for blocking work")]
     fn file(&self, file: &str) -> anyhow::Result<()> {
         let name = self.name;
         let sibling = self.siblings.iter().find(|s| s.rfilename == file);
@@ -344,7 +345,7 @@ impl Fetch<'_> {
                     Some(what) => last = what,
                 },
                 Err(error) if is_unreachable(&error) || matches!(status(&error), Some(416)) => {
-                    last = self.hub.explain(name, &error)
+                    last = self.hub.explain(name, &error);
                 }
                 Err(error) => return Err(anyhow!("cannot fetch `{file}` of `{name}`: {}", self.hub.explain(name, &error))),
             }

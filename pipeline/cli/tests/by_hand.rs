@@ -61,7 +61,7 @@ fn a_bad_image_is_told_of_and_the_others_are_done() {
     let args = ["caption", "--model", &model, "--strategy", "beam", "--num-beams", "2", "--length-penalty", "-0.5"];
     let out = capfilt(&args, &[&broken, &image("rgb.jpg"), &gone], "");
     assert_eq!(out.status.code(), Some(1));
-    let (said, complained) = (String::from_utf8(out.stdout.clone()).unwrap(), String::from_utf8(out.stderr.clone()).unwrap());
+    let (said, complained) = (String::from_utf8(out.stdout.clone()).unwrap(), String::from_utf8(out.stderr).unwrap());
     assert!(said.lines().count() == 1 && said.contains("rgb.jpg\t"), "{said}");
     assert!(complained.contains("broken.png") && complained.contains("gone.jpg"), "{complained}");
     let out = capfilt(&[&args[..], &["--json"]].concat(), &[&broken, &image("rgb.jpg")], "");

@@ -13,15 +13,16 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::clip::{Clip, ClipConfig, ClipFamily, ClipTokenizer, ClipVision};
+use crate::clip::{Clip, ClipConfig, ClipFamily, ClipTokenizer, ClipVision, openclip};
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result, TensorProblem, TensorProblems};
 use crate::files::{CONFIG, Files, OPEN_CLIP_CONFIG, TOKENIZER_CONFIG, WEIGHTS};
 use crate::med::{Med, Parts};
 use crate::original::{infer_config, is_original, translate};
-use crate::parameters::{asked_for, parameters};
+use crate::parameters::{Parameter, asked_for, parameters};
 use crate::preprocess::{self, Preprocessor};
 use crate::tokenizer::{self, TextTokenizer};
+use crate::vqa::Vqa;
 use crate::weights::{Weights, write_file};
 
 const WORDS: &str = "text_decoder.bert.embeddings.word_embeddings.weight";
@@ -29,14 +30,21 @@ const WORDS: &str = "text_decoder.bert.embeddings.word_embeddings.weight";
 const HEAD_WEIGHT: &str = "text_decoder.cls.predictions.decoder.weight";
 /// A copy of `text_decoder.cls.predictions.bias` that some files have.
 const HEAD_BIAS: &str = "text_decoder.cls.predictions.decoder.bias";
-/// A constant that older files carry along.
-const CONSTANT: &str = ".position_ids";
+/// Constants that older files carry along, and what batch norms count in training.
+const CONSTANTS: [&str; 3] = [".position_ids", "attn_mask", ".num_batches_tracked"];
+/// Tensors by which OpenCLIP's layout, and one with the text side below `text`, are told.
+const OPEN_CLIP_FIRST: &str = "visual.conv1.weight";
+const OPEN_CLIP_CUSTOM_TEXT: &str = "text.token_embedding.weight";
+/// Heads of a filter.
+const FILTER_HEADS: [&str; 3] = ["itm_head.", "vision_proj.", "text_proj."];
 
 /// What a checkpoint holds.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Family {
     /// A MED: a captioner, a filter, or both.
     Blip(MedConfig, Parts),
+    /// A BLIP that answers questions.
+    Vqa(MedConfig),
     /// A CLIP or SigLIP.
     Clip(ClipConfig),
 }
@@ -54,9 +62,10 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens a checkpoint directory and compares every tensor of its weights with what its config asks for.
     ///
-    /// The family is the `model_type` of `config.json`; the weights are those that [`Files::pick`] names. BLIP's own names become those of
-    /// transformers, and without a `config.json` such files are told by their shapes. The parts of a MED are those that the weights
-    /// have: `text_decoder.*` makes a captioner, `text_encoder.*` a filter, both a full MED.
+    /// The family is the `model_type` of `config.json`; the weights are those that [`Files::pick`] names. The names of BLIP's own files and
+    /// those of OpenCLIP become those of transformers, and without a `config.json` BLIP's are told by their shapes. The parts of a MED
+    /// are those that the weights have: `text_decoder.*` makes a captioner, `text_encoder.*` a filter, both a full MED, or, without the
+    /// heads of a filter, a model that answers questions.
     ///
     /// # Errors
     /// A file is unreadable, the config is unusable, or tensors are missing, unknown, misshapen or in another format than F32, F16,
@@ -70,17 +79,26 @@ impl Checkpoint {
         }
         let family = match config {
             Config::Clip(config) => Family::Clip(config),
-            Config::Blip(config) => Family::Blip(config, parts(&weights)?),
-            Config::None if original => Family::Blip(infer_config(&weights, dir)?, parts(&weights)?),
-            Config::None => Family::Blip(MedConfig::from_dir(dir)?, parts(&weights)?),
+            Config::Blip(config) => blip(config, &weights)?,
+            Config::None if original => blip(infer_config(&weights, dir)?, &weights)?,
+            Config::None => blip(MedConfig::from_dir(dir)?, &weights)?,
         };
+        let asked = match &family {
+            Family::Blip(config, parts) => parameters(config, *parts)?,
+            Family::Vqa(config) => asked_for(|vb| Vqa::load(config, vb))?,
+            Family::Clip(config) => asked_for(|vb| Clip::load(config, vb))?,
+        };
+        if weights.get(OPEN_CLIP_FIRST).is_some() {
+            let custom_text = weights.get(OPEN_CLIP_CUSTOM_TEXT).is_some();
+            weights = weights.rearrange(asked.iter().map(|p| (p.name.clone(), openclip::source(&p.name, custom_text))));
+        }
         same_image_size(&family, &weights)?;
-        let problems = compare(&family, &weights)?;
+        let problems = compare(asked, &family, &weights);
         if !problems.is_empty() {
             return Err(ModelError::Tensors { path: weights.path().to_owned(), problems: TensorProblems(problems) });
         }
         let constants: Vec<String> =
-            weights.tensors().map(|(name, _)| name.to_owned()).filter(|name| name.ends_with(CONSTANT)).collect();
+            weights.tensors().map(|(name, _)| name.to_owned()).filter(|name| is_constant(name)).collect();
         for name in constants {
             weights.remove(&name);
         }
@@ -111,7 +129,7 @@ impl Checkpoint {
     pub fn config(&self) -> Result<&MedConfig> {
         match &self.family {
             Family::Blip(config, _) => Ok(config),
-            Family::Clip(_) => Err(self.is_no("BLIP")),
+            Family::Vqa(_) | Family::Clip(_) => Err(self.is_no("captioner or filter")),
         }
     }
 
@@ -120,7 +138,7 @@ impl Checkpoint {
     pub fn parts(&self) -> Parts {
         match self.family {
             Family::Blip(_, parts) => parts,
-            Family::Clip(_) => Parts { decoder: false, encoder: false },
+            Family::Vqa(_) | Family::Clip(_) => Parts { decoder: false, encoder: false },
         }
     }
 
@@ -143,7 +161,18 @@ impl Checkpoint {
     pub fn clip(&self, device: &Device, dtype: DType) -> Result<Clip> {
         match &self.family {
             Family::Clip(config) => Clip::load(config, self.weights.builder(dtype, device)),
-            Family::Blip(..) => Err(self.is_no("CLIP")),
+            Family::Blip(..) | Family::Vqa(_) => Err(self.is_no("CLIP")),
+        }
+    }
+
+    /// The model that answers questions, on a device; use f32 on a CPU.
+    ///
+    /// # Errors
+    /// It is another model, the device has no memory, or does not know the number type.
+    pub fn vqa(&self, device: &Device, dtype: DType) -> Result<Vqa> {
+        match &self.family {
+            Family::Vqa(config) => Vqa::load(config, self.weights.builder(dtype, device)),
+            Family::Blip(..) | Family::Clip(_) => Err(self.is_no("model that answers questions")),
         }
     }
 
@@ -163,12 +192,15 @@ impl Checkpoint {
         self.weights.tensors().map(|(name, _)| read(name)).collect()
     }
 
-    /// The tokenizer of a MED.
+    /// The tokenizer of a BLIP.
     ///
     /// # Errors
     /// It is another model, the tokenizer is missing, or as [`TextTokenizer::from_dir`].
     pub fn tokenizer(&self) -> Result<TextTokenizer> {
-        let config = self.config()?;
+        let config = match &self.family {
+            Family::Blip(config, _) | Family::Vqa(config) => config,
+            Family::Clip(_) => return Err(self.is_no("BLIP")),
+        };
         TextTokenizer::from_dir(&self.dir, &config.text_config).map_err(|e| self.without_tokenizer(e, "BLIP has one for all"))
     }
 
@@ -199,11 +231,18 @@ impl Checkpoint {
     /// As [`Preprocessor::from_dir`], or it makes images of another size than the model takes.
     pub fn preprocessor(&self) -> Result<Preprocessor> {
         let taken = match &self.family {
-            Family::Blip(config, _) => config.vision_config.image_size,
+            Family::Blip(config, _) | Family::Vqa(config) => config.vision_config.image_size,
             Family::Clip(config) => config.image_size(),
         };
-        if self.original && !preprocess::file(&self.dir).exists() {
-            return Ok(Preprocessor::new(taken));
+        if !preprocess::file(&self.dir).exists() {
+            let open_clip = self.dir.join(OPEN_CLIP_CONFIG);
+            match self.family {
+                Family::Blip(..) | Family::Vqa(_) if self.original => return Ok(Preprocessor::new(taken)),
+                Family::Clip(_) if open_clip.exists() => {
+                    return Preprocessor::from_open_clip(&read_text(&open_clip)?, taken, &open_clip);
+                }
+                _ => {}
+            }
         }
         let preprocessor = Preprocessor::from_dir(&self.dir)?;
         let made = preprocessor.side();
@@ -250,28 +289,28 @@ impl Checkpoint {
     /// # Errors
     /// The directory has files or cannot be written, a file is unreadable, or the tokenizer is missing.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source });
         let (config_path, tokenizer_path, preprocessor_path) =
             (self.dir.join(CONFIG), tokenizer::file(&self.dir), preprocess::file(&self.dir));
         let json_error = |source| ModelError::Json { path: config_path.clone(), source };
         let mut config = match (config_path.exists(), &self.family) {
-            (false, Family::Blip(config, _)) => serde_json::to_value(config).map_err(json_error)?,
-            _ => serde_json::from_str::<Value>(&read(&config_path)?).map_err(json_error)?,
+            (true, _) => serde_json::from_str::<Value>(&read_text(&config_path)?).map_err(json_error)?,
+            (false, Family::Blip(config, _) | Family::Vqa(config)) => serde_json::to_value(config).map_err(json_error)?,
+            (false, Family::Clip(config)) => config.to_hugging_face()?,
         };
         if let Value::Object(fields) = &mut config {
             fields.entry("architectures").or_insert_with(|| json!([self.architecture()]));
             fields.entry("model_type").or_insert_with(|| json!("blip"));
         }
         let preprocessor = match preprocessor_path.exists() {
-            true => read(&preprocessor_path)?,
+            true => read_text(&preprocessor_path)?,
             false => self.preprocessor()?.to_json(),
         };
         let tokenizer = match &self.family {
-            Family::Blip(..) => self.tokenizer()?.json().to_owned(),
-            Family::Clip(_) if tokenizer_path.exists() => read(&tokenizer_path)?,
+            Family::Blip(..) | Family::Vqa(_) => self.tokenizer()?.json().to_owned(),
+            Family::Clip(_) if tokenizer_path.exists() => read_text(&tokenizer_path)?,
             Family::Clip(_) => {
                 let vocabulary = self.dir.join("vocab.json");
-                ClipTokenizer::json_from_merges(&read(&vocabulary)?, &read(&self.dir.join("merges.txt"))?, &vocabulary)?
+                ClipTokenizer::json_from_merges(&read_text(&vocabulary)?, &read_text(&self.dir.join("merges.txt"))?, &vocabulary)?
             }
         };
         empty_directory(dir)?;
@@ -280,7 +319,7 @@ impl Checkpoint {
         let settings = self.dir.join(TOKENIZER_CONFIG);
         if matches!(self.family, Family::Clip(_)) && settings.exists() {
             let path = dir.join(TOKENIZER_CONFIG);
-            std::fs::write(&path, read(&settings)?).map_err(|source| ModelError::Io { path, source })?;
+            std::fs::write(&path, read_text(&settings)?).map_err(|source| ModelError::Io { path, source })?;
         }
         Ok(())
     }
@@ -290,6 +329,7 @@ impl Checkpoint {
         match &self.family {
             Family::Blip(_, parts) if parts.decoder => "BlipForConditionalGeneration",
             Family::Blip(..) => "BlipForImageTextRetrieval",
+            Family::Vqa(_) => "BlipForQuestionAnswering",
             Family::Clip(config) if config.family == ClipFamily::Siglip => "SiglipModel",
             Family::Clip(_) => "CLIPModel",
         }
@@ -379,23 +419,32 @@ impl Config {
     }
 }
 
-/// Which text parts the weights of a MED have.
-fn parts(weights: &Weights) -> Result<Parts> {
+/// Which BLIP the weights make.
+fn blip(config: MedConfig, weights: &Weights) -> Result<Family> {
     let has = |prefix: &str| weights.tensors().any(|(name, _)| name.starts_with(prefix));
     let parts = Parts { decoder: has("text_decoder."), encoder: has("text_encoder.") };
-    if parts.decoder || parts.encoder {
-        return Ok(parts);
+    match (parts.decoder, parts.encoder) {
+        (true, true) if !FILTER_HEADS.iter().any(|head| has(head)) => Ok(Family::Vqa(config)),
+        (false, false) => Err(ModelError::Config(format!(
+            "{} has neither text_decoder nor text_encoder tensors: it is no BLIP checkpoint",
+            weights.path().display()
+        ))),
+        _ => Ok(Family::Blip(config, parts)),
     }
-    Err(ModelError::Config(format!(
-        "{} has neither text_decoder nor text_encoder tensors: it is no BLIP checkpoint",
-        weights.path().display()
-    )))
+}
+
+fn is_constant(name: &str) -> bool {
+    CONSTANTS.iter().any(|constant| name.ends_with(constant))
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })
 }
 
 /// Position embeddings are made for images of one size: a config with another is told so in terms of images.
 fn same_image_size(family: &Family, weights: &Weights) -> Result<()> {
     let (vision, name, others) = match family {
-        Family::Blip(config, _) => (&config.vision_config, "vision_model.embeddings.position_embedding", 1),
+        Family::Blip(config, _) | Family::Vqa(config) => (&config.vision_config, "vision_model.embeddings.position_embedding", 1),
         Family::Clip(ClipConfig { vision: ClipVision::Vit(vision), family, .. }) => {
             (vision, "vision_model.embeddings.position_embedding.weight", usize::from(*family == ClipFamily::Clip))
         }
@@ -415,13 +464,9 @@ fn same_image_size(family: &Family, weights: &Weights) -> Result<()> {
 }
 
 /// What is wrong with the tensors of a checkpoint, by name.
-fn compare(family: &Family, weights: &Weights) -> Result<Vec<TensorProblem>> {
-    let asked = match family {
-        Family::Blip(config, parts) => parameters(config, *parts)?,
-        Family::Clip(config) => asked_for(|vb| Clip::load(config, vb))?,
-    };
+fn compare(asked: Vec<Parameter>, family: &Family, weights: &Weights) -> Vec<TensorProblem> {
     let mut wanted: BTreeMap<String, Vec<usize>> = asked.into_iter().map(|parameter| (parameter.name, parameter.shape)).collect();
-    if let Family::Blip(config, Parts { decoder: true, .. }) = family {
+    if let Family::Blip(config, Parts { decoder: true, .. }) | Family::Vqa(config) = family {
         let text = &config.text_config;
         for (name, shape) in [(HEAD_WEIGHT, vec![text.vocab_size, text.hidden_size]), (HEAD_BIAS, vec![text.vocab_size])] {
             if weights.get(name).is_some() {
@@ -445,9 +490,9 @@ fn compare(family: &Family, weights: &Weights) -> Result<Vec<TensorProblem>> {
         problems.insert(name, problem);
     }
     for (name, stored) in weights.tensors() {
-        if !wanted.contains_key(name) && !name.ends_with(CONSTANT) {
+        if !wanted.contains_key(name) && !is_constant(name) {
             problems.insert(name.to_owned(), TensorProblem::Unknown { name: name.to_owned(), found: stored.shape().to_vec() });
         }
     }
-    Ok(problems.into_values().collect())
+    problems.into_values().collect()
 }

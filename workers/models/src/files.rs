@@ -56,7 +56,7 @@ impl Files {
         let there = |wanted: &&str| names.contains(wanted);
         let mut small: Vec<&str> = SMALL.into_iter().filter(there).collect();
         if !there(&TOKENIZER) {
-            small.extend(VOCABULARIES.into_iter().find(|files| files.iter().all(|f| there(f))).into_iter().flatten());
+            small.extend(VOCABULARIES.into_iter().find(|files| files.iter().all(&there)).into_iter().flatten());
         }
         let torch: Vec<&str> = names.iter().copied().filter(|name| name.ends_with(".pth") || name.ends_with(".pt")).collect();
         let weights = match (WEIGHT_FILES.into_iter().find(there), &torch[..]) {
@@ -121,6 +121,8 @@ fn weights_error(path: &Path, what: String) -> ModelError {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     fn pick(names: &[&str]) -> std::result::Result<Files, String> {

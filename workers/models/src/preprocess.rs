@@ -276,12 +276,21 @@ impl Preprocessor {
         parsed.preprocessor(side).map_err(|what| ModelError::Config(format!("{} {what}", path.display())))
     }
 
-    /// The text of a `preprocessor_config.json` that [`Self::from_dir`] and transformers read back; BLIP's ([`Self::new`]).
+    /// The text of a `preprocessor_config.json` that [`Self::from_dir`] and transformers read back. It cannot say that OpenCLIP begins the
+    /// middle of an image half a pixel further on where an odd number of pixels is cut off.
     #[must_use]
     pub fn to_json(&self) -> String {
+        let square = Size::Rectangle { height: self.side, width: self.side };
+        let (processor, size, crop) = match self.fit {
+            Fit::Stretch => ("BlipImageProcessor", square, None),
+            Fit::Crop { shortest_edge, .. } => ("CLIPImageProcessor", Size::Shortest { shortest_edge }, Some(square)),
+        };
         let file = PreprocessorFile {
-            image_processor_type: "BlipImageProcessor".to_owned(),
-            size: Some(Size::Rectangle { height: self.side, width: self.side }),
+            image_processor_type: processor.to_owned(),
+            size: Some(size),
+            resample: if self.filter == FilterType::Bilinear { BILINEAR } else { BICUBIC },
+            do_center_crop: crop.map(|_| true),
+            crop_size: crop,
             image_mean: Some(self.mean),
             image_std: Some(self.std),
             ..PreprocessorFile::default()

@@ -7,7 +7,7 @@ mod torch;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::error::Error;
 use std::fmt::Display;
 use std::fs::File;
@@ -21,6 +21,7 @@ use candle_nn::{Init, VarBuilder};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use crate::clip::openclip::{Part, Source as TensorSource};
 use crate::error::{ModelError, NO_SAFETENSORS, Result};
 use crate::files::{Files, shard_of_tensors};
 
@@ -84,6 +85,27 @@ impl Stored {
         steps.map(|(n, step)| (*n as u64 - 1).checked_mul(*step as u64)).try_fold(1_u64, |all, step| all.checked_add(step?))
     }
 
+    /// A part of it; none if it has no such part.
+    fn part(&self, part: Part) -> Option<Self> {
+        let mut stored = self.clone();
+        match part {
+            Part::Whole => {}
+            Part::Transposed => {
+                if self.shape.len() != 2 {
+                    return None;
+                }
+                stored.shape.reverse();
+                stored.stride.reverse();
+            }
+            Part::Third(third) => {
+                let rows = self.shape.first().filter(|rows| *rows % 3 == 0)? / 3;
+                stored.shape[0] = rows;
+                stored.start += (third * rows * self.stride[0] * self.item_bytes()) as u64;
+            }
+        }
+        Some(stored)
+    }
+
     fn is_contiguous(&self) -> bool {
         row_major(&self.shape).iter().zip(&self.stride).zip(&self.shape).all(|((a, b), n)| a == b || *n <= 1)
     }
@@ -110,7 +132,7 @@ struct Cause {
 }
 
 impl Cause {
-    fn context(mut self, of: String) -> Self {
+    fn context(mut self, of: &str) -> Self {
         self.what = format!("cannot be used: {of} {}", self.what);
         self
     }
@@ -237,6 +259,22 @@ impl Weights {
             self.tensors.insert(new, stored);
         }
         Ok(self)
+    }
+
+    /// The tensors of `wanted`, each as a part of one that is there, and beside them those that none is a part of.
+    #[must_use]
+    pub fn rearrange(mut self, wanted: impl IntoIterator<Item = (String, TensorSource)>) -> Self {
+        let mut parts = BTreeMap::new();
+        let mut used = HashSet::new();
+        for (new, TensorSource { name, part }) in wanted {
+            if let Some(stored) = self.tensors.get(&name).and_then(|stored| stored.part(part)) {
+                parts.insert(new, stored);
+                used.insert(name);
+            }
+        }
+        self.tensors.retain(|name, _| !used.contains(name));
+        self.tensors.extend(parts);
+        self
     }
 
     /// Leaves a tensor out.

@@ -188,7 +188,7 @@ pub(crate) fn is_clip(folder: &Path) -> Result<bool, ModelError> {
 pub fn check_checkpoint(folder: &Path, role: Option<&str>) -> Result<(), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
     match checkpoint.family() {
-        Family::Blip(..) => drop(checkpoint.tokenizer()?),
+        Family::Blip(..) | Family::Vqa(_) => drop(checkpoint.tokenizer()?),
         Family::Clip(_) => drop(checkpoint.clip_tokenizer()?),
     }
     checkpoint.preprocessor()?;

@@ -1,5 +1,7 @@
 //! Against a server that speaks the hub's protocol, and breaks it where a test says so.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::block::Activation;
 use crate::config::{MAX_LAYERS, MAX_SIZE, VisionConfig};
@@ -210,6 +210,28 @@ impl ClipConfig {
             ..ClipTextConfig::clip()
         };
         Self { family: ClipFamily::Clip, vision, text, projection_dim: embed_dim }.checked()
+    }
+
+    /// The `config.json` of transformers for it.
+    ///
+    /// # Errors
+    /// It has a ResNet, which transformers does not know.
+    pub fn to_hugging_face(&self) -> Result<Value> {
+        let ClipVision::Vit(vision) = &self.vision else {
+            return Err(ModelError::Config(
+                "a CLIP with a ResNet has no layout in transformers; keep its folder as it is".to_owned(),
+            ));
+        };
+        let model_type = match self.family {
+            ClipFamily::Clip => "clip",
+            ClipFamily::Siglip => "siglip",
+        };
+        Ok(json!({
+            "model_type": model_type,
+            "projection_dim": self.projection_dim,
+            "vision_config": vision,
+            "text_config": self.text,
+        }))
     }
 
     /// Side of the square input image in pixels.

@@ -199,16 +199,16 @@ impl<'a> Machine<'a> {
                 let above = self.above_mark()?;
                 let items = self.drain(above)?;
                 self.dict();
-                self.set(items)?;
+                self.set(&items)?;
             }
             b's' => {
                 let items = self.drain(2)?;
-                self.set(items)?;
+                self.set(&items)?;
             }
             b'u' => {
                 let above = self.above_mark()?;
                 let items = self.drain(above)?;
-                self.set(items)?;
+                self.set(&items)?;
             }
             // BINPUT, LONG_BINPUT, MEMOIZE, BINGET, LONG_BINGET
             b'q' => {
@@ -320,7 +320,7 @@ impl<'a> Machine<'a> {
     }
 
     /// Adds keys and values to the dictionary on the stack; other objects may have items too, which are not looked at.
-    fn set(&mut self, items: Vec<Value<'a>>) -> Result<(), String> {
+    fn set(&mut self, items: &[Value<'a>]) -> Result<(), String> {
         if let Value::Dict(dict) = *self.stack.last().ok_or("an empty stack")? {
             self.pickle.dicts[dict].extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
         }

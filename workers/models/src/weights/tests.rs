@@ -164,7 +164,8 @@ fn a_compressed_archive_is_refused() {
             bytes[at + 10] = 8;
         }
     }
-    assert!(failure("a.pth", &bytes).contains("no whole archive of torch.save"));
+    let text = failure("a.pth", &bytes);
+    assert!(text.contains("no whole archive of torch.save"), "{text}");
 }
 
 #[test]

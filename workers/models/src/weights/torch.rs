@@ -58,7 +58,7 @@ pub(super) fn tensors(file: &File, number: usize) -> Result<Vec<(String, Stored)
             Some(place) => *place,
             None => {
                 let place = place(&mut archive, &format!("{root}data/{key}"), whole)
-                    .map_err(|cause| cause.context(format!("the numbers of the tensor {name}")))?;
+                    .map_err(|cause| cause.context(&format!("the numbers of the tensor {name}")))?;
                 places.insert(key, place);
                 place
             }

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, CLIPConfig, CLIPModel
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    CLIPConfig,
+    CLIPModel,
+)
 
 HERE = Path(__file__).parent / "formats"
 SHARD = 16_000
@@ -37,6 +44,12 @@ CONFIG = BlipConfig(
     image_text_hidden_size=6,
 )
 
+
+# Its decoder reads the states of the question: image and text have one width.
+QUESTIONS = BlipConfig(
+    vision_config=CONFIG.vision_config.to_dict() | dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1),
+    text_config=CONFIG.text_config.to_dict() | dict(num_hidden_layers=1, encoder_hidden_size=8),
+)
 
 CLIP = CLIPConfig(
     vision_config=dict(
@@ -116,6 +129,49 @@ def as_blip_had_it(tensors):
     return {"model": model, "optimizer": optimizer, "config": {"image_size": 32, "batch": 2**40}, "epoch": 5}
 
 
+OPEN_CLIP = {
+    "embed_dim": 6,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 8, "head_width": 4, "patch_size": 8, "mlp_ratio": 1.5},
+    "text_cfg": {"context_length": 10, "vocab_size": 20, "width": 8, "heads": 2, "layers": 1, "mlp_ratio": 1.5},
+}
+
+
+def open_clip(tensors):
+    """The inverse of `convert_clip_original_pytorch_to_hf.py`: OpenAI's and OpenCLIP's layout."""
+    rename = (
+        ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+        ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+        ("vision_model.embeddings.patch_embedding", "visual.conv1"),
+        ("vision_model.pre_layrnorm", "visual.ln_pre"),
+        ("vision_model.post_layernorm", "visual.ln_post"),
+        ("vision_model.encoder.layers", "visual.transformer.resblocks"),
+        ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+        ("text_model.embeddings.token_embedding", "token_embedding"),
+        ("text_model.final_layer_norm", "ln_final"),
+        ("text_model.encoder.layers", "transformer.resblocks"),
+        ("visual_projection.weight", "visual.proj"),
+        ("text_projection.weight", "text_projection"),
+        ("layer_norm", "ln_"),
+        ("self_attn", "attn"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+    )
+    out = {"attn_mask": torch.zeros(10, 10)}
+    for name, tensor in tensors.items():
+        if "k_proj" in name or "v_proj" in name:
+            continue
+        if "q_proj" in name:
+            tensor = torch.cat([tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            name = name.replace("q_proj.", "in_proj_")
+        if name.endswith("_projection.weight"):
+            tensor = tensor.t()
+        for new, old in rename:
+            name = name.replace(new, old)
+        out[name] = tensor.contiguous()
+    return out
+
+
 def shards(tensors):
     parts, size = [{}], 0
     for name, tensor in tensors.items():
@@ -167,6 +223,13 @@ if __name__ == "__main__":
     torch.save({"state_dict": views(matcher)}, folder("filter-bf16-views", "filter") / "pytorch_model.bin")
     clip = reference("clip", CLIPModel, 3, CLIP)
     torch.save(with_constants(clip), folder("clip-bin", "clip") / "pytorch_model.bin")
+    target = HERE / "clip-open"
+    target.mkdir()
+    save_file(open_clip(clip), target / "open_clip_model.safetensors")
+    (target / "open_clip_model.safetensors").chmod(0o644)
+    (target / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}, indent=2) + "\n")
+    vqa = reference("vqa", BlipForQuestionAnswering, 4, QUESTIONS)
+    torch.save(as_blip_had_it(vqa), folder("vqa-pth", "vqa") / "model_vqa.pth")
     old = folder("before-1.6", "filter") / "model.pth"
     torch.save({"a": torch.zeros(2)}, old, _use_new_zipfile_serialization=False)
     program = folder("torchscript", "filter") / "model.pt"

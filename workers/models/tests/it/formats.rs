@@ -92,7 +92,7 @@ fn a_clip_opens_by_the_same_call() {
         Tensor::cat(&[image, text], 0).unwrap().to_vec2::<f32>().unwrap()
     };
     assert_eq!(features(&other), features(&reference));
-    assert!(other.med(&Device::Cpu, DType::F32).unwrap_err().to_string().contains("holds no BLIP"));
+    assert!(other.med(&Device::Cpu, DType::F32).unwrap_err().to_string().contains("holds no captioner or filter"));
     assert!(open("filter").clip(&Device::Cpu, DType::F32).unwrap_err().to_string().contains("holds no CLIP"));
     assert_eq!(other.parts(), Parts { decoder: false, encoder: false });
 
@@ -120,6 +120,43 @@ fn a_clip_opens_by_the_same_call() {
     assert!(failure(folder.path()).contains("has size 4611686018427387904"));
     std::fs::write(&path, r#"{"model_type": "clip", "vision_config": {"num_hidden_layers": 4000000000}}"#).unwrap();
     assert!(failure(folder.path()).contains("has 4000000000 layers"));
+}
+
+#[test]
+fn the_layout_of_openclip_is_that_of_transformers() {
+    let (reference, checkpoint) = (open("clip"), open("clip-open"));
+    assert_eq!(numbers(&checkpoint), numbers(&reference));
+    let preprocessor = checkpoint.preprocessor().unwrap();
+    assert_eq!(preprocessor.side(), 16);
+
+    let folder = copy("clip-open");
+    std::fs::write(folder.path().join("vocab.json"), r#"{"<|startoftext|>": 18, "<|endoftext|>": 19}"#).unwrap();
+    std::fs::write(folder.path().join("merges.txt"), "#version: 0.2\n").unwrap();
+    let target = TempDir::new().unwrap();
+    Checkpoint::open(folder.path()).unwrap().write(target.path()).unwrap();
+    let written = Checkpoint::open(target.path()).unwrap();
+    assert_eq!(numbers(&written), numbers(&reference));
+    let config = std::fs::read_to_string(target.path().join("config.json")).unwrap();
+    assert!(config.contains("CLIPModel") && config.contains("quick_gelu"), "{config}");
+    let image = image::RgbImage::from_fn(40, 22, |x, y| image::Rgb([x as u8 * 6, y as u8 * 11, 90]));
+    assert_eq!(written.preprocessor().unwrap().prepare(&image).unwrap(), preprocessor.prepare(&image).unwrap());
+
+    let cut = copy("clip-open");
+    let path = cut.path().join("open_clip_config.json");
+    let config = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, config.replace("\"layers\": 1", "\"layers\": 2")).unwrap();
+    let text = failure(cut.path());
+    assert!(text.contains("text_model.encoder.layers.1.layer_norm1.bias of shape [8] is missing"), "{text}");
+}
+
+#[test]
+fn a_model_that_answers_questions_is_told_by_its_parts() {
+    let (reference, checkpoint) = (open("vqa"), open("vqa-pth"));
+    assert_eq!(numbers(&checkpoint), numbers(&reference));
+    assert!(matches!(checkpoint.family(), Family::Vqa(_)));
+    checkpoint.vqa(&Device::Cpu, DType::F32).unwrap();
+    assert!(checkpoint.med(&Device::Cpu, DType::F32).unwrap_err().to_string().contains("holds no captioner or filter"));
+    assert!(open("filter").vqa(&Device::Cpu, DType::F32).is_err());
 }
 
 #[test]
@@ -219,9 +256,9 @@ fn shards_and_index_are_held_against_each_other() {
     assert!(failure(gone.path()).contains("names the shard `model-00002-of-00003.safetensors`, which is not there"));
     let text = index(&sharded(), &|text| text.replace(name, "text_decoder.more"));
     assert!(text.contains("says that the tensor text_decoder.more is in `model-0000"), "{text}");
-    let text = index(&sharded(), &|text| text.replace(&format!("{name}\": \"model-00002"), &format!("{name}\": \"model-00001")));
+    let text = index(&sharded(), &|text| text.replace(&format!("{name}\": \"model-00003"), &format!("{name}\": \"model-00001")));
     assert!(
-        text.contains(&format!("the tensor {name} is in `model-00001-of-00003.safetensors`, but it is in `model-00002")),
+        text.contains(&format!("the tensor {name} is in `model-00001-of-00003.safetensors`, but it is in `model-00003")),
         "{text}"
     );
     let line = |line: &&str| !line.contains(name);
