@@ -3,7 +3,7 @@
 //! image features. Also how much of the machine's own rate of large products captioning reaches.
 //!
 //! The environment variable `TRANSFORMERS_PYTHON` names a Python that has transformers: the peer; without it ours runs alone.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::explicit_write, missing_docs)]
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};

@@ -125,6 +125,8 @@ fn infer(shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> std::result::Result<MedC
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
     use crate::med::Parts;
     use crate::parameters::parameters;

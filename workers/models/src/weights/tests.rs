@@ -1,5 +1,7 @@
 //! Weight files made to do harm, and the odd ones that torch writes.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::{Cursor, Write};
 
 use tempfile::TempDir;

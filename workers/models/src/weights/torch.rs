@@ -40,7 +40,11 @@ pub(super) fn tensors(file: &File, number: usize) -> Result<Vec<(String, Stored)
         }
     }
     let mut pickle = Vec::new();
-    archive.by_name(&format!("{root}data.pkl"))?.take(MAX_PICKLE_BYTES + 1).read_to_end(&mut pickle)?;
+    let entry = archive.by_name(&format!("{root}data.pkl"))?;
+    if entry.compression() != CompressionMethod::Stored {
+        return Err("is no whole archive of torch.save: its `data.pkl` is compressed".into());
+    }
+    entry.take(MAX_PICKLE_BYTES + 1).read_to_end(&mut pickle)?;
     if pickle.len() as u64 > MAX_PICKLE_BYTES {
         return Err(format!("holds a pickle of more than {} MiB", MAX_PICKLE_BYTES >> 20).into());
     }
