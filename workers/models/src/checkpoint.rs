@@ -19,7 +19,7 @@ use crate::error::{ModelError, Result, TensorProblem, TensorProblems};
 use crate::files::{CONFIG, Files, OPEN_CLIP_CONFIG, TOKENIZER_CONFIG, WEIGHTS};
 use crate::med::{Med, Parts};
 use crate::original::{infer_config, is_original, translate};
-use crate::parameters::{Parameter, asked_for, parameters};
+use crate::parameters::{Asked, asked_for};
 use crate::preprocess::{self, Preprocessor};
 use crate::tokenizer::{self, TextTokenizer};
 use crate::vqa::Vqa;
@@ -83,14 +83,16 @@ impl Checkpoint {
             Config::None if original => blip(infer_config(&weights, dir)?, &weights)?,
             Config::None => blip(MedConfig::from_dir(dir)?, &weights)?,
         };
+        // A config that asks for more than twice what is there does not fit: the tensors until then show it.
+        let numbers = weights.numbers().saturating_mul(2).saturating_add(1 << 24);
         let asked = match &family {
-            Family::Blip(config, parts) => parameters(config, *parts)?,
-            Family::Vqa(config) => asked_for(|vb| Vqa::load(config, vb))?,
-            Family::Clip(config) => asked_for(|vb| Clip::load(config, vb))?,
+            Family::Blip(config, parts) => asked_for(numbers, |vb| Med::load(config, vb, *parts))?,
+            Family::Vqa(config) => asked_for(numbers, |vb| Vqa::load(config, vb))?,
+            Family::Clip(config) => asked_for(numbers, |vb| Clip::load(config, vb))?,
         };
         if weights.get(OPEN_CLIP_FIRST).is_some() {
             let custom_text = weights.get(OPEN_CLIP_CUSTOM_TEXT).is_some();
-            weights = weights.rearrange(asked.iter().map(|p| (p.name.clone(), openclip::source(&p.name, custom_text))));
+            weights = weights.rearrange(asked.list.iter().map(|p| (p.name.clone(), openclip::source(&p.name, custom_text))));
         }
         same_image_size(&family, &weights)?;
         let problems = compare(asked, &family, &weights);
@@ -464,8 +466,9 @@ fn same_image_size(family: &Family, weights: &Weights) -> Result<()> {
 }
 
 /// What is wrong with the tensors of a checkpoint, by name.
-fn compare(asked: Vec<Parameter>, family: &Family, weights: &Weights) -> Vec<TensorProblem> {
-    let mut wanted: BTreeMap<String, Vec<usize>> = asked.into_iter().map(|parameter| (parameter.name, parameter.shape)).collect();
+fn compare(asked: Asked, family: &Family, weights: &Weights) -> Vec<TensorProblem> {
+    let mut wanted: BTreeMap<String, Vec<usize>> =
+        asked.list.into_iter().map(|parameter| (parameter.name, parameter.shape)).collect();
     if let Family::Blip(config, Parts { decoder: true, .. }) | Family::Vqa(config) = family {
         let text = &config.text_config;
         for (name, shape) in [(HEAD_WEIGHT, vec![text.vocab_size, text.hidden_size]), (HEAD_BIAS, vec![text.vocab_size])] {
@@ -490,7 +493,7 @@ fn compare(asked: Vec<Parameter>, family: &Family, weights: &Weights) -> Vec<Ten
         problems.insert(name, problem);
     }
     for (name, stored) in weights.tensors() {
-        if !wanted.contains_key(name) && !is_constant(name) {
+        if !asked.too_much && !wanted.contains_key(name) && !is_constant(name) {
             problems.insert(name.to_owned(), TensorProblem::Unknown { name: name.to_owned(), found: stored.shape().to_vec() });
         }
     }

@@ -28,21 +28,35 @@ pub struct Parameter {
 /// # Errors
 /// The config is unusable.
 pub fn parameters(config: &MedConfig, parts: Parts) -> Result<Vec<Parameter>> {
-    asked_for(|vb| Med::load(config, vb, parts))
+    Ok(asked_for(u64::MAX, |vb| Med::load(config, vb, parts))?.list)
 }
 
-/// Every tensor that loading a model asks its builder for, in the order of names.
+/// What loading a model asks its builder for.
+#[derive(Debug, Default)]
+pub(crate) struct Asked {
+    /// The tensors in the order of names.
+    pub(crate) list: Vec<Parameter>,
+    /// The model asks for more numbers than were allowed: the list ends with the tensor that was too much.
+    pub(crate) too_much: bool,
+    left: u64,
+}
+
+/// The tensors that loading a model asks its builder for, with at most this many numbers in all: layers may lay out anew what they get,
+/// so the memory of a model of any size would be needed otherwise.
 ///
 /// # Errors
 /// As `load`.
-pub fn asked_for<M>(load: impl FnOnce(VarBuilder<'static>) -> Result<M>) -> Result<Vec<Parameter>> {
+pub(crate) fn asked_for<M>(numbers: u64, load: impl FnOnce(VarBuilder<'static>) -> Result<M>) -> Result<Asked> {
     // The model is built once from a source that notes what is asked for: the list cannot drift from the code.
-    let recorder = Recorder::default();
-    let asked = Arc::clone(&recorder.asked);
-    load(VarBuilder::from_backend(Box::new(recorder), DType::F32, Device::Cpu))?;
-    let mut list = std::mem::take(&mut *asked.lock().unwrap_or_else(PoisonError::into_inner));
-    list.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(list)
+    let recorder = Recorder(Arc::new(Mutex::new(Asked { left: numbers, ..Asked::default() })));
+    let asked = Arc::clone(&recorder.0);
+    let loaded = load(VarBuilder::from_backend(Box::new(recorder), DType::F32, Device::Cpu));
+    let mut asked = std::mem::take(&mut *asked.lock().unwrap_or_else(PoisonError::into_inner));
+    if !asked.too_much {
+        loaded?;
+    }
+    asked.list.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(asked)
 }
 
 /// Fresh weights for a MED, f32: normal with deviation 0.02, biases 0, layer norms 1 and 0.
@@ -75,17 +89,24 @@ fn draw(parameter: &Parameter, seed: u64) -> Result<Vec<f32>> {
     }
 }
 
-/// A source of tensors that notes every request and answers with zeros that take no memory.
-#[derive(Default)]
-struct Recorder {
-    asked: Arc<Mutex<Vec<Parameter>>>,
-}
+/// A source of tensors that notes every request and answers with zeros that take no memory until they are laid out.
+struct Recorder(Arc<Mutex<Asked>>);
 
 impl SimpleBackend for Recorder {
     fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         let parameter = Parameter { name: name.to_owned(), shape: shape.dims().to_vec(), init };
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(parameter);
-        // A variable, as in training: no layer lays it out anew, which would fill memory.
+        let numbers = shape.dims().iter().try_fold(1_u64, |all, n| all.checked_mul(*n as u64));
+        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.list.push(parameter);
+        match numbers.and_then(|numbers| asked.left.checked_sub(numbers)) {
+            Some(left) => asked.left = left,
+            None => asked.too_much = true,
+        }
+        if asked.too_much {
+            candle_core::bail!("{name} is more than was allowed for");
+        }
+        drop(asked);
+        // A variable, as in training: no layer packs it.
         Var::zeros((), dtype, device)?.broadcast_as(shape)
     }
 

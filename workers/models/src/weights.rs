@@ -238,6 +238,11 @@ impl Weights {
         self.tensors.iter().map(|(name, stored)| (name.as_str(), stored))
     }
 
+    /// How many numbers all tensors have.
+    pub(crate) fn numbers(&self) -> u64 {
+        self.tensors.values().filter_map(Stored::count).fold(0, u64::saturating_add)
+    }
+
     /// Where a tensor lies.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Stored> {

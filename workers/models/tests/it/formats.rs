@@ -322,7 +322,11 @@ fn configs_that_no_machine_could_hold_are_refused() {
         (r#"{"vision_config": {"num_hidden_layers": 4000000000}}"#, "num_hidden_layers is 4000000000"),
         (r#"{"vision_config": {"hidden_size": 9223372036854775807}}"#, "hidden_size is 9223372036854775807"),
         (r#"{"text_config": {"vocab_size": 18446744073709551615}}"#, "vocab_size is 18446744073709551615"),
-        (r#"{"vision_config": {"hidden_size": 16777216, "num_attention_heads": 16}}"#, "has shape"),
+        // Of the size of the images that the weights are for.
+        (
+            r#"{"vision_config": {"hidden_size": 16777216, "num_attention_heads": 16, "image_size": 32, "patch_size": 16}}"#,
+            "has shape",
+        ),
     ] {
         std::fs::write(folder.path().join("config.json"), config).unwrap();
         let text = failure(folder.path());
