@@ -500,11 +500,13 @@ mod tests {
             let vision = &config.worker.vision;
             (json(&config.caption.params(vision)).unwrap(), json(&config.score.params(vision, clip)).unwrap())
         };
-        let (caption, score) = params(&[], None);
+        let (caption, score) = params(&["caption.dtype=f32", "score.dtype=f32"], None);
         assert_eq!(score, serde_json::json!({"first_token": "enc"}));
         assert_eq!(caption["sampling"]["top_p"], 0.9);
         assert!(caption.get("dtype").is_none() && caption["sampling"].get("strategy").is_none());
-        assert_eq!(params(&["caption.dtype=f32", "score.dtype=f32"], None), (caption.clone(), score));
+        // What is usual hangs on the processor.
+        let usual = params(&[], None).0.get("dtype").cloned();
+        assert!(usual.is_none_or(|dtype| dtype == "bf16x3"));
         let (half, half_score) = params(&["worker.vision.device=cuda:0"], None);
         assert_eq!((&half["dtype"], &half_score["dtype"]), (&Value::from("bf16"), &Value::from("bf16")));
         assert_eq!(params(&["worker.vision.device=cuda:0", "caption.dtype=f32"], None).0, caption);

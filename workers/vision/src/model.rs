@@ -8,7 +8,7 @@ use capfilt_models::clip::ClipScorer;
 use capfilt_models::device::{DType, Device, device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::Med;
-use capfilt_models::ops::Precision;
+use capfilt_models::ops::{Precision, has_bf16, has_fast_bf16};
 use capfilt_models::preprocess::Preprocessor;
 use capfilt_models::sampling::Sampling;
 use capfilt_models::score::{FilterScorer, ItmToken};
@@ -40,26 +40,43 @@ pub enum NumberType {
     F32,
     /// Half of it, with the range of single precision.
     Bf16,
+    /// Products as sums of three products of halves, about as exact as `f32`; on CPUs alone.
+    Bf16x3,
     /// Half of it, with more digits and less range.
     F16,
 }
 
 impl NumberType {
-    /// What is named, or else what suits the device: `f32` on a CPU, `bf16` on a GPU. `f32` is left out, as it was from tasks when there
-    /// was no choice.
+    /// What is named, or else what suits the device: `bf16` on a GPU, `bf16x3` on a CPU with AMX, `f32` on another. `f32` is left out, as
+    /// it was from tasks when there was no choice.
     pub(crate) fn settle(named: Option<Self>, worker: &VisionWorkerConfig) -> Option<Self> {
-        let usual = if worker.device == "cpu" { Self::F32 } else { Self::Bf16 };
+        let usual = match worker.device.as_str() {
+            "cpu" if has_fast_bf16() => Self::Bf16x3,
+            "cpu" => Self::F32,
+            _ => Self::Bf16,
+        };
         Some(named.unwrap_or(usual)).filter(|dtype| *dtype != Self::F32)
     }
 
     /// How the models compute; in `f32` if nothing is named.
-    pub(crate) fn of(named: Option<Self>, device: &Device) -> Numbers {
-        match named {
-            None | Some(Self::F32) => Numbers { stored: DType::F32, packed: None },
-            // A CPU keeps single precision between products, which are what costs time.
-            Some(Self::Bf16) if device.is_cpu() => Numbers { stored: DType::F32, packed: Some(Precision::Bf16) },
-            Some(Self::Bf16) => Numbers { stored: DType::BF16, packed: None },
-            Some(Self::F16) => Numbers { stored: DType::F16, packed: None },
+    ///
+    /// # Errors
+    /// The device does not compute so: a result must be what its task names.
+    pub(crate) fn of(named: Option<Self>, device: &Device) -> Result<Numbers, ModelError> {
+        // A CPU keeps single precision between products, which are what costs time.
+        let packed = |name: &str, precision| match has_bf16() {
+            true => Ok(Numbers { stored: DType::F32, packed: Some(precision) }),
+            false => Err(ModelError::Config(format!(
+                "dtype is {name}, but this processor has neither AMX nor AVX-512 instructions for bfloat16; use f32"
+            ))),
+        };
+        match (named.unwrap_or(Self::F32), device.is_cpu()) {
+            (Self::F32, _) => Ok(Numbers { stored: DType::F32, packed: None }),
+            (Self::Bf16, true) => packed("bf16", Precision::Bf16),
+            (Self::Bf16x3, true) => packed("bf16x3", Precision::Bf16x3),
+            (Self::Bf16x3, false) => Err(ModelError::Config("dtype is bf16x3, which is for CPUs; use f32 or bf16".to_owned())),
+            (Self::Bf16, false) => Ok(Numbers { stored: DType::BF16, packed: None }),
+            (Self::F16, _) => Ok(Numbers { stored: DType::F16, packed: None }),
         }
     }
 }
@@ -146,7 +163,7 @@ pub(crate) fn captioner(
     device: &Device,
 ) -> Result<(Captioner, Preprocessor), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
-    let captioner = Captioner::new(NumberType::of(dtype, device).med(&checkpoint, device)?, checkpoint.tokenizer()?, sampling)?;
+    let captioner = Captioner::new(NumberType::of(dtype, device)?.med(&checkpoint, device)?, checkpoint.tokenizer()?, sampling)?;
     Ok((captioner, checkpoint.preprocessor()?))
 }
 
@@ -159,13 +176,13 @@ pub(crate) fn filter(
 ) -> Result<(FilterScorer, Preprocessor), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
     let filter =
-        FilterScorer::new(NumberType::of(dtype, device).med(&checkpoint, device)?, checkpoint.tokenizer()?, first_token)?;
+        FilterScorer::new(NumberType::of(dtype, device)?.med(&checkpoint, device)?, checkpoint.tokenizer()?, first_token)?;
     Ok((filter, checkpoint.preprocessor()?))
 }
 
 /// A CLIP and its image transform, from a checkpoint folder.
 pub(crate) fn clip(folder: &Path, dtype: Option<NumberType>, device: &Device) -> Result<(ClipScorer, Preprocessor), ModelError> {
-    let Numbers { stored, packed } = NumberType::of(dtype, device);
+    let Numbers { stored, packed } = NumberType::of(dtype, device)?;
     let checkpoint = Checkpoint::open(folder)?;
     let mut clip = checkpoint.clip(device, stored)?;
     packed.map_or(Ok(()), |precision| clip.pack(precision))?;

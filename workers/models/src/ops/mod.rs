@@ -27,7 +27,7 @@ pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub(crate) use tile::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};
-pub use tile::{Precision, has_bf16};
+pub use tile::{Precision, has_bf16, has_fast_bf16};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 

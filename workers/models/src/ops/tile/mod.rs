@@ -98,6 +98,16 @@ pub fn has_bf16() -> bool {
     Instructions::best().is_some()
 }
 
+/// Whether it does so even where three products stand for one ([`Precision::Bf16x3`]).
+#[must_use]
+pub fn has_fast_bf16() -> bool {
+    match Instructions::best() {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        Some(Instructions::Amx) => true,
+        _ => false,
+    }
+}
+
 /// Multiplies blocks on this thread.
 enum Kernel {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
