@@ -3,8 +3,8 @@
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::gated::{quick_gelu, quick_gelu_of, tanh_gelu, tanh_gelu_of};
-use super::gelu::{gelu, gelu_of};
+use super::gated::{quick_gelu, tanh_gelu};
+use super::gelu::gelu;
 
 /// The activation of an MLP, by its name in transformers (`hidden_act`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,16 +30,6 @@ impl Activation {
             Self::Gelu => gelu(x),
             Self::QuickGelu => quick_gelu(x),
             Self::TanhGelu => tanh_gelu(x),
-        }
-    }
-
-    /// Of some numbers, in place.
-    #[inline(always)]
-    pub(super) fn apply(self, numbers: &mut [f32]) {
-        match self {
-            Self::Gelu => numbers.iter_mut().for_each(|x| *x = gelu_of(*x)),
-            Self::QuickGelu => numbers.iter_mut().for_each(|x| *x = quick_gelu_of(*x)),
-            Self::TanhGelu => numbers.iter_mut().for_each(|x| *x = tanh_gelu_of(*x)),
         }
     }
 }

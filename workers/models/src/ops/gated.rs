@@ -55,18 +55,6 @@ impl Gate {
     }
 }
 
-/// [`quick_gelu`] of one number.
-#[inline(always)]
-pub(super) fn quick_gelu_of(x: f32) -> f32 {
-    x * Gate::Linear.at(x).0
-}
-
-/// [`tanh_gelu`] of one number.
-#[inline(always)]
-pub(super) fn tanh_gelu_of(x: f32) -> f32 {
-    x * Gate::Cubic.at(x).0
-}
-
 struct Forward<'a>(Gate, &'a [f32]);
 
 impl RowKernel for Forward<'_> {

@@ -8,10 +8,11 @@
 use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 
-use super::super::kernel::{exp, max, sum, vectorized};
+use super::super::kernel::vectorized;
 use super::heads::Heads;
 use super::layout::{EDGE, Tiles};
-use super::{Instructions, Kernel, Scratch, room};
+use super::math::soften;
+use super::{Block, Instructions, Kernel, Scratch, room};
 
 /// The states of one image, as the right side of scores and of what is seen.
 pub(crate) struct States {
@@ -136,12 +137,12 @@ impl NullaryFnOnce for Product<'_> {
     fn call(self) {
         let Self { kernel, left, rows, right, columns, out } = self;
         let (height, width) = kernel.shape();
-        let mut block = [0.0; 4 * EDGE * EDGE];
+        let mut block = Block::ZERO;
         for column in (0..columns).step_by(width) {
             let count = (columns - column).min(width);
             for first in (0..rows).step_by(height) {
-                kernel.multiply((left, first / height), (right, column / width), &mut block, width);
-                for (row, numbers) in block.chunks_exact(width).enumerate().take(rows - first) {
+                kernel.multiply((left, first / height), (right, column / width), &mut block.0, width);
+                for (row, numbers) in block.0.chunks_exact(width).enumerate().take(rows - first) {
                     let out = &mut out[(first + row) * columns + column..][..count];
                     for (out, number) in out.iter_mut().zip(numbers) {
                         *out = *number;
@@ -184,20 +185,14 @@ impl NullaryFnOnce for See<'_> {
             let block = seen.len() / depth;
             for row in 0..block {
                 let (text_row, head) = ((begun + row) / count, (begun + row) % count);
-                left.write_row(row, 0, &queries[(head * rows + first + text_row) * depth..][..depth], 1.0);
+                left.write_row(row, &queries[(head * rows + first + text_row) * depth..][..depth], 1.0);
             }
             for column in 0..score_row / width {
                 kernel.multiply((left, 0), (&states.columns, column), &mut scores[column * width..], score_row);
             }
             let mut inverse = [0.0; 2 * EDGE];
             for (row, (scores, inverse)) in scores.chunks_exact_mut(score_row).zip(&mut inverse).enumerate().take(block) {
-                let scores = &mut scores[..states.count];
-                let largest = max(scores);
-                for score in scores.iter_mut() {
-                    *score = exp(*score - largest);
-                }
-                *inverse = 1.0 / sum(scores.len(), |i| scores[i]);
-                weights.write_row(row, 0, scores, 1.0);
+                *inverse = soften(scores, states.count, weights, row);
             }
             for column in 0..seen_row / width {
                 kernel.multiply((weights, 0), (&states.rows, column), &mut sums[column * width..], seen_row);

@@ -4,8 +4,9 @@
 
 use pulp::NullaryFnOnce;
 
-use super::super::kernel::{exp, max, sum, vectorized};
+use super::super::kernel::vectorized;
 use super::layout::{EDGE, Precision, Tiles};
+use super::math::soften;
 use super::{Instructions, Kernel, Scratch, room};
 
 /// How a sequence's width is divided.
@@ -96,13 +97,7 @@ impl NullaryFnOnce for Attend<'_> {
             }
             let mut inverse = [0.0; 2 * EDGE];
             for (row, (scores, inverse)) in scores.chunks_exact_mut(score_row).zip(&mut inverse).enumerate().take(rows) {
-                let scores = &mut scores[..keys];
-                let largest = max(scores);
-                for score in scores.iter_mut() {
-                    *score = exp(*score - largest);
-                }
-                *inverse = 1.0 / sum(keys, |i| scores[i]);
-                weights.write_row(row, 0, scores, 1.0);
+                *inverse = soften(scores, keys, weights, row);
             }
             for column in 0..mixed_row / columns {
                 kernel.multiply((weights, 0), (v, column), &mut mixed[column * columns..], mixed_row);

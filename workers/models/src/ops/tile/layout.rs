@@ -88,28 +88,35 @@ impl Tiles {
     ) {
         self.reshape(rows.div_ceil(2 * EDGE) * 2, depth, precision);
         for row in 0..rows {
-            self.write_row(row, 0, &from[row * stride..][..depth], scale);
+            self.write_row(row, &from[row * stride..][..depth], scale);
         }
     }
 
-    /// Writes `numbers`, each multiplied by `scale`, into a row of a left side, from a step on.
+    /// Writes `numbers`, each multiplied by `scale`, into a row of a left side.
     #[inline(always)]
-    pub(super) fn write_row(&mut self, row: usize, first_step: usize, numbers: &[f32], scale: f32) {
-        let (steps, count) = (self.steps, self.pieces);
-        let tiles = &mut self.tiles[((row / EDGE) * steps + first_step) * count..];
-        for (part, tiles) in numbers.chunks(DEPTH).zip(tiles.chunks_exact_mut(count)) {
-            let mut scaled = [0.0; DEPTH];
-            if let Some(whole) = part.first_chunk::<DEPTH>() {
-                for (scaled, x) in scaled.iter_mut().zip(whole) {
-                    *scaled = x * scale;
-                }
-            } else {
-                for (scaled, x) in scaled.iter_mut().zip(part) {
-                    *scaled = x * scale;
-                }
+    pub(super) fn write_row(&mut self, row: usize, numbers: &[f32], scale: f32) {
+        let (whole, rest) = numbers.as_chunks::<DEPTH>();
+        for (step, part) in whole.iter().enumerate() {
+            let mut part = *part;
+            for x in &mut part {
+                *x *= scale;
             }
-            pieces(&scaled, tiles, row % EDGE * DEPTH);
+            self.write_step(row, step, &part);
         }
+        if !rest.is_empty() {
+            let mut part = [0.0; DEPTH];
+            for (part, x) in part.iter_mut().zip(rest) {
+                *part = x * scale;
+            }
+            self.write_step(row, whole.len(), &part);
+        }
+    }
+
+    /// Writes the 32 numbers of a step into a row of a left side.
+    #[inline(always)]
+    pub(super) fn write_step(&mut self, row: usize, step: usize, numbers: &[f32; DEPTH]) {
+        let first = ((row / EDGE) * self.steps + step) * self.pieces;
+        pieces(numbers, &mut self.tiles[first..first + self.pieces], row % EDGE * DEPTH);
     }
 
     /// Makes this the right side whose columns are `columns` rows of `depth` numbers in `from`, `stride` apart: the weight of a layer, or keys.

@@ -9,6 +9,7 @@ mod amx;
 mod avx512;
 mod heads;
 mod layout;
+mod math;
 mod ops;
 mod product;
 #[cfg(test)]
@@ -53,12 +54,24 @@ impl Scratch {
     }
 }
 
-/// The first `count` of some numbers, more of them if need be; what they are has no meaning.
+/// The first `count` of some numbers, more of them if need be, in whole lines of the cache; what they are has no meaning.
 fn room(numbers: &mut Vec<f32>, count: usize) -> &mut [f32] {
-    if numbers.len() < count {
-        numbers.resize(count, 0.0);
+    const LINE: usize = 64;
+    let lines = LINE / size_of::<f32>();
+    if numbers.len() < count + lines {
+        numbers.resize(count + lines, 0.0);
     }
-    &mut numbers[..count]
+    // Where this is not known, everything works and is slower.
+    let skipped = numbers.as_ptr().align_offset(LINE).min(lines);
+    &mut numbers[skipped..skipped + count]
+}
+
+/// What a kernel makes at once, in whole lines of the cache.
+#[repr(C, align(64))]
+struct Block([f32; 4 * EDGE * EDGE]);
+
+impl Block {
+    const ZERO: Self = Self([0.0; 4 * EDGE * EDGE]);
 }
 
 /// The instructions of this processor for such products; where there are none the type has no value.

@@ -8,11 +8,14 @@ use rayon::prelude::*;
 use super::super::activation::Activation;
 use super::super::kernel::vectorized;
 use super::super::layer_norm::normalize;
-use super::layout::{EDGE, Precision, Tiles};
-use super::{Instructions, Kernel, Scratch};
+use super::layout::{DEPTH, EDGE, Precision, Tiles};
+use super::math::activate;
+use super::{Block, Instructions, Kernel, Scratch};
 
-/// Bytes of the left side that are worked on at a time: they stay in the second-level cache while the weight passes by.
+/// Bytes of the left side that are worked on at a time: they stay in the second-level cache while the weight passes by. In an MLP those
+/// of the second product, whose weight passes by as often as that of the first.
 const LEFT_BYTES: usize = 512 << 10;
+const MLP_BYTES: usize = 1 << 20;
 
 /// Rows in which a left side is cut, columns in which a weight is: whole blocks of a kernel, whatever its shape.
 const ROWS: usize = 2 * EDGE;
@@ -24,8 +27,10 @@ const GROUPS_PER_THREAD: usize = 2;
 /// The weight `(outputs, inputs)` and bias of a layer, ready to be multiplied with.
 pub(crate) struct Weights {
     right: Tiles,
+    /// With zeros up to whole blocks.
     bias: Vec<f32>,
     inputs: usize,
+    outputs: usize,
     precision: Precision,
     instructions: Instructions,
 }
@@ -73,7 +78,7 @@ impl<'a> Inputs<'a> {
                 let mut normal = vec![0.0; inputs];
                 for (row, x) in x.chunks_exact(inputs).enumerate() {
                     normalize(x, norm.weight, norm.bias, norm.eps, &mut normal);
-                    left.write_row(row, 0, &normal, 1.0);
+                    left.write_row(row, &normal, 1.0);
                 }
             }
         }
@@ -91,7 +96,10 @@ impl Weights {
         let inputs = weight.len() / bias.len().max(1);
         let mut right = Tiles::default();
         right.fill_columns(weight, (bias.len(), inputs), inputs, precision);
-        Self { right, bias: bias.to_vec(), inputs, precision, instructions }
+        let outputs = bias.len();
+        let mut bias = bias.to_vec();
+        bias.resize(outputs.next_multiple_of(COLUMNS), 0.0);
+        Self { right, bias, inputs, outputs, precision, instructions }
     }
 
     pub(crate) fn inputs(&self) -> usize {
@@ -99,7 +107,7 @@ impl Weights {
     }
 
     pub(crate) fn outputs(&self) -> usize {
-        self.bias.len()
+        self.outputs
     }
 
     /// `(rows, inputs)` to `(rows, outputs)`: norm, product, bias, activation, addition.
@@ -107,7 +115,7 @@ impl Weights {
         let outputs = self.outputs();
         let rows = inputs.x.len() / self.inputs.max(1);
         let mut out = vec![0.0; rows * outputs];
-        let size = chunk_rows(rows, self.inputs, self.precision);
+        let size = chunk_rows(rows, self.inputs, self.precision, LEFT_BYTES);
         if rows > size || outputs < COLUMNS * rayon::current_num_threads() {
             out.par_chunks_mut((size * outputs).max(1)).enumerate().for_each(|(number, out)| {
                 let first = number * size;
@@ -144,7 +152,7 @@ impl Weights {
         let outputs = second.outputs();
         let rows = inputs.x.len() / self.inputs.max(1);
         let mut out = vec![0.0; rows * outputs];
-        let size = chunk_rows(rows, self.outputs(), self.precision);
+        let size = chunk_rows(rows, self.outputs, self.precision, MLP_BYTES);
         out.par_chunks_mut((size * outputs).max(1)).enumerate().for_each(|(number, out)| {
             let first = number * size;
             let inputs = inputs.rows(first..first + out.len() / outputs, self.inputs, outputs);
@@ -174,8 +182,8 @@ impl Weights {
         vectorized(Columns { weights: self, kernel: &kernel, left, columns, activation, added, out });
     }
 
-    /// Makes the results of `rows` rows and some columns, block by block, and hands each row of a block on: the number of the row, that of
-    /// its first column, the numbers.
+    /// Makes the results of `rows` rows and some columns, block by block, and hands them on in parts of a row: the number of the row, that of
+    /// the first column, the numbers. Those of columns behind the last one are what the activation makes of 0.
     #[inline(always)]
     fn each(
         &self,
@@ -183,23 +191,24 @@ impl Weights {
         (left, rows): (&Tiles, usize),
         columns: Range<usize>,
         activation: Option<Activation>,
-        mut then: impl FnMut(usize, usize, &mut [f32]),
+        mut then: impl FnMut(usize, usize, &[f32; DEPTH]),
     ) {
         let (height, width) = kernel.shape();
-        let mut block = [0.0; ROWS * ROWS];
+        let mut block = Block::ZERO;
         for column in columns.clone().step_by(width) {
-            let bias = &self.bias[column..(column + width).min(columns.end)];
+            let biases = self.bias[column..(column + width).min(columns.end.next_multiple_of(DEPTH))].as_chunks::<DEPTH>().0;
             for first in (0..rows).step_by(height) {
-                kernel.multiply((left, first / height), (&self.right, column / width), &mut block, width);
-                for (row, numbers) in block.chunks_exact_mut(width).enumerate().take(rows - first) {
-                    let numbers = &mut numbers[..bias.len()];
-                    for (number, bias) in numbers.iter_mut().zip(bias) {
-                        *number += bias;
+                kernel.multiply((left, first / height), (&self.right, column / width), &mut block.0, width);
+                for (row, numbers) in block.0.chunks_exact_mut(width).enumerate().take(rows - first) {
+                    for (part, (numbers, bias)) in numbers.as_chunks_mut::<DEPTH>().0.iter_mut().zip(biases).enumerate() {
+                        for (number, bias) in numbers.iter_mut().zip(bias) {
+                            *number += bias;
+                        }
+                        if let Some(activation) = activation {
+                            activate(activation, numbers);
+                        }
+                        then(first + row, column + part * DEPTH, numbers);
                     }
-                    if let Some(activation) = activation {
-                        activation.apply(numbers);
-                    }
-                    then(first + row, column, numbers);
                 }
             }
         }
@@ -207,8 +216,8 @@ impl Weights {
 }
 
 /// Rows of a chunk whose left side of this depth stays in the cache; chunks are about equal.
-fn chunk_rows(rows: usize, depth: usize, precision: Precision) -> usize {
-    let most = (LEFT_BYTES / (depth * 2 * precision.pieces()).max(1)).max(ROWS);
+fn chunk_rows(rows: usize, depth: usize, precision: Precision, bytes: usize) -> usize {
+    let most = (bytes / (depth * 2 * precision.pieces()).max(1)).max(ROWS);
     rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(ROWS)
 }
 
@@ -228,19 +237,21 @@ impl NullaryFnOnce for Columns<'_> {
     #[inline(always)]
     fn call(self) {
         let Self { weights, kernel, left, columns, activation, added, out } = self;
-        let (outputs, width, start) = (weights.bias.len(), columns.len(), columns.start);
+        let (outputs, width, start) = (weights.outputs, columns.len(), columns.start);
         weights.each(kernel, (left, out.len() / width), columns, activation, |row, column, numbers| {
-            let out = &mut out[row * width + column - start..][..numbers.len()];
-            match added {
-                Some(added) => {
-                    for ((out, number), added) in out.iter_mut().zip(&*numbers).zip(&added[row * outputs + column..]) {
+            let out = &mut out[row * width..][..width][column - start..];
+            let added = added.map(|added| &added[row * outputs + column..]);
+            // Most are whole: loops of a fixed length are worth it.
+            match (out.first_chunk_mut::<DEPTH>(), added.and_then(|added| added.first_chunk::<DEPTH>())) {
+                (Some(out), Some(added)) => {
+                    for ((out, number), added) in out.iter_mut().zip(numbers).zip(added) {
                         *out = number + added;
                     }
                 }
-                // A loop: a call for every 32 numbers costs more than they do.
-                None => {
-                    for (out, number) in out.iter_mut().zip(&*numbers) {
-                        *out = *number;
+                (Some(out), None) if added.is_none() => *out = *numbers,
+                _ => {
+                    for (index, (out, number)) in out.iter_mut().zip(numbers).enumerate() {
+                        *out = number + added.map_or(0.0, |added| added[index]);
                     }
                 }
             }
@@ -263,8 +274,8 @@ impl NullaryFnOnce for Hidden<'_> {
     #[inline(always)]
     fn call(self) {
         let Self { weights, kernel, left, rows, activation, hidden } = self;
-        weights.each(kernel, (left, rows), 0..weights.bias.len(), Some(activation), |row, column, numbers| {
-            hidden.write_row(row, column / super::layout::DEPTH, numbers, 1.0);
+        weights.each(kernel, (left, rows), 0..weights.outputs, Some(activation), |row, column, numbers| {
+            hidden.write_step(row, column / DEPTH, numbers);
         });
     }
 }
