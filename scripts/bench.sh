@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the benches, or those named: scripts/bench.sh [fetch|wat|matching|balance|models|rebuild ...], each beside its peer where there is
+# Runs the benches, or those named: scripts/bench.sh [fetch|wat|matching|balance|models|worker|rebuild ...], each beside its peer where there is
 # one. Prints a line for a person and a line of JSON for each figure; the JSON is kept in target/bench/<name>.jsonl. Built with all
 # optimisations, each for itself: the first three need neither DataFusion nor candle. `balance` makes some 20 GB of temporary
 # files, and its peer more than twice that again; BALANCE_ROWS=20000000 is a size that both get through with 28 GB.
@@ -14,7 +14,7 @@ export CC2DATASET_PYTHON=$PWD/.venv-bench/bin/python MATCHING_PYTHON=$PWD/.venv-
 data=$PWD/.cache/bench
 mkdir -p "$data"
 
-[ $# -gt 0 ] || set -- fetch wat matching balance models rebuild
+[ $# -gt 0 ] || set -- fetch wat matching balance models worker rebuild
 for name in "$@"; do
   package=capfilt-crawler
   case "$name" in
@@ -32,6 +32,7 @@ for name in "$@"; do
       ;;
     balance) package=capfilt-coordinator ;;
     models) package=capfilt-models ;;
+    worker) package=capfilt-vision ;;
     rebuild) package=capfilt-tests ;;
     *) echo "bench: there is no bench '$name'" >&2 && exit 2 ;;
   esac
