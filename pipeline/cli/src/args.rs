@@ -7,7 +7,9 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::by_hand::{CaptionArgs, ScoreArgs};
+use crate::config::RunConfig;
 use crate::download::DownloadArgs;
+use crate::output::Failure;
 
 /// Makes vision-language training sets: gathers image-text pairs by query, captions and filters them (CapFilt), rebuilds the dataset,
 /// retrains the models, and goes round again.
@@ -84,6 +86,17 @@ pub(crate) struct ConfigArgs {
     /// Change a setting: `build.min_itm=0.6`, `run.rounds=3`, `models.captioner=promoted`; may be given many times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+    /// Where models caption and score, in place of `worker.vision.device`: `cpu`, `cuda` or `cuda:N`
+    #[arg(long)]
+    pub(crate) device: Option<String>,
+}
+
+impl ConfigArgs {
+    /// The config with what is changed in it.
+    pub(crate) fn load(&self) -> Result<RunConfig, Failure> {
+        let device = self.device.iter().map(|device| format!("worker.vision.device={device}"));
+        RunConfig::load(&self.config, &self.set.iter().cloned().chain(device).collect::<Vec<_>>())
+    }
 }
 
 #[derive(Args, Debug)]

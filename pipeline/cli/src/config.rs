@@ -256,6 +256,7 @@ impl RunConfig {
         self.build.validate().map_err(|e| usage(&e))?;
         self.worker.sql.validate().map_err(|e| usage(&e))?;
         self.worker.crawler.check().map_err(|e| usage(&e))?;
+        self.worker.vision.check().map_err(|e| usage(&format!("worker.vision.device: {e}")))?;
         self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
         if self.discover.sources.is_empty() && self.annotated.sources.is_empty() {
             return Err(Failure::Usage("nothing says where pairs come from; add [[discover.sources]]".to_owned()));

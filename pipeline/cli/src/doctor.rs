@@ -60,11 +60,15 @@ impl Findings {
 
 pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
     let mut findings = Findings::default();
-    match RunConfig::load(&args.view.config.config, &args.view.config.set) {
+    match args.view.config.load() {
         Err(e) => findings.note("config", Err(e.text())),
         Ok(config) => {
             findings.note("config", Ok(format!("run `{}`, {} rounds", config.run.name, config.run.rounds)));
             findings.note("threads", Ok(std::thread::available_parallelism().map_or(1, usize::from).to_string()));
+            if config.models.is_some() {
+                let vision = &config.worker.vision;
+                findings.note("device", vision.check_build().map(|()| vision.device.clone()).map_err(|e| e.to_string()));
+            }
             files(&config, &mut findings);
             let says = |inputs: Inputs| {
                 let (sources, clean, heldout) = (inputs.discover.len(), inputs.annotated.len(), inputs.heldout.len());

@@ -45,6 +45,9 @@ impl Job {
     /// Takes the work folder, opens the store and puts the models into it.
     pub(crate) async fn prepare(config: RunConfig) -> Result<Self, Failure> {
         // Before anything is written.
+        if config.run.rounds > 0 {
+            config.worker.vision.check_build().map_err(|e| Failure::Usage(e.to_string()))?;
+        }
         let inputs = config.inputs()?;
         let alone = work_dir::lock(&config)?;
         let store = Store::open(&config.run.store).await?;

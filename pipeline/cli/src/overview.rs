@@ -14,7 +14,7 @@ use crate::output::{Failure, count, moment, say, say_json, table};
 use crate::{models, store};
 
 pub(crate) async fn plan(args: ViewArgs) -> Result<ExitCode, Failure> {
-    let config = RunConfig::load(&args.config.config, &args.config.set)?;
+    let config = args.config.load()?;
     show_plan(config, args.json).await
 }
 
@@ -58,7 +58,7 @@ fn stages(now: &Plan) -> String {
 }
 
 pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
-    let config = RunConfig::load(&args.config.config, &args.config.set)?;
+    let config = args.config.load()?;
     let store = store::existing(&config.run.store).await?;
     let run = &config.run.name;
     let (rounds, results, events) = (store.rounds(run).await?, store.round_results(run).await?, store.events(run).await?);

@@ -8,14 +8,13 @@ use capfilt_schemas::{FetchStatus, RetryRecord, StatusCounts};
 use serde_json::json;
 
 use crate::args::RetryArgs;
-use crate::config::RunConfig;
 use crate::job::Job;
 use crate::outcome::Retry;
 use crate::output::{Failure, count, say, say_json, table};
 
 pub(crate) async fn run(args: RetryArgs) -> Result<ExitCode, Failure> {
     let statuses = if args.status.is_empty() { transient() } else { statuses(&args.status, "--status")? };
-    let config = RunConfig::load(&args.config.config, &args.config.set)?;
+    let config = args.config.load()?;
     let job = if args.dry_run { Job::look(config).await? } else { Job::prepare(config).await? };
     let downloads = job.plan().await?.downloads;
     if !downloads.fetched {

@@ -3,13 +3,12 @@
 use std::process::ExitCode;
 
 use crate::args::RunArgs;
-use crate::config::RunConfig;
 use crate::job::Job;
 use crate::output::Failure;
 use crate::overview::show_plan;
 
 pub(crate) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
-    let config = RunConfig::load(&args.config.config, &args.config.set)?;
+    let config = args.config.load()?;
     if args.dry_run {
         return show_plan(config, args.json).await;
     }

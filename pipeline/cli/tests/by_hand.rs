@@ -114,3 +114,24 @@ fn what_cannot_be_is_refused_with_a_reason() {
     refused(&["score", "--model", &filter], "no text", 2);
     refused(&["score", "--model", &filter, "--model", &filter, "--text", "a dog"], "one of each kind", 1);
 }
+
+#[test]
+fn a_device_that_is_not_there_is_told_of() {
+    let (model, config) = (checkpoint("captioner"), root().join("configs/demo.toml").display().to_string());
+    let refused = |args: &[&str], images: &[&Path], code: i32| {
+        let out = capfilt(args, images, "");
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert_eq!(out.status.code(), Some(code), "{said}");
+        said
+    };
+    for verb in ["run", "retry", "plan"] {
+        let said = refused(&[verb, &config, "--device", "gpu"], &[], 2);
+        assert!(said.contains("`gpu`") && said.contains("cuda:N"), "{said}");
+    }
+    if !cfg!(feature = "cuda") {
+        let by_hand = refused(&["caption", "--model", &model, "--device", "cuda"], &[&image("rgb.jpg")], 1);
+        for said in [by_hand, refused(&["run", &config, "--device", "cuda:1"], &[], 2)] {
+            assert!(said.contains("`cuda") && said.contains("--features cuda"), "{said}");
+        }
+    }
+}

@@ -33,6 +33,14 @@ pub enum ModelError {
     /// A configuration describes a model that cannot exist or that this crate does not implement.
     #[error("unusable model config: {0}")]
     Config(String),
+    /// There is no such device.
+    #[error("device `{name}`: {reason}")]
+    Device {
+        /// As it was named.
+        name: String,
+        /// Why not, and what to do.
+        reason: &'static str,
+    },
     /// A weight file, or an index of shards, cannot be used.
     #[error("{path} {what}")]
     Weights {

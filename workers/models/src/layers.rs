@@ -7,7 +7,7 @@
 use candle_core::{D, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use crate::ops::{Activation, PackedLinear, Precision, layer_norm, linear};
+use crate::ops::{Activation, PackedLinear, Precision, layer_norm, linear, wide};
 
 /// Spread of freshly initialised weights (BLIP and BERT: normal, 0.02).
 const INIT_STD: f64 = 0.02;
@@ -235,11 +235,12 @@ impl Embedding {
     }
 }
 
-/// The rows divided by their Euclidean length: `(.., w)` to the same shape.
+/// The rows divided by their Euclidean length: `(.., w)` to the same shape, of half-precision numbers in f32, for cosines to be exact.
 ///
 /// # Errors
 /// The tensor library failed.
 pub fn l2_normalize(x: &Tensor) -> Result<Tensor> {
+    let x = x.to_dtype(wide(x.dtype()))?;
     // torch.nn.functional.normalize: the length is never taken below 1e-12.
     let length = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
     x.broadcast_div(&(length + 1e-12)?)

@@ -62,6 +62,11 @@ impl Pixels {
         if let Some(other) = images.iter().find(|image| image.side != side) {
             return Err(ModelError::Input(format!("images of side {side} and {} do not stack", other.side)));
         }
+        if !device.is_cpu() {
+            // Each goes from where it lies; they are put together there.
+            let there = images.iter().map(|image| Tensor::from_slice(&image.values, (3, side, side), device));
+            return Ok(Tensor::stack(&there.collect::<candle_core::Result<Vec<_>>>()?, 0)?);
+        }
         let mut all = Vec::with_capacity(images.len() * 3 * side * side);
         for image in images {
             all.extend_from_slice(&image.values);

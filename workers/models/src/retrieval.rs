@@ -74,11 +74,12 @@ pub fn retrieval_scores<S: AsRef<str>>(
     let mut wanted: Vec<(usize, usize)> = texts_first.iter().chain(&images_first).copied().collect();
     wanted.sort_unstable();
     wanted.dedup();
-    let logits = wanted
-        .par_chunks(BATCH)
-        .map(|pairs| matching_logits(med, tokenizer, &states, &itm_ids, pairs))
-        .collect::<Result<Vec<_>>>()?
-        .concat();
+    let judge = |pairs: &[(usize, usize)]| matching_logits(med, tokenizer, &states, &itm_ids, pairs);
+    let logits = match med.device().is_cpu() {
+        true => wanted.par_chunks(BATCH).map(judge).collect::<Result<Vec<_>>>()?,
+        false => wanted.chunks(BATCH).map(judge).collect::<Result<Vec<_>>>()?,
+    };
+    let logits = logits.concat();
     let ranked = |pairs: &[(usize, usize)]| {
         let mut scores: Vec<f32> = similarities.iter().map(|similarity| NOT_RANKED + similarity).collect();
         for &(image, text) in pairs {

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::config::TextConfig;
 use crate::layers::{Embedding, LayerNorm, Linear, mlp};
-use crate::ops::{Activation, PackedCrossAttention, PackedStates, Precision, attention};
+use crate::ops::{Activation, PackedCrossAttention, PackedStates, Precision, attention, attention_split, on_cpu, split_heads};
 
 /// Added to the score of a position that must not be seen (the value of BLIP).
 const MASKED: f32 = -10_000.0;
@@ -41,6 +41,8 @@ pub struct CrossCache {
 enum KeysValues {
     /// `(images, states, d)` each.
     Tensors(Tensor, Tensor),
+    /// `(images, heads, states, width)` each: so products on a GPU read them as they are, step for step.
+    Split(Tensor, Tensor),
     /// The states themselves, the same for all layers.
     Packed(PackedStates),
 }
@@ -116,7 +118,10 @@ impl TextModel {
         }
         let layers = self.layers.iter().map(|layer| {
             let (k, v) = layer.cross.keys_values(image_states)?;
-            Ok(KeysValues::Tensors(k, v))
+            Ok(match on_cpu(&[&k, &v]) {
+                true => KeysValues::Tensors(k, v),
+                false => KeysValues::Split(split_heads(&k, layer.cross.heads)?, split_heads(&v, layer.cross.heads)?),
+            })
         });
         Ok(CrossCache { layers: layers.collect::<Result<_>>()? })
     }
@@ -269,6 +274,7 @@ impl Attention {
         let q = self.query.forward(x)?.reshape((count, rows / count * t, d))?;
         let mixed = match images {
             KeysValues::Tensors(k, v) => attention(&q, k, v, self.heads, self.scale, None)?,
+            KeysValues::Split(k, v) => attention_split(&q, k, v, self.scale)?,
             KeysValues::Packed(states) => match &self.absorbed {
                 Some(absorbed) => absorbed.attend(&q, states)?,
                 None => candle_core::bail!("the states of the images are for a packed model"),
@@ -297,7 +303,11 @@ impl CrossCache {
     /// # Errors
     /// An image goes to a place behind its own, which would be that of another.
     pub(crate) fn keep(&mut self, images: &[usize]) -> Result<()> {
-        self.layers.par_iter_mut().try_for_each(|layer| layer.keep(images))
+        match self.layers.first() {
+            // A GPU does one thing after the other.
+            Some(KeysValues::Split(..)) => self.layers.iter_mut().try_for_each(|layer| layer.keep(images)),
+            _ => self.layers.par_iter_mut().try_for_each(|layer| layer.keep(images)),
+        }
     }
 }
 
@@ -322,8 +332,11 @@ impl SelfCache {
         let unchanged = rows.len() == self.rows() && rows.iter().zip(0..).all(|(row, place)| *row == place);
         if let Some((k, _)) = self.layers.first().filter(|_| !unchanged) {
             let rows = Tensor::new(rows, k.device())?;
-            let kept = self.layers.par_iter().map(|(k, v)| Ok((k.index_select(&rows, 0)?, v.index_select(&rows, 0)?)));
-            self.layers = kept.collect::<Result<_>>()?;
+            let keep = |(k, v): &(Tensor, Tensor)| Ok((k.index_select(&rows, 0)?, v.index_select(&rows, 0)?));
+            self.layers = match k.device().is_cpu() {
+                true => self.layers.par_iter().map(keep).collect::<Result<_>>()?,
+                false => self.layers.iter().map(keep).collect::<Result<_>>()?,
+            };
         }
         Ok(())
     }
@@ -333,7 +346,7 @@ impl KeysValues {
     /// The number of images.
     fn len(&self) -> Result<usize> {
         match self {
-            Self::Tensors(k, _) => k.dim(0),
+            Self::Tensors(k, _) | Self::Split(k, _) => k.dim(0),
             Self::Packed(packed) => Ok(packed.len()),
         }
     }
@@ -341,7 +354,7 @@ impl KeysValues {
     /// See [`CrossCache::keep`].
     fn keep(&mut self, images: &[usize]) -> Result<()> {
         match self {
-            Self::Tensors(k, v) => keep_rows(k, images).and_then(|()| keep_rows(v, images)),
+            Self::Tensors(k, v) | Self::Split(k, v) => keep_rows(k, images).and_then(|()| keep_rows(v, images)),
             Self::Packed(packed) => {
                 *packed = packed.select(images);
                 Ok(())
@@ -352,6 +365,7 @@ impl KeysValues {
     fn select(&self, images: &Tensor) -> Result<Self> {
         Ok(match self {
             Self::Tensors(k, v) => Self::Tensors(k.index_select(images, 0)?, v.index_select(images, 0)?),
+            Self::Split(k, v) => Self::Split(k.index_select(images, 0)?, v.index_select(images, 0)?),
             Self::Packed(packed) => {
                 let images: Vec<usize> = images.to_vec1::<u32>()?.into_iter().map(|image| image as usize).collect();
                 if images.iter().any(|&image| image >= packed.len()) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use capfilt_models::checkpoint::{Checkpoint, Family};
 use capfilt_models::clip::ClipScorer;
-use capfilt_models::device::{DType, Device, device};
+use capfilt_models::device::{DType, Device, built_for, check_name, device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::Med;
 use capfilt_models::ops::{Precision, has_bf16, has_fast_bf16};
@@ -24,6 +24,24 @@ use tokio::sync::Mutex;
 pub struct VisionWorkerConfig {
     /// Where models run: `cpu`, `cuda` or `cuda:N`.
     pub device: String,
+}
+
+impl VisionWorkerConfig {
+    /// Checks that the device's name is one.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn check(&self) -> Result<(), ModelError> {
+        check_name(&self.device)
+    }
+
+    /// Checks that this build can work on the device.
+    ///
+    /// # Errors
+    /// The feature that the program must be built with.
+    pub fn check_build(&self) -> Result<(), ModelError> {
+        built_for(&self.device)
+    }
 }
 
 impl Default for VisionWorkerConfig {

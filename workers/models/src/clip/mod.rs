@@ -82,11 +82,12 @@ impl Clip {
             false => projection(width, shared, vb.pp("text_projection"))?,
         };
         let scalar = |name: &str, init: f64| -> Result<f32> {
+            let vb = vb.to_dtype(DType::F32);
             let value = match siglip {
                 true => vb.get_with_hints(1, name, Init::Const(init))?.squeeze(0)?,
                 false => vb.get_with_hints((), name, Init::Const(init))?,
             };
-            Ok(value.to_dtype(DType::F32)?.to_scalar()?)
+            Ok(value.to_scalar()?)
         };
         Ok(Self {
             image,

@@ -9,7 +9,7 @@ use candle_nn::VarBuilder;
 use super::config::ResNetConfig;
 use crate::block::attention_scale;
 use crate::layers::{INIT_WEIGHT, Linear};
-use crate::ops::attention;
+use crate::ops::{attention, wide};
 
 /// Epsilon of every batch norm.
 const EPS: f64 = 1e-5;
@@ -106,12 +106,15 @@ impl Convolution {
         kernel: VarBuilder<'_>,
         norm: VarBuilder<'_>,
     ) -> Result<Self> {
+        let (dtype, wide) = (kernel.dtype(), wide(kernel.dtype()));
+        let (kernel, norm) = (kernel.to_dtype(wide), norm.to_dtype(wide));
         let get = |name: &str, init| norm.get_with_hints(outputs, name, candle_nn::Init::Const(init));
         let factor = (get("weight", 1.0)? / (get("running_var", 1.0)? + EPS)?.sqrt()?)?;
         let bias = (get("bias", 0.0)? - (get("running_mean", 0.0)? * &factor)?)?;
         let kernel = kernel.get_with_hints((outputs, inputs, window, window), "weight", INIT_WEIGHT)?;
         let kernel = kernel.permute((0, 2, 3, 1))?.reshape((outputs, window * window * inputs))?;
-        Ok(Self { window, stride, product: Linear::new(kernel.broadcast_mul(&factor.unsqueeze(1)?)?, bias)? })
+        let kernel = kernel.broadcast_mul(&factor.unsqueeze(1)?)?;
+        Ok(Self { window, stride, product: Linear::new(kernel.to_dtype(dtype)?, bias.to_dtype(dtype)?)? })
     }
 
     /// `(b, h, w, inputs)` to `(b, h / stride, w / stride, outputs)`.

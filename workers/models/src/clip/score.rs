@@ -86,15 +86,16 @@ impl ClipScorer {
         let chunk = if self.clip.device().is_cpu() { CPU_CHUNK } else { ids.len().max(1) };
         let groups: Vec<&[usize]> =
             order.chunk_by(|&a, &b| width(&ids[a]) == width(&ids[b])).flat_map(|group| group.chunks(chunk)).collect();
-        let encoded = groups
-            .par_iter()
-            .map(|group| {
-                let rows_of: Vec<&[u32]> = group.iter().map(|&i| ids[i].as_slice()).collect();
-                let batch = TextBatch::pad(&rows_of, width(&ids[group[0]]), self.tokenizer.pad_id());
-                let (ids, _) = batch.tensors(self.clip.device())?;
-                rows(&self.clip.encode_texts(&ids)?)
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let encode = |group: &&[usize]| {
+            let rows_of: Vec<&[u32]> = group.iter().map(|&i| ids[i].as_slice()).collect();
+            let batch = TextBatch::pad(&rows_of, width(&ids[group[0]]), self.tokenizer.pad_id());
+            let (ids, _) = batch.tensors(self.clip.device())?;
+            rows(&self.clip.encode_texts(&ids)?)
+        };
+        let encoded = match self.clip.device().is_cpu() {
+            true => groups.par_iter().map(encode).collect::<Result<Vec<_>>>()?,
+            false => groups.iter().map(encode).collect::<Result<Vec<_>>>()?,
+        };
         let mut features = vec![Vec::new(); ids.len()];
         for (&i, row) in order.iter().zip(encoded.into_iter().flatten()) {
             features[i] = row;

@@ -10,7 +10,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::kernel::{BLOCK_ROWS, Left, exp, max, small_matmul, sum, vectorized};
-use super::{on_cpu, output, slice, tensor_like, with_slices};
+use super::{on_cpu, output, slice, tensor_like, wide, with_slices};
 
 /// Numbers added to the scores before the softmax, `(batch or 1, 1, queries or 1, keys)`.
 #[derive(Clone)]
@@ -23,11 +23,8 @@ struct Mask {
 }
 
 impl Mask {
-    fn new(mask: &Tensor, (batch, queries, keys): (usize, usize, usize)) -> Result<Self> {
-        let (b, h, q, k) = mask.dims4()?;
-        if (b != batch && b != 1) || h != 1 || (q != queries && q != 1) || k != keys {
-            candle_core::bail!("attention: mask {:?} for {batch} batches of {queries} queries and {keys} keys", mask.dims());
-        }
+    fn new(mask: &Tensor) -> Result<Self> {
+        let (b, _, q, k) = mask.dims4()?;
         let values: Vec<f32> = mask.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
         Ok(Self { values: values.into(), batch: if b == 1 { 0 } else { q * k }, query: if q == 1 { 0 } else { k } })
     }
@@ -48,9 +45,23 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, scale: f64, m
         candle_core::bail!("attention: q {:?}, k {:?}, v {:?} do not fit", q.dims(), k.dims(), v.dims());
     }
     if on_cpu(&[q, k, v]) {
-        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention(shape));
+        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention(shape.with(mask)?));
     }
-    composed(q, k, v, &shape, mask)
+    composed(q, &split_heads(k, heads)?, &split_heads(v, heads)?, &shape, mask)
+}
+
+/// [`attention`] without a mask, keys and values by [`split_heads`]: for those that are asked many times on a device without a kernel here.
+pub(crate) fn attention_split(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    let (batch, queries, total) = q.dims3()?;
+    let (_, heads, keys, _) = k.dims4()?;
+    let shape = Heads::new((batch, queries, keys, total), heads, scale, None)?;
+    composed(q, k, v, &shape, None)
+}
+
+/// `(batch, tokens, heads · width)` to `(batch, heads, tokens, width)`, each head's rows side by side.
+pub(crate) fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (batch, tokens, total) = x.dims3()?;
+    x.reshape((batch, tokens, heads, total / heads))?.transpose(1, 2)?.contiguous()
 }
 
 /// [`attention`] of a sequence to itself, from queries, keys and values side by side: `qkv` is `(b, tokens, 3 · heads · width)`, the
@@ -67,27 +78,27 @@ pub fn attention_packed(qkv: &Tensor, heads: usize, scale: f64, mask: Option<&Te
     let total = triple / 3;
     let shape = Heads::new((batch, tokens, tokens, total), heads, scale, mask)?;
     if on_cpu(&[qkv]) {
-        return qkv.contiguous()?.apply_op1(PackedAttention(shape));
+        return qkv.contiguous()?.apply_op1(PackedAttention(shape.with(mask)?));
     }
     let part = |index: usize| qkv.narrow(D::Minus1, index * total, total);
-    composed(&part(0)?, &part(1)?, &part(2)?, &shape, mask)
+    composed(&part(0)?, &split_heads(&part(1)?, heads)?, &split_heads(&part(2)?, heads)?, &shape, mask)
 }
 
-/// Attention from the tensor library's own operations, for devices without a kernel here.
+/// Attention from the tensor library's own operations, for devices without a kernel here; `k` and `v` by [`split_heads`].
 fn composed(q: &Tensor, k: &Tensor, v: &Tensor, shape: &Heads, mask: Option<&Tensor>) -> Result<Tensor> {
-    let split =
-        |x: &Tensor, tokens: usize| x.reshape((shape.batch, tokens, shape.heads, shape.width))?.transpose(1, 2)?.contiguous();
-    let (q, k, v) = (split(q, shape.queries)?, split(k, shape.keys)?, split(v, shape.keys)?);
-    let scores = (q.matmul(&k.t()?)? * f64::from(shape.scale))?;
+    // There are fewer queries than scores.
+    let q = split_heads(&(q * f64::from(shape.scale))?, shape.heads)?;
+    let scores = q.matmul(&k.t()?)?;
     let scores = match mask {
         Some(mask) => scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?,
         None => scores,
     };
-    candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?.transpose(1, 2)?.reshape((
-        shape.batch,
-        shape.queries,
-        shape.heads * shape.width,
-    ))
+    let weights = match scores.track_op() {
+        true => candle_nn::ops::softmax(&scores.to_dtype(wide(scores.dtype()))?, D::Minus1)?.to_dtype(scores.dtype())?,
+        // Sums in f32 too, and has no gradient.
+        false => candle_nn::ops::softmax_last_dim(&scores)?,
+    };
+    weights.matmul(v)?.transpose(1, 2)?.reshape((shape.batch, shape.queries, shape.total()))
 }
 
 /// Sizes of one attention.
@@ -134,15 +145,18 @@ impl Heads {
         if heads == 0 || total % heads != 0 {
             candle_core::bail!("attention: width {total} does not split into {heads} heads");
         }
-        Ok(Self {
-            batch,
-            queries,
-            keys,
-            heads,
-            width: total / heads,
-            scale: scale as f32,
-            mask: mask.map(|mask| Mask::new(mask, (batch, queries, keys))).transpose()?,
-        })
+        if let Some(mask) = mask {
+            let (b, h, q, k) = mask.dims4()?;
+            if (b != batch && b != 1) || h != 1 || (q != queries && q != 1) || k != keys {
+                candle_core::bail!("attention: mask {:?} for {batch} batches of {queries} queries and {keys} keys", mask.dims());
+            }
+        }
+        Ok(Self { batch, queries, keys, heads, width: total / heads, scale: scale as f32, mask: None })
+    }
+
+    /// With the numbers of a mask, which are read from its device.
+    fn with(self, mask: Option<&Tensor>) -> Result<Self> {
+        Ok(Self { mask: mask.map(Mask::new).transpose()?, ..self })
     }
 
     fn total(&self) -> usize {

@@ -1,9 +1,9 @@
 //! Layer normalisation over the last dimension (Ba et al. 2016, arXiv 1607.06450).
 
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 
 use super::kernel::{RowKernel, RowSum, for_row_blocks, sum, sum_over_rows};
-use super::{on_cpu, output, slice, tensor_like, with_slices};
+use super::{on_cpu, output, slice, tensor_like, wide, with_slices};
 
 /// `(x − mean) / √(variance + eps) · weight + bias` over the last dimension; `weight` and `bias` have its size.
 ///
@@ -18,9 +18,15 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     if on_cpu(&[x, weight, bias]) {
         return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LayerNorm { eps: eps as f32 });
     }
-    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    // Sums in f32 too. It has no gradient, and no f64.
+    if ![x, weight, bias].iter().any(|tensor| tensor.track_op()) && x.dtype() != DType::F64 {
+        return candle_nn::ops::layer_norm(&x.contiguous()?, &weight.contiguous()?, &bias.contiguous()?, eps as f32);
+    }
+    let rows = x.to_dtype(wide(x.dtype()))?;
+    let centred = rows.broadcast_sub(&rows.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-    centred.broadcast_div(&(variance + eps)?.sqrt()?)?.broadcast_mul(weight)?.broadcast_add(bias)
+    let normal = centred.broadcast_div(&(variance + eps)?.sqrt()?)?.to_dtype(x.dtype())?;
+    normal.broadcast_mul(weight)?.broadcast_add(bias)
 }
 
 struct LayerNorm {

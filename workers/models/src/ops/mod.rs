@@ -1,9 +1,9 @@
 //! Differentiable tensor operations that training and inference share.
 //!
 //! candle's fused layer norm and softmax have no backward pass (the gradient is silently lost), and its composed ones pass over
-//! memory many times. These do each in one multi-threaded pass on a CPU, with a backward pass of their own; on any other device they
-//! fall back to composed operations with the same result. One function serves both uses, so a model cannot be right in one and wrong
-//! in the other.
+//! memory many times. These do each in one multi-threaded pass on a CPU in f32, with a backward pass of their own; on any other device, and
+//! for any other number type, they are made of candle's operations with the same result (its fused ones where nothing is trained). One
+//! function serves both uses, so a model cannot be right in one and wrong in the other.
 //!
 //! Results do not depend on the number of threads: work is cut by rows, and sums over rows are added in the order of fixed blocks.
 
@@ -21,6 +21,7 @@ mod tile;
 
 pub use activation::Activation;
 pub use attention::{attention, attention_packed};
+pub(crate) use attention::{attention_split, split_heads};
 pub use cross_entropy::smoothed_cross_entropy;
 pub use gated::{quick_gelu, tanh_gelu};
 pub use gelu::gelu;
@@ -32,8 +33,16 @@ pub use tile::{Precision, has_bf16, has_fast_bf16};
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
 /// Whether the one-pass CPU kernels apply to these tensors.
-fn on_cpu(tensors: &[&Tensor]) -> bool {
+pub(crate) fn on_cpu(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32)
+}
+
+/// The number type for sums over many numbers of type `dtype`: at least f32.
+pub(crate) fn wide(dtype: DType) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        other => other,
+    }
 }
 
 /// The elements of a contiguous f32 argument of a custom operation.

@@ -238,3 +238,19 @@ fn other_number_types_take_the_composed_path() {
         assert!(difference < 5e-6, "operation {index} differs by {difference}");
     }
 }
+
+/// candle's fused layer norm and softmax have no gradient: a silent loss, if they were taken in training.
+#[test]
+fn other_number_types_can_be_trained() {
+    for dtype in [DType::F64, DType::BF16] {
+        let inputs = [random(&[2, 3, 8], 1.0, 1), random(&[8], 1.0, 2), random(&[8], 1.0, 3)];
+        let [x, w, b] = inputs.map(|input| Var::from_tensor(&input.to_dtype(dtype).unwrap()).unwrap());
+        let normal = layer_norm(&x, &w, &b, 1e-5).unwrap();
+        let mixed = attention(&normal, &normal, &normal, 2, 0.5, None).unwrap();
+        let grads = mixed.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        for var in [&x, &w, &b] {
+            let grad = grads.get(var).expect("a gradient").to_dtype(DType::F32).unwrap().abs().unwrap();
+            assert!(grad.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap() > 1e-3, "{dtype:?}");
+        }
+    }
+}

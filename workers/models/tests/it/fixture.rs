@@ -85,8 +85,13 @@ pub(crate) fn tensors(config: &MedConfig, parts: Parts) -> HashMap<String, Tenso
 
 /// A model of [`config`].
 pub(crate) fn med(parts: Parts) -> Med {
+    med_in(parts, DType::F32)
+}
+
+/// [`med`] that computes in another number type.
+pub(crate) fn med_in(parts: Parts, dtype: DType) -> Med {
     let config = config();
-    let vb = VarBuilder::from_tensors(tensors(&config, parts), DType::F32, &Device::Cpu);
+    let vb = VarBuilder::from_tensors(tensors(&config, parts), dtype, &Device::Cpu);
     Med::load(&config, vb, parts).unwrap()
 }
 
@@ -104,7 +109,7 @@ pub(crate) fn images(count: usize) -> Vec<Pixels> {
 /// The largest difference between two tensors of one shape, relative to the largest expected number.
 pub(crate) fn difference(got: &Tensor, expected: &Tensor) -> f32 {
     assert_eq!(got.dims(), expected.dims());
-    let numbers = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let numbers = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let (got, expected) = (numbers(got), numbers(expected));
     let scale = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
     assert!(got.iter().all(|x| x.is_finite()));

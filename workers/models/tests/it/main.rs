@@ -10,6 +10,7 @@ mod formats;
 mod golden;
 mod gradients;
 mod inputs;
+mod number_types;
 mod real;
 mod scoring;
 mod text;
