@@ -415,8 +415,8 @@ const MODEL_NAMES: &str = "How a model is named:\n  \
     folder               a local checkpoint; it comes before a repository of the same name\n  \
     captioner, filter    what plays the role in the store\n  \
     1a2b3c               a model of the store, by the first characters of its digest\n\n\
-    ./name is always a folder, hf:owner/name always a repository. Checkpoints are those of BLIP, in the layout of transformers or as \
-    BLIP's own .pth files with a tokenizer.json beside: safetensors, .bin, .pth, also in shards.\n\n\
+    ./name is always a folder, hf:owner/name always a repository. Checkpoints are those of BLIP, CLIP and SigLIP in the layout of \
+    transformers, OpenCLIP's, and BLIP's own .pth files with a tokenizer.json beside: safetensors, .bin, .pth, also in shards.\n\n\
     The hub: files go to the cache of its own tools, and are not fetched twice (HF_HOME, HF_HUB_CACHE). HF_TOKEN opens restricted \
     repositories, HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 keeps to the cache.";
 

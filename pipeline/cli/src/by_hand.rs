@@ -96,7 +96,7 @@ pub(crate) struct CaptionArgs {
                         their features (ITC). A CLIP model gives the cosine of its features, and CLIPScore: 2.5 times that, at least 0."
 )]
 pub(crate) struct ScoreArgs {
-    /// A filter or a CLIP model: a checkpoint folder; one of each may be given
+    /// A filter or a CLIP model; one of each may be given
     #[arg(long, required = true)]
     model: Vec<String>,
     /// A text; may be given many times

@@ -104,7 +104,7 @@ pub(crate) struct ModelsSection {
     pub(crate) captioner: String,
     /// As `captioner`.
     pub(crate) filter: String,
-    /// A checkpoint folder of a CLIP, whose cosines stand beside the filter's scores.
+    /// As `captioner`, of a CLIP, whose cosines stand beside the filter's scores.
     pub(crate) clip: Option<String>,
 }
 

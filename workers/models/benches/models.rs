@@ -42,11 +42,8 @@ const TEXTS: [&str; 2] = ["a grey heron standing in the water of a picture", "a 
 const CAPTION_GFLOP: f64 = 133.3;
 
 /// How numbers are multiplied: our setting and its name, and the peer's number type.
-const NUMBERS: [(Option<Precision>, &str, &str); 3] = [
-    (Some(Precision::Bf16x3), "bf16x3", "float32"),
-    (Some(Precision::Bf16), "bf16", "bfloat16"),
-    (None, "f32", "float32"),
-];
+const NUMBERS: [(Option<Precision>, &str, &str); 3] =
+    [(Some(Precision::Bf16x3), "bf16x3", "float32"), (Some(Precision::Bf16), "bf16", "bfloat16"), (None, "f32", "float32")];
 
 fn med(config: &MedConfig, parts: Parts, dtype: DType, device: &Device) -> (Med, TextTokenizer) {
     let mut config = config.clone();

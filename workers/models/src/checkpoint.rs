@@ -112,12 +112,6 @@ impl Checkpoint {
         Ok(Self { dir: dir.to_owned(), family, weights: Arc::new(weights), original })
     }
 
-    /// The directory.
-    #[must_use]
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
     /// What it holds.
     #[must_use]
     pub fn family(&self) -> &Family {

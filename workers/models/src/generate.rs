@@ -74,12 +74,6 @@ impl Captioner {
         Ok(Self { med, tokenizer, sampling, prompt, prefix })
     }
 
-    /// The model.
-    #[must_use]
-    pub fn med(&self) -> &Med {
-        &self.med
-    }
-
     /// `sampling.captions` captions for each image; beams with the best first.
     ///
     /// Every random choice is keyed by `seed`, the image's key (its sample id), the number of the caption and the position in it. So a

@@ -122,12 +122,6 @@ impl Med {
         &self.device
     }
 
-    /// The number type of weights and activations.
-    #[must_use]
-    pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
     /// The parts that are there.
     #[must_use]
     pub fn parts(&self) -> Parts {

@@ -78,12 +78,6 @@ impl FilterScorer {
         Ok(Self { med, tokenizer, first_token, max_length })
     }
 
-    /// The model.
-    #[must_use]
-    pub fn med(&self) -> &Med {
-        &self.med
-    }
-
     /// Scores `texts[i]` against `images[i]`; each image is encoded once. Texts are cleaned first ([`clean_caption`]).
     ///
     /// A score does not depend on the other images and texts: on a CPU bit for bit, on a GPU up to rounding in the matrix product.

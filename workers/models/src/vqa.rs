@@ -156,12 +156,6 @@ impl Answerer {
         Ok(Self { vqa, tokenizer, first_token })
     }
 
-    /// The model.
-    #[must_use]
-    pub fn vqa(&self) -> &Vqa {
-        &self.vqa
-    }
-
     /// Answers to `questions[i]`, each, about `images[i]`; each image is encoded once. Questions are cleaned first ([`clean_question`]).
     ///
     /// A question goes through the model by itself, so its answer does not depend on the others.

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::{EvaluateConfig, Init, PairText, TrainConfig, TrainPair, TrainerError, evaluate, train};
 
 /// Raised whenever the same dataset and settings would give another model, or the same model other metrics.
-pub const STAGE_VERSION: u32 = 1;
+pub const STAGE_VERSION: u32 = 2;
 
 /// Rows of image shards read at a time.
 const BATCH: usize = 256;

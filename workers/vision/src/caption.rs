@@ -25,7 +25,7 @@ pub struct CaptionConfig {
     pub seed: u64,
     /// The strategy and its settings.
     pub sampling: Sampling,
-    /// The number type in which the captioner computes; `f32` on a CPU and `bf16` on a GPU, if not given.
+    /// The number type in which the captioner computes; if not given, `bf16` on a GPU, `bf16x3` on a CPU with AMX, `f32` on another.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<NumberType>,
 }

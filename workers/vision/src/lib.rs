@@ -21,4 +21,4 @@ pub use model::{NumberType, VisionWorkerConfig, check_checkpoint, stored_files, 
 pub use score::{ScoreConfig, ScoreParams, ScoreStage};
 
 /// Raised whenever the same image and model would give other captions or scores than before.
-pub const STAGE_VERSION: u32 = 1;
+pub const STAGE_VERSION: u32 = 2;

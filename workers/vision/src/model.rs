@@ -227,21 +227,20 @@ pub fn check_checkpoint(folder: &Path, role: Option<&str>) -> Result<(), ModelEr
         Family::Clip(_) => drop(checkpoint.clip_tokenizer()?),
     }
     checkpoint.preprocessor()?;
-    match (checkpoint.family(), role) {
-        (Family::Blip(..), Some("clip")) => {
-            return Err(ModelError::Config(format!("{} is no CLIP model", folder.display())));
+    let is = |what: &str| Err(ModelError::Config(format!("{} is {what}", folder.display())));
+    match (role, checkpoint.family()) {
+        (None, _) | (Some("clip"), Family::Clip(_)) => {}
+        (Some("clip"), Family::Blip(..) | Family::Vqa(_)) => return is("no CLIP model"),
+        (Some(_), Family::Clip(_)) => return is("a CLIP model; name it in `models.clip`"),
+        (Some(_), Family::Vqa(_)) => return is("a BLIP that answers questions, neither a captioner nor a filter"),
+        (Some(role), Family::Blip(_, parts)) => {
+            if role == "captioner" && !parts.decoder {
+                return Err(ModelError::MissingPart { wanted: "a captioner", missing: "text_decoder" });
+            }
+            if role == "filter" && !parts.encoder {
+                return Err(ModelError::MissingPart { wanted: "a filter", missing: "text_encoder" });
+            }
         }
-        (Family::Clip(_), Some("captioner" | "filter")) => {
-            return Err(ModelError::Config(format!("{} is a CLIP model; name it in `models.clip`", folder.display())));
-        }
-        _ => {}
-    }
-    let parts = checkpoint.parts();
-    if role == Some("captioner") && !parts.decoder {
-        return Err(ModelError::MissingPart { wanted: "a captioner", missing: "text_decoder" });
-    }
-    if role == Some("filter") && !parts.encoder {
-        return Err(ModelError::MissingPart { wanted: "a filter", missing: "text_encoder" });
     }
     let weights = checkpoint.weights();
     for (name, _) in weights.tensors() {

@@ -23,7 +23,7 @@ use crate::pixels::{RowPixels, prepared, spread, status_columns, text_column};
 pub struct ScoreConfig {
     /// The first token of a text for the image-grounded encoder: `enc`, as BLIP was trained, or `cls`, as Hugging Face's class does.
     pub first_token: ItmToken,
-    /// The number type in which the models compute; `f32` on a CPU and `bf16` on a GPU, if not given.
+    /// The number type in which the models compute; if not given, `bf16` on a GPU, `bf16x3` on a CPU with AMX, `f32` on another.
     pub dtype: Option<NumberType>,
 }
 

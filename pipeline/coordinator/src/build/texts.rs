@@ -66,24 +66,16 @@ impl Texts {
 /// BLIP's policy. A text without a score is neither kept nor rejected: `kept` is null.
 const ITM: &str = "SELECT *, itm >= $min_itm AS kept FROM texts";
 
-/// BLIP-2's policy. Of equal scores the web text wins, then the caption written first.
-const RANK_BY_ITC: &str = "
-    SELECT *,
-           CASE WHEN itc IS NOT NULL
-                THEN row_number() OVER (PARTITION BY part, row_no ORDER BY itc DESC NULLS LAST, position) <= $keep END AS kept
-    FROM texts";
-
-/// The same by other scores.
-const RANK_BY_ITM: &str = "
-    SELECT *,
-           CASE WHEN itm IS NOT NULL
-                THEN row_number() OVER (PARTITION BY part, row_no ORDER BY itm DESC NULLS LAST, position) <= $keep END AS kept
-    FROM texts";
-const RANK_BY_CLIP: &str = "
-    SELECT *,
-           CASE WHEN clip IS NOT NULL
-                THEN row_number() OVER (PARTITION BY part, row_no ORDER BY clip DESC NULLS LAST, position) <= $keep END AS kept
-    FROM texts";
+/// BLIP-2's policy, by one of the scores. Of equal scores the web text wins, then the caption written first.
+fn rank(score: &str) -> String {
+    format!(
+        "SELECT *,
+                CASE WHEN {score} IS NOT NULL
+                     THEN row_number() OVER (PARTITION BY part, row_no ORDER BY {score} DESC NULLS LAST, position) <= $keep
+                END AS kept
+         FROM texts"
+    )
+}
 
 /// How many texts of each origin were kept (true), rejected (false) or not judged (null), by ITM bin.
 const TALLY: &str = "
@@ -108,12 +100,12 @@ impl Job<'_> {
         // Scores are single precision, and so must be what they are held against.
         let min_itm = ("min_itm", ScalarValue::Float32(Some(self.config.min_itm as f32)));
         let (policy, parameter) = match (self.config.policy, self.config.rank_by) {
-            (Policy::Itm, _) => (ITM, min_itm),
-            (Policy::Rank, Score::Itc) => (RANK_BY_ITC, keep),
-            (Policy::Rank, Score::Itm) => (RANK_BY_ITM, keep),
-            (Policy::Rank, Score::Clip) => (RANK_BY_CLIP, keep),
+            (Policy::Itm, _) => (ITM.to_owned(), min_itm),
+            (Policy::Rank, Score::Itc) => (rank(column::ITC), keep),
+            (Policy::Rank, Score::Itm) => (rank(column::ITM), keep),
+            (Policy::Rank, Score::Clip) => (rank(column::CLIP), keep),
         };
-        self.sql.define("judged", policy, &[parameter]).await?;
+        self.sql.define("judged", &policy, &[parameter]).await?;
         let mut texts = Texts::default();
         self.tally(&mut texts).await?;
         self.write(&mut texts).await?;

@@ -129,24 +129,6 @@ impl Clip {
         &self.device
     }
 
-    /// The number type of weights and activations.
-    #[must_use]
-    pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
-    /// What cosines are multiplied with to become logits.
-    #[must_use]
-    pub fn logit_scale(&self) -> f32 {
-        self.logit_scale
-    }
-
-    /// What is added to make SigLIP's logits; 0 for CLIP.
-    #[must_use]
-    pub fn logit_bias(&self) -> f32 {
-        self.logit_bias
-    }
-
     /// Normalised pixels `(b, 3, s, s)` to features `(b, p)` of length 1.
     ///
     /// # Errors

@@ -1,9 +1,5 @@
-//! Weights in the layout of OpenAI's CLIP and of OpenCLIP, read by the names of Hugging Face (as `convert_clip_original_pytorch_to_hf.py`
+//! Names of OpenAI's CLIP and of OpenCLIP for those of Hugging Face (as `convert_clip_original_pytorch_to_hf.py`
 //! of transformers renames them).
-
-use candle_core::{DType, Device, Result, Shape, Tensor};
-use candle_nn::var_builder::SimpleBackend;
-use candle_nn::{Init, VarBuilder};
 
 /// What a tensor of Hugging Face's layout is in OpenCLIP's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,21 +19,6 @@ pub enum Part {
     Transposed,
     /// The first, second or last third of the rows: queries, keys or values.
     Third(usize),
-}
-
-/// Whether a source of tensors has OpenCLIP's layout.
-#[must_use]
-pub fn is_open_clip(vb: &VarBuilder<'_>) -> bool {
-    vb.contains_tensor("visual.conv1.weight")
-}
-
-/// A source of tensors in OpenCLIP's layout as one in Hugging Face's.
-#[must_use]
-pub fn hugging_face(vb: VarBuilder<'_>) -> VarBuilder<'_> {
-    let (dtype, device) = (vb.dtype(), vb.device().clone());
-    // Models with `custom_text` keep the text side apart.
-    let custom_text = vb.contains_tensor("text.token_embedding.weight");
-    VarBuilder::from_backend(Box::new(OpenClip { inner: vb, custom_text }), dtype, device)
 }
 
 /// Where OpenCLIP has the tensor that Hugging Face calls `name`; `custom_text` if the text side lies below `text`.
@@ -92,36 +73,4 @@ fn in_block(name: &str) -> (String, Part) {
     ];
     let found = renamed.iter().find_map(|(ours, theirs)| Some(format!("{theirs}{}", name.strip_prefix(ours)?)));
     (found.unwrap_or_else(|| name.to_owned()), Part::Whole)
-}
-
-struct OpenClip<'a> {
-    inner: VarBuilder<'a>,
-    custom_text: bool,
-}
-
-impl SimpleBackend for OpenClip<'_> {
-    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, _: &Device) -> Result<Tensor> {
-        let Source { name, part } = source(name, self.custom_text);
-        let mut dims = shape.dims().to_vec();
-        match part {
-            Part::Whole => self.inner.get_with_hints_dtype(shape, &name, init, dtype),
-            Part::Transposed => {
-                dims.reverse();
-                self.inner.get_with_hints_dtype(dims, &name, init, dtype)?.t()?.contiguous()
-            }
-            Part::Third(third) => {
-                let rows = dims[0];
-                dims[0] = 3 * rows;
-                self.inner.get_with_hints_dtype(dims, &name, init, dtype)?.narrow(0, third * rows, rows)?.contiguous()
-            }
-        }
-    }
-
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
-        candle_core::bail!("{name} was asked for without a shape")
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.inner.contains_tensor(&source(name, self.custom_text).name)
-    }
 }

@@ -40,12 +40,6 @@ impl ClipScorer {
         Ok(Self { clip, tokenizer })
     }
 
-    /// The model.
-    #[must_use]
-    pub fn clip(&self) -> &Clip {
-        &self.clip
-    }
-
     /// The cosine of `texts[i]`, each, with `images[i]`. Each image is encoded once; a text beyond the context length is cut before its
     /// last token.
     ///

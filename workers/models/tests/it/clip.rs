@@ -3,10 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 use capfilt_models::block::Activation;
-use capfilt_models::clip::openclip::{self, Part, source};
+use capfilt_models::clip::openclip::{Part, source};
 use capfilt_models::clip::{Clip, ClipConfig, ClipFamily, ClipScorer, ClipTokenizer, ClipVision, clip_score};
 use capfilt_models::preprocess::Pixels;
 use capfilt_models::tokenizer::{FirstToken, clean_question};
@@ -160,12 +158,6 @@ fn every_name_of_a_clip_has_a_source_in_open_clips_layout() {
         let found = source(name, custom_text);
         assert_eq!((found.name.as_str(), found.part), (expected, part), "{name}");
     }
-    let tensors = [("visual.conv1.weight".to_owned(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap())];
-    let vb = VarBuilder::from_tensors(tensors.into(), DType::F32, &Device::Cpu);
-    assert!(
-        openclip::is_open_clip(&vb)
-            && openclip::hugging_face(vb).contains_tensor("vision_model.embeddings.patch_embedding.weight")
-    );
 }
 
 #[test]

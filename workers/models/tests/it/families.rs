@@ -1,14 +1,19 @@
 //! Every family, small and full-size, against transformers 5.23 and OpenCLIP 3.3 on the same weights, which a rule makes of their names
 //! (`goldens/weights.py`); outputs were made by `goldens/families.py`.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
-use capfilt_models::clip::{Clip, ClipConfig, openclip};
+use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::clip::{Clip, ClipConfig};
 use capfilt_models::config::MedConfig;
+use capfilt_models::generate::Captioner;
 use capfilt_models::med::{Med, Parts};
+use capfilt_models::preprocess::Pixels;
+use capfilt_models::sampling::{Sampling, Strategy};
+use capfilt_models::tokenizer::TextTokenizer;
 use capfilt_models::vqa::Vqa;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
@@ -163,15 +168,16 @@ fn contrastive(golden: &Golden) {
     same_features(golden, &clip, &pixels, &ids);
 }
 
-/// A model of OpenCLIP's, weights in its layout.
+/// A checkpoint of OpenCLIP's.
 fn open_clip(golden: &Golden) {
-    let config = ClipConfig::from_open_clip(&golden.texts["config"], "golden".as_ref()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("open_clip_config.json"), &golden.texts["config"]).unwrap();
     let shapes: HashMap<String, Vec<usize>> = serde_json::from_str(&golden.texts["shapes"]).unwrap();
-    let tensors = shapes.into_iter().map(|(name, shape)| (name.clone(), weight(&name, &shape.into()).unwrap())).collect();
-    let vb = VarBuilder::from_tensors(tensors, golden.dtype, &Device::Cpu);
-    assert!(openclip::is_open_clip(&vb));
-    let clip = Clip::load(&config, openclip::hugging_face(vb)).unwrap();
-    let pixels = golden.pixels(config.image_size(), golden.images());
+    let tensors: HashMap<String, Tensor> =
+        shapes.into_iter().map(|(name, shape)| (name.clone(), weight(&name, &shape.into()).unwrap())).collect();
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+    let clip = Checkpoint::open(folder.path()).unwrap().clip(&Device::Cpu, golden.dtype).unwrap();
+    let pixels = golden.pixels(clip.config().image_size(), golden.images());
     same_features(golden, &clip, &pixels, &golden.ids("ids"));
 }
 
@@ -227,39 +233,33 @@ fn clip_rn50_agrees() {
     open_clip(&Golden::read("openclip_rn50"));
 }
 
-/// The most likely token at every step after the prompt, up to `[SEP]` or `length` tokens in all. Logits of tokens that are there already
-/// are divided by `penalty`, negative ones multiplied with it.
-pub(crate) fn greedy(med: &Med, states: &Tensor, prompt: &[u32], length: usize, penalty: f32) -> Vec<u32> {
-    let cross = med.decoder_cross_cache(states).unwrap();
-    let mut cache = med.decoder_self_cache(1, length).unwrap();
-    let mut ids = prompt.to_vec();
-    let mut seen = 0;
-    while ids.len() < length && ids.last() != Some(&med.config().text_config.sep_token_id) {
-        let fresh = Tensor::from_slice(&ids[seen..], (1, ids.len() - seen), &Device::Cpu).unwrap();
-        seen = ids.len();
-        let logits = med.decode_step(&fresh, &mut cache, &cross).unwrap();
-        let mut logits: Vec<f32> = logits.squeeze(0).unwrap().to_vec1().unwrap();
-        for id in ids.iter().collect::<BTreeSet<_>>() {
-            let logit = &mut logits[*id as usize];
-            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
-        }
-        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
-        ids.push(best as u32);
-    }
-    ids
-}
-
 fn captioner(name: &str) {
     let golden = Golden::read(name);
     let config = golden.med_config();
     let med = Med::load(&config, rule(), Parts::CAPTIONER).unwrap();
-    let states = med.encode_image(&golden.pixels(config.vision_config.image_size, 1)).unwrap();
+    let pixels = golden.pixels(config.vision_config.image_size, 1);
+    let states = med.encode_image(&pixels).unwrap();
     golden.sampled("states", &states);
     let ids = golden.ids("ids");
     golden.sampled("logits", &med.lm_logits(&ids, &ids.ones_like().unwrap(), &states).unwrap());
-    let expected = golden.rows("greedy");
-    let start = [config.text_config.bos_token_id];
-    assert_eq!(greedy(&med, &states, &start, expected[0].len(), 2.0), expected[0]);
+
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(goldens().join("texts/bert_vocab.txt"), folder.path().join("vocab.txt")).unwrap();
+    let tokenizer = TextTokenizer::from_dir(folder.path(), &config.text_config).unwrap();
+    let image = Pixels::new(config.vision_config.image_size, flat(&pixels)).unwrap();
+    for (name, strategy, repetition_penalty) in [("greedy", Strategy::Greedy, 2.0), ("beam3", Strategy::Beam, 1.0)] {
+        let expected = golden.rows(name);
+        let sampling = Sampling {
+            prompt: String::new(),
+            min_length: 0,
+            max_length: expected[0].len(),
+            repetition_penalty,
+            ..Sampling::new(strategy)
+        };
+        assert!(strategy == Strategy::Greedy || sampling.beams() == 3);
+        let captioner = Captioner::new(med.clone(), tokenizer.clone(), sampling).unwrap();
+        assert_eq!(captioner.generate(std::slice::from_ref(&image), &["key"], 0).unwrap(), expected, "{name}");
+    }
 }
 
 #[test]

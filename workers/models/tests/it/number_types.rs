@@ -79,10 +79,11 @@ fn scores_are_close() {
     let images = images(3);
     let texts = vec![vec![CAPTIONS[0], CAPTIONS[1]], vec!["a dog"], vec![CAPTIONS[2], CAPTIONS[3], "in the green grass"]];
     let flat = |images: &[Pixels], dtype| {
-        let filter = FilterScorer::new(med_in(Parts::FILTER, dtype), tokenizer(), ItmToken::Enc).unwrap();
+        let med = med_in(Parts::FILTER, dtype);
+        let ranks = retrieval_scores(&med, &tokenizer(), images, &CAPTIONS[..4], 9).unwrap();
+        let filter = FilterScorer::new(med, tokenizer(), ItmToken::Enc).unwrap();
         let scores = filter.score(images, &texts).unwrap().concat();
         let mut numbers: Vec<f32> = scores.iter().flat_map(|score| [score.itm, score.itc]).collect();
-        let ranks = retrieval_scores(filter.med(), &tokenizer(), images, &CAPTIONS[..4], 9).unwrap();
         numbers.extend(ranks.texts_of_image.iter().chain(&ranks.images_of_text));
         Tensor::new(numbers, &Device::Cpu).unwrap()
     };

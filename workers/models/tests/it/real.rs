@@ -10,14 +10,12 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 use capfilt_models::checkpoint::Checkpoint;
-use capfilt_models::config::MedConfig;
-use capfilt_models::preprocess::{Pixels, Preprocessor};
-use capfilt_models::tokenizer::{FirstToken, TextBatch, TextTokenizer};
-use capfilt_models::vqa::{Answerer, Vqa};
-
-use crate::families::greedy;
+use capfilt_models::generate::Captioner;
+use capfilt_models::preprocess::Pixels;
+use capfilt_models::sampling::{Sampling, Strategy};
+use capfilt_models::tokenizer::{FirstToken, TextBatch};
+use capfilt_models::vqa::Answerer;
 
 /// The folder that a variable names and the demo's image; without them a test has nothing to say.
 fn at_hand(variable: &str) -> Option<(PathBuf, image::RgbImage)> {
@@ -43,12 +41,21 @@ fn states(checkpoint: &Checkpoint, image: &image::RgbImage) -> (capfilt_models::
 fn the_public_captioner_says_what_it_said() {
     let Some((folder, image)) = at_hand("CAPFILT_BLIP_CAPTIONING") else { return };
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    let (med, states) = states(&checkpoint, &image);
-    let prompt = checkpoint.tokenizer().unwrap().prompt("a picture of ").unwrap();
-    let with_prompt = [30522, 1037, 3861, 1997, 1037, 2450, 3564, 2006, 1996, 3509, 2007, 2014, 3899, 102];
-    assert_eq!(greedy(&med, &states, &prompt, 20, 1.0), with_prompt);
-    let without = [30522, 1037, 2450, 3564, 2006, 1996, 3509, 2007, 2014, 3899, 102];
-    assert_eq!(greedy(&med, &states, &[30522], 20, 1.0), without);
+    let pixels = checkpoint.preprocessor().unwrap().prepare(&image).unwrap();
+    let write = |prompt: &str| {
+        let sampling = Sampling {
+            prompt: prompt.to_owned(),
+            min_length: 0,
+            max_length: 20,
+            repetition_penalty: 1.0,
+            ..Sampling::new(Strategy::Greedy)
+        };
+        let med = checkpoint.med(&Device::Cpu, DType::F32).unwrap();
+        let captioner = Captioner::new(med, checkpoint.tokenizer().unwrap(), sampling).unwrap();
+        captioner.generate(std::slice::from_ref(&pixels), &["key"], 0).unwrap().remove(0)
+    };
+    assert_eq!(write("a picture of "), [30522, 1037, 3861, 1997, 1037, 2450, 3564, 2006, 1996, 3509, 2007, 2014, 3899, 102]);
+    assert_eq!(write(""), [30522, 1037, 2450, 3564, 2006, 1996, 3509, 2007, 2014, 3899, 102]);
 }
 
 #[test]
@@ -72,11 +79,9 @@ fn the_public_filter_judges_as_it_did() {
 #[test]
 fn the_public_answerer_counts_one_dog() {
     let Some((folder, image)) = at_hand("CAPFILT_BLIP_VQA") else { return };
-    let config = MedConfig::from_dir(&folder).unwrap();
-    let tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
-    let vqa = Vqa::load(&config, VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu)).unwrap();
-    let tokenizer = TextTokenizer::from_dir(&folder, &config.text_config).unwrap();
-    let pixels = Preprocessor::from_dir(&folder).unwrap().prepare(&image).unwrap();
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let (vqa, tokenizer) = (checkpoint.vqa(&Device::Cpu, DType::F32).unwrap(), checkpoint.tokenizer().unwrap());
+    let pixels = checkpoint.preprocessor().unwrap().prepare(&image).unwrap();
     let answerer = Answerer::new(vqa, tokenizer, FirstToken::Cls).unwrap();
     assert_eq!(answerer.answer(&[pixels], &[vec!["How many dogs are in this image?"]]).unwrap(), [["1"]]);
 }
