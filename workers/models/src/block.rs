@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::layers::{LayerNorm, Linear, mlp};
-pub use crate::ops::Activation;
+use crate::ops::Activation;
 use crate::ops::{Precision, attention, attention_packed, packed_self_attention};
 
 /// Sizes and kind of a block.

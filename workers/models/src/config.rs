@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::block::Activation;
 use crate::error::{ModelError, Result};
+use crate::ops::Activation;
 
 /// No width, side or vocabulary is larger, so that sizes of tensors can be reckoned with.
 pub(crate) const MAX_SIZE: usize = 1 << 24;
@@ -26,7 +26,7 @@ pub struct VisionConfig {
     pub num_attention_heads: usize,
     /// Side of the square input image in pixels.
     pub image_size: usize,
-    /// Side of a patch in pixels; divides `image_size`.
+    /// Side of a patch in pixels; divides `image_size` in a MED, in a CLIP the rest is left out.
     pub patch_size: usize,
     /// Activation of the MLP.
     pub hidden_act: Activation,
@@ -66,7 +66,7 @@ pub struct TextConfig {
     pub vocab_size: usize,
     /// Width of the hidden states.
     pub hidden_size: usize,
-    /// Width of the image states that cross-attention reads; always the vision width.
+    /// Width of the states that cross-attention reads: the vision width, or that of the question in the decoder that answers it.
     pub encoder_hidden_size: usize,
     /// Width inside the feed-forward part.
     pub intermediate_size: usize,

@@ -46,8 +46,8 @@ pub struct Files {
 }
 
 impl Files {
-    /// Picks the files of a checkpoint from the names of all that there are; those in folders below are none of it. Of several formats of weights one is taken: safetensors,
-    /// safetensors in shards, `.bin`, `.bin` in shards, and then the only `.pth` or `.pt`.
+    /// Picks the files of a checkpoint from the names of all that there are; those in folders below are none of it. Of several formats of
+    /// weights one is taken: safetensors, safetensors in shards, `.bin`, `.bin` in shards, and then the only `.pth` or `.pt`.
     ///
     /// # Errors
     /// There are no weights, or several `.pth` files; the message goes on after the name of the place.

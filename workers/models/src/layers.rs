@@ -1,6 +1,7 @@
 //! The few layers that every transformer here is made of.
 //!
-//! Each layer has one `forward` for training and inference, made of the operations of [`crate::ops`], which all have a gradient.
+//! Each layer's `forward` serves training and inference: it is made of operations of [`crate::ops`] that have a gradient, until a layer is
+//! packed. What else a dense layer has in one call (a norm before, an activation or an addition behind it) is one pass once it is packed.
 //!
 //! On the CPU, the row of a batch comes out bit for bit the same whatever other rows the batch has: see [`Linear::forward`].
 

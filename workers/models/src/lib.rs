@@ -1,11 +1,11 @@
 //! The models of capfilt, on candle.
 //!
-//! This crate knows how a MED (BLIP's multimodal mixture of encoder-decoder) and a CLIP are made of tensors, how a checkpoint lies on
+//! This crate knows how a MED (BLIP's multimodal mixture of encoder-decoder), BLIP's model that answers questions and a CLIP are made of tensors, how a checkpoint lies on
 //! disk in the Hugging Face layout, how an image and a text become its input, how captions are drawn from it, how pairs are
 //! scored by it and how it is trained. It is synchronous and computes; it never knows where data comes from or goes to, what a
 //! task, a shard or a run is, and imports nothing of this workspace.
 
-pub mod block;
+mod block;
 pub mod checkpoint;
 pub mod clip;
 pub mod config;
@@ -17,7 +17,7 @@ pub mod layers;
 mod logits;
 pub mod med;
 pub mod ops;
-pub mod original;
+mod original;
 pub mod parameters;
 pub mod preprocess;
 pub mod random;
@@ -29,7 +29,7 @@ pub mod special;
 pub mod text;
 pub mod tokenizer;
 pub mod train;
-pub mod vision;
+mod vision;
 pub mod vqa;
 pub mod weights;
 

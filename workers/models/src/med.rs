@@ -179,7 +179,7 @@ impl Med {
         self.itm_logits_cached(ids, mask, &self.encoder_cross_cache(image_states)?)
     }
 
-    /// [`Self::itm_logits`] with the keys and values of the images already there.
+    /// [`Self::itm_logits`] with the cache of the images already there.
     ///
     /// # Errors
     /// There is no encoder part, or shapes do not fit.
@@ -190,7 +190,7 @@ impl Med {
         Ok(encoder.itm_head.forward(&first(&states)?)?)
     }
 
-    /// Keys and values of image states `(b, n, d_v)` for the image-grounded encoder.
+    /// The cache of image states `(b, n, d_v)` for the image-grounded encoder.
     ///
     /// # Errors
     /// There is no encoder part, or shapes do not fit.
@@ -213,7 +213,7 @@ impl Med {
         Ok(decoder.logits(&states)?)
     }
 
-    /// Keys and values of image states `(b, n, d_v)` for the decoder.
+    /// The cache of image states `(b, n, d_v)` for the decoder.
     ///
     /// # Errors
     /// There is no decoder part, or shapes do not fit.

@@ -32,13 +32,13 @@ const VOCABULARY: usize = 30_524;
 
 /// True if the names are those of BLIP's own files.
 #[must_use]
-pub fn is_original(weights: &Weights) -> bool {
+pub(crate) fn is_original(weights: &Weights) -> bool {
     weights.tensors().any(|(name, _)| name.starts_with(VISION))
 }
 
 /// The name in Hugging Face's layout of a tensor of BLIP's own files; none for what only training needs.
 #[must_use]
-pub fn translate(name: &str) -> Option<String> {
+pub(crate) fn translate(name: &str) -> Option<String> {
     if name == TEMPERATURE || TRAINING.iter().any(|prefix| name.starts_with(prefix)) {
         return None;
     }
@@ -67,7 +67,7 @@ pub fn translate(name: &str) -> Option<String> {
 ///
 /// # Errors
 /// The shapes leave it open; `folder` is then told to need a `config.json`.
-pub fn infer_config(weights: &Weights, folder: &Path) -> Result<MedConfig> {
+pub(crate) fn infer_config(weights: &Weights, folder: &Path) -> Result<MedConfig> {
     infer(&|name| weights.get(name).map(|stored| stored.shape().to_vec())).map_err(|what| {
         let folder = folder.display();
         ModelError::Config(format!("{folder} has no config.json, and its weights do not tell all of it: {what}; add the file"))

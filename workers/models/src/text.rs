@@ -27,9 +27,9 @@ pub struct TextModel {
     max_positions: usize,
 }
 
-/// Keys and values of the image states for every layer, computed once per image.
+/// What every layer's cross-attention reads of the images, computed once per image: keys and values, or, of a packed model, the states.
 ///
-/// Per layer `(images, states, d)`. With `k` texts per image, the rows of the text batch are image-major: row `i·k + j` is
+/// With `k` texts per image, the rows of the text batch are image-major: row `i·k + j` is
 /// text `j` of image `i`.
 #[derive(Debug, Clone)]
 pub struct CrossCache {
@@ -107,7 +107,7 @@ impl TextModel {
         self.layers.iter_mut().try_for_each(|layer| layer.pack(precision))
     }
 
-    /// Keys and values of the image states `(b, n, d_v)` for every layer.
+    /// What every layer reads of the image states `(b, n, d_v)`.
     ///
     /// # Errors
     /// The width is not the one of the config.

@@ -11,7 +11,7 @@ use crate::ops::Precision;
 
 /// Whose vision transformer it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum VisionFamily {
+pub(crate) enum VisionFamily {
     /// A class token, one weight for queries, keys and values.
     Blip,
     /// A class token, no bias of the patches, a layer norm before the first block.
@@ -22,7 +22,7 @@ pub enum VisionFamily {
 
 /// Turns pixels into image states.
 #[derive(Debug, Clone)]
-pub struct VisionModel {
+pub(crate) struct VisionModel {
     config: VisionConfig,
     patch: Linear,
     class: Option<Tensor>,
@@ -38,7 +38,7 @@ impl VisionModel {
     /// # Errors
     /// A tensor is missing or misshapen.
     #[expect(clippy::needless_pass_by_value, reason = "a builder is a cheap handle, passed by value as in candle-nn")]
-    pub fn load(config: &VisionConfig, family: VisionFamily, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(crate) fn load(config: &VisionConfig, family: VisionFamily, vb: VarBuilder<'_>) -> Result<Self> {
         let (d, p, eps) = (config.hidden_size, config.patch_size, config.layer_norm_eps);
         let patches = config.num_patches();
         let embeddings = vb.pp("embeddings");
@@ -100,7 +100,7 @@ impl VisionModel {
     ///
     /// # Errors
     /// The images are not `image_size` square.
-    pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let patches = self.patch.forward(&self.patches(pixels)?)?;
         let b = patches.dim(0)?;
         let states = match &self.class {

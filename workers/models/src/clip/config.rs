@@ -6,9 +6,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::block::Activation;
 use crate::config::{MAX_LAYERS, MAX_SIZE, VisionConfig};
 use crate::error::{ModelError, Result};
+use crate::ops::Activation;
 
 /// Hugging Face's file.
 const HUGGING_FACE: &str = "config.json";

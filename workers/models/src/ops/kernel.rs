@@ -1,7 +1,7 @@
 //! Loops that the compiler can vectorise, and the fixed order of their sums.
 //!
-//! Every sum runs in an order written here, so the result does not depend on the number of threads. What a kernel calls is marked `#[inline(always)]`, for only code inlined into the dispatch is compiled for the widest
-//! vectors that the CPU has.
+//! Every sum runs in an order written here, so the result does not depend on the number of threads. What a kernel calls is marked
+//! `#[inline(always)]`, for only code inlined into the dispatch is compiled for the widest vectors that the CPU has.
 
 use pulp::{Arch, NullaryFnOnce, Simd, WithSimd};
 use rayon::prelude::*;

@@ -1,4 +1,4 @@
-//! Differentiable tensor operations that training and inference share.
+//! Differentiable tensor operations that training and inference share, and, in `tile`, products for frozen models alone.
 //!
 //! candle's fused layer norm and softmax have no backward pass (the gradient is silently lost), and its composed ones pass over
 //! memory many times. These do each in one multi-threaded pass on a CPU in f32, with a backward pass of their own; on any other device, and

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use capfilt_models::block::Activation;
 use capfilt_models::clip::openclip::{Part, source};
 use capfilt_models::clip::{Clip, ClipConfig, ClipFamily, ClipScorer, ClipTokenizer, ClipVision, clip_score};
+use capfilt_models::ops::Activation;
 use capfilt_models::preprocess::Pixels;
 use capfilt_models::tokenizer::{FirstToken, clean_question};
 use capfilt_models::vqa::{Answerer, Vqa};
