@@ -1,6 +1,7 @@
 //! `capfilt model …`
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -275,24 +276,56 @@ async fn import(store: Option<&Store>, folder: &Path, role: Option<&str>) -> Res
     Ok(model.digest)
 }
 
-/// Writes the checkpoint in a folder into another, as transformers opens it. It appears whole.
+/// Writes the checkpoint in a folder into another, as transformers opens it. It appears whole. Only a checkpoint is ever replaced.
 fn export(model: &Path, target: &Path, overwrite: bool) -> Result<(), Failure> {
-    let there = target.exists();
-    let empty = std::fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
-    if there && !empty && !overwrite {
-        return Err(Failure::Usage(format!("`{}` is not empty; --overwrite replaces it", target.display())));
-    }
     let cannot = || format!("cannot write `{}`", target.display());
-    let parent = std::path::absolute(target).with_context(cannot)?.parent().map(Path::to_owned).unwrap_or_default();
-    std::fs::create_dir_all(&parent).with_context(cannot)?;
-    let aside = tempfile::Builder::new().prefix(".capfilt-export-").tempdir_in(parent).with_context(cannot)?;
-    let (new, old) = (aside.path().join("new"), aside.path().join("old"));
-    capfilt_vision::write_checkpoint(model, &new).with_context(cannot)?;
-    if there {
-        std::fs::rename(target, &old).with_context(cannot)?;
+    let refused = |what: String| Err(Failure::Usage(format!("`{}` {what}", target.display())));
+    let absolute = std::path::absolute(target).with_context(cannot)?;
+    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
+        return refused("is no folder that could be written; name a new one".to_owned());
+    };
+    // Named by the target, so that what a killed export left is found by the next one.
+    let aside = parent.join(format!(".{}.capfilt-export", name.to_string_lossy()));
+    let (new, old) = (aside.join("new"), aside.join("old"));
+    if old.exists() && !absolute.exists() {
+        std::fs::rename(&old, &absolute).with_context(cannot)?;
     }
-    std::fs::rename(&new, target).with_context(cannot)?;
-    Ok(())
+    if absolute.is_symlink() || absolute.is_file() {
+        return refused("is no folder; name one".to_owned());
+    }
+    let there = absolute.exists();
+    if there {
+        let entries =
+            std::fs::read_dir(&absolute).and_then(|all| all.map(|entry| entry.map(|entry| entry.file_name())).collect());
+        let mut entries: Vec<OsString> = entries.with_context(cannot)?;
+        entries.sort_unstable();
+        if !entries.is_empty() && !overwrite {
+            return refused("is not empty; --overwrite replaces a checkpoint".to_owned());
+        }
+        if let Some(foreign) = entries.iter().find(|entry| !capfilt_vision::is_checkpoint_file(entry)) {
+            return refused(format!(
+                "holds `{}`, which is of no checkpoint written here; name another folder",
+                foreign.display()
+            ));
+        }
+    }
+    if aside.exists() {
+        std::fs::remove_dir_all(&aside).with_context(cannot)?;
+    }
+    std::fs::create_dir_all(&aside).with_context(cannot)?;
+    let written = (|| {
+        capfilt_vision::write_checkpoint(model, &new).with_context(cannot)?;
+        if there {
+            std::fs::rename(&absolute, &old).with_context(cannot)?;
+        }
+        std::fs::rename(&new, &absolute).with_context(cannot).inspect_err(|_| {
+            if there {
+                _ = std::fs::rename(&old, &absolute);
+            }
+        })
+    })();
+    _ = std::fs::remove_dir_all(&aside);
+    Ok(written?)
 }
 
 fn usable(folder: &Path, role: Option<&str>) -> anyhow::Result<()> {
@@ -325,7 +358,7 @@ async fn resolve(store: &Store, name: &str) -> Result<Digest, Failure> {
     for commit in store.commits(StageKind::Train).await? {
         known.extend(commit.outputs.iter().map(|o| o.digest));
     }
-    let found: Vec<Digest> = known.into_iter().filter(|d| d.to_string().starts_with(name)).collect();
+    let found: Vec<Digest> = known.into_iter().filter(|d| !name.is_empty() && d.to_string().starts_with(name)).collect();
     match found[..] {
         [one] => Ok(one),
         [] => Err(Failure::Usage(format!(

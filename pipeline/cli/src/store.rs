@@ -34,7 +34,12 @@ pub(crate) async fn open(args: &StoreArgs) -> Result<Store, Failure> {
         return existing(&config.run.store).await;
     }
     let store = Store::open_existing(&args.store).await?;
-    store.ok_or_else(|| Failure::Usage(format!("`{}` is neither a store nor a config", args.store)))
+    store.ok_or_else(|| {
+        Failure::Usage(format!(
+            "`{}` is neither a store nor a config; a store is made by a run, or by `model import` with a config that names it",
+            args.store
+        ))
+    })
 }
 
 /// As [`open`]; where a config names a store that is not there yet, it is made.

@@ -34,7 +34,7 @@ const ROUNDS: usize = 3;
 /// Tokens written for an image.
 const TOKENS: usize = 20;
 /// Images that go through a model together, ours and the peer's.
-const BATCHES: [usize; 2] = [16, 64];
+const BATCHES: [usize; 2] = [16, 32];
 const PEER_BATCHES: [usize; 3] = [4, 8, 16];
 /// Texts of an image that are judged.
 const TEXTS: [&str; 2] = ["a grey heron standing in the water of a picture", "a picture of a grey heron in the water"];

@@ -28,7 +28,8 @@ use crate::weights::{Weights, write_file};
 const WORDS: &str = "text_decoder.bert.embeddings.word_embeddings.weight";
 /// The untied copy of the word embeddings that some files have for the language-model head.
 const HEAD_WEIGHT: &str = "text_decoder.cls.predictions.decoder.weight";
-/// A copy of `text_decoder.cls.predictions.bias` that some files have.
+const BIAS: &str = "text_decoder.cls.predictions.bias";
+/// The same under the name of the head, which some files have.
 const HEAD_BIAS: &str = "text_decoder.cls.predictions.decoder.bias";
 /// Constants that older files carry along, and what batch norms count in training.
 const CONSTANTS: [&str; 3] = [".position_ids", "attn_mask", ".num_batches_tracked"];
@@ -94,6 +95,11 @@ impl Checkpoint {
             let custom_text = weights.get(OPEN_CLIP_CUSTOM_TEXT).is_some();
             weights = weights.rearrange(asked.list.iter().map(|p| (p.name.clone(), openclip::source(&p.name, custom_text))));
         }
+        if weights.get(HEAD_BIAS).is_some() {
+            // transformers takes this one where a file has both.
+            weights.remove(BIAS);
+            weights = weights.rename(|name| Some(if name == HEAD_BIAS { BIAS } else { name }.to_owned()))?;
+        }
         same_image_size(&family, &weights)?;
         let problems = compare(asked, &family, &weights);
         if !problems.is_empty() {
@@ -104,7 +110,6 @@ impl Checkpoint {
         for name in constants {
             weights.remove(&name);
         }
-        weights.remove(HEAD_BIAS);
         if weights.get(HEAD_WEIGHT) == weights.get(WORDS) {
             // Two names of the same bytes.
             weights.remove(HEAD_WEIGHT);
@@ -465,10 +470,8 @@ fn compare(asked: Asked, family: &Family, weights: &Weights) -> Vec<TensorProble
         asked.list.into_iter().map(|parameter| (parameter.name, parameter.shape)).collect();
     if let Family::Blip(config, Parts { decoder: true, .. }) | Family::Vqa(config) = family {
         let text = &config.text_config;
-        for (name, shape) in [(HEAD_WEIGHT, vec![text.vocab_size, text.hidden_size]), (HEAD_BIAS, vec![text.vocab_size])] {
-            if weights.get(name).is_some() {
-                wanted.insert(name.to_owned(), shape);
-            }
+        if weights.get(HEAD_WEIGHT).is_some() {
+            wanted.insert(HEAD_WEIGHT.to_owned(), vec![text.vocab_size, text.hidden_size]);
         }
     }
     let mut problems = BTreeMap::new();

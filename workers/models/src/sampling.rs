@@ -169,8 +169,9 @@ impl Sampling {
             Strategy::Beam if self.captions > self.beams() => {
                 fail(format!("captions is {}, more than the {} beams; raise num_beams", self.captions, self.beams()))
             }
-            Strategy::Beam if !self.exponent().is_finite() => {
-                fail(format!("length_penalty is {}, it must be a finite number", self.exponent()))
+            // Beyond that, powers of lengths leave the range of numbers.
+            Strategy::Beam if self.exponent().is_nan() || self.exponent().abs() > 10.0 => {
+                fail(format!("length_penalty is {}, it must be from -10 to 10", self.exponent()))
             }
             Strategy::Nucleus | Strategy::Greedy | Strategy::Beam => Ok(()),
         }

@@ -73,13 +73,13 @@ fn image(number: usize) -> Vec<u8> {
     file
 }
 
-/// Samples of these images; what captioning does not read is empty.
-fn samples(images: &[Vec<u8>], round: usize) -> RecordBatch {
+/// Samples of these images whose ids begin so; what captioning does not read is empty.
+fn samples(images: &[Vec<u8>], prefix: &str) -> RecordBatch {
     let count = images.len();
     let texts = |make: &dyn Fn(usize) -> String| Arc::new(StringArray::from_iter_values((0..count).map(make))) as ArrayRef;
     let schema = Table::Samples.schema();
     let column = |name: &str, kind: &DataType, nullable: bool| match (name, kind) {
-        (column::SAMPLE_ID, _) => texts(&|i| format!("sample-{round}-{i}")),
+        (column::SAMPLE_ID, _) => texts(&|i| format!("{prefix}-{i}")),
         (column::STATUS, _) => texts(&|_| "ok".to_owned()),
         (column::IMAGE, _) => Arc::new(BinaryArray::from_iter_values(images)) as ArrayRef,
         (_, kind) if nullable => new_null_array(kind, count),
@@ -139,7 +139,7 @@ async fn measure(folder: &Path, dtype: Option<&str>, batch: usize) {
     // The seconds that a shard of its own takes from the queue to its commit.
     let shard = async |round: usize| {
         let mut shard = ShardWriter::new(Table::Samples).unwrap();
-        shard.write(&samples(&images, round)).unwrap();
+        shard.write(&samples(&images, &format!("sample-{batch}-{round}"))).unwrap();
         let inputs = vec![shard.finish(&store).await.unwrap().as_input()];
         let task = Task { stage: StageKind::Caption, stage_version: 1, params: params.clone(), model: Some(model), inputs };
         let began = Instant::now();

@@ -1,5 +1,6 @@
 //! The models that a stage works with: loaded once, kept on a thread of their own until others are asked for.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -60,7 +61,7 @@ pub enum NumberType {
     Bf16,
     /// Products as sums of three products of halves, about as exact as `f32`; on CPUs alone.
     Bf16x3,
-    /// Half of it, with more digits and less range.
+    /// Half of it, with more digits and less range; on GPUs alone.
     F16,
 }
 
@@ -94,7 +95,9 @@ impl NumberType {
             (Self::Bf16x3, true) => packed("bf16x3", Precision::Bf16x3),
             (Self::Bf16x3, false) => Err(ModelError::Config("dtype is bf16x3, which is for CPUs; use f32 or bf16".to_owned())),
             (Self::Bf16, false) => Ok(Numbers { stored: DType::BF16, packed: None }),
-            (Self::F16, _) => Ok(Numbers { stored: DType::F16, packed: None }),
+            (Self::F16, false) => Ok(Numbers { stored: DType::F16, packed: None }),
+            // candle's products in f16 differ with the number of rows: a caption would hang on its batch.
+            (Self::F16, true) => Err(ModelError::Config("dtype is f16, which is for GPUs; use f32, bf16x3 or bf16".to_owned())),
         }
     }
 }
@@ -266,6 +269,13 @@ pub fn stored_files(folder: &Path) -> Result<Vec<&'static str>, ModelError> {
         names.push(files::TOKENIZER_CONFIG);
     }
     Ok(names)
+}
+
+/// Whether [`write_checkpoint`] writes a file of this name.
+#[must_use]
+pub fn is_checkpoint_file(name: &OsStr) -> bool {
+    let written = [files::CONFIG, files::WEIGHTS, files::TOKENIZER, files::PREPROCESSOR, files::TOKENIZER_CONFIG];
+    written.iter().any(|file| name == *file)
 }
 
 /// Writes the checkpoint in `folder`, of whatever format, into a new or empty folder as transformers saves one: `config.json`,

@@ -1,5 +1,6 @@
 //! Rows of `samples` as pixels.
 
+use std::io::Cursor;
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
@@ -7,6 +8,7 @@ use capfilt_models::preprocess::{Pixels, Preprocessor};
 use capfilt_runtime::{RowStream, StageError, on_rayon};
 use capfilt_schemas::{FetchStatus, RowStatus, column};
 use futures::{Stream, StreamExt, stream};
+use image::{DynamicImage, ImageDecoder, ImageReader, ImageResult, Limits};
 use rayon::prelude::*;
 use tokio::sync::mpsc;
 
@@ -57,8 +59,18 @@ fn prepare(batch: &RecordBatch, preprocessors: &[Preprocessor]) -> Result<Vec<Ro
 
 /// An image file, decoded once, as every model wants it; or why it cannot be.
 pub(crate) fn views(bytes: &[u8], preprocessors: &[Preprocessor]) -> Result<Views, String> {
-    let image = image::load_from_memory(bytes).map_err(|e| e.to_string())?.into_rgb8();
+    let image = decode(bytes).map_err(|e| e.to_string())?.into_rgb8();
     preprocessors.iter().map(|preprocessor| preprocessor.prepare(&image).map_err(|e| e.to_string())).collect()
+}
+
+/// Decodes an image file and turns it as it says; those of a download are turned already.
+fn decode(bytes: &[u8]) -> ImageResult<DynamicImage> {
+    let mut decoder = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.into_decoder()?;
+    Limits::default().reserve(decoder.total_bytes())?;
+    let orientation = decoder.orientation()?;
+    let mut image = DynamicImage::from_decoder(decoder)?;
+    image.apply_orientation(orientation);
+    Ok(image)
 }
 
 /// The images as one model wants them: the first view of each, and so on; the views are taken.
