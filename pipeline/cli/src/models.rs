@@ -417,7 +417,43 @@ fn history(events: &[AliasEvent]) -> String {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn an_export_appears_whole_and_replaces_a_checkpoint_alone() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/checkpoints/captioner");
+        let place = tempfile::tempdir().unwrap();
+        let path = |name: &str| place.path().join(name);
+        let refused = |target: &Path, overwrite: bool| match export(&model, target, overwrite) {
+            Err(Failure::Usage(why)) => why,
+            other => panic!("{other:?}"),
+        };
+        export(&model, &path("new/folder"), false).unwrap();
+        let whole = |folder: &Path| capfilt_vision::check_checkpoint(folder, Some("captioner")).is_ok();
+        assert!(whole(&path("new/folder")));
+        assert!(refused(&path("new/folder"), false).contains("--overwrite"));
+        export(&model, &path("new/folder"), true).unwrap();
+        assert!(whole(&path("new/folder")));
+
+        // What is no checkpoint stays, whatever is asked for.
+        std::fs::create_dir(path("store")).unwrap();
+        std::fs::write(path("store/store.json"), "{}").unwrap();
+        assert!(refused(&path("store"), true).contains("store.json"));
+        std::fs::write(path("a file"), "mine").unwrap();
+        assert!(refused(&path("a file"), true).contains("no folder"));
+        assert_eq!(std::fs::read_to_string(path("a file")).unwrap(), "mine");
+        std::os::unix::fs::symlink(path("store"), path("link")).unwrap();
+        assert!(refused(&path("link"), true).contains("no folder"));
+
+        // Killed after the old checkpoint had gone aside: the next export begins by putting it back.
+        let aside = path("new/.folder.capfilt-export");
+        std::fs::create_dir_all(&aside).unwrap();
+        std::fs::rename(path("new/folder"), aside.join("old")).unwrap();
+        assert!(refused(&path("new/folder"), false).contains("--overwrite"));
+        export(&model, &path("new/folder"), true).unwrap();
+        assert!(whole(&path("new/folder")) && !aside.exists());
+    }
 
     #[test]
     fn each_rollback_goes_further_back() {

@@ -110,7 +110,7 @@ fn what_cannot_be_is_refused_with_a_reason() {
     refused(&["caption", "--model", "no/such/folder"], "neither a folder nor a name of the hub", 2);
     refused(&["caption", "--model", &captioner, "--num-beams", "3"], "strategy", 2);
     refused(&["caption", "--model", &captioner, "--temperature", "0"], "greedy", 2);
-    refused(&["caption", "--model", &captioner, "--device", "tpu"], "no device `tpu`", 1);
+    refused(&["caption", "--model", &captioner, "--device", "tpu"], "device `tpu`", 1);
     refused(&["score", "--model", &filter], "no text", 2);
     refused(&["score", "--model", &filter, "--model", &filter, "--text", "a dog"], "one of each kind", 1);
 }

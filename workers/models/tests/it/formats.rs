@@ -333,3 +333,22 @@ fn configs_that_no_machine_could_hold_are_refused() {
         assert!(text.contains(part), "{text}");
     }
 }
+
+#[test]
+fn the_bias_of_the_head_counts_under_either_name() {
+    const BIAS: &str = "text_decoder.cls.predictions.bias";
+    let folder = copy("captioner");
+    let path = folder.path().join("model.safetensors");
+    let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+    let other = (&tensors[BIAS] + 1.0).unwrap();
+    // As transformers has it: that of the head, if there are both.
+    tensors.insert("text_decoder.cls.predictions.decoder.bias".to_owned(), other.clone());
+    for both in [true, false] {
+        if !both {
+            tensors.remove(BIAS);
+        }
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        let read = Checkpoint::open(folder.path()).unwrap().weights().read(BIAS, &Device::Cpu).unwrap();
+        assert_eq!(read.to_vec1::<f32>().unwrap(), other.to_vec1::<f32>().unwrap());
+    }
+}
