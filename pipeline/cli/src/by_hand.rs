@@ -15,8 +15,10 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::args::StoreArgs;
 use crate::models::{CheckpointFolder, Source, checkpoint};
 use crate::output::{Failure, complain, say, table};
+use crate::store::open;
 
 /// Images that go through a model together, and after which answers are shown.
 const TOGETHER: usize = 16;
@@ -30,6 +32,9 @@ pub(crate) struct HandArgs {
     /// Image files, or folders with image files
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
+    /// A store, or a config that names one: a model of it can then be named by its role or the first characters of its digest
+    #[arg(long, short, value_name = "STORE|CONFIG")]
+    store: Option<String>,
     /// Where the model runs: `cpu`, `cuda` or `cuda:N`
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -178,7 +183,7 @@ impl CaptionArgs {
 pub(crate) async fn caption(args: CaptionArgs) -> Result<ExitCode, Failure> {
     let config = CaptionConfig { seed: args.seed, sampling: args.sampling(), dtype: args.hand.dtype() };
     config.check().map_err(|e| Failure::Usage(e.to_string()))?;
-    let folder = model(&args.model).await?;
+    let folder = model(&args.model, &args.hand).await?;
     let work = move || {
         let captioner = ImageCaptioner::open(&folder.path, &config, &args.hand.worker()).with_context(|| unfit(&folder.path))?;
         each(
@@ -200,7 +205,7 @@ pub(crate) async fn score(args: ScoreArgs) -> Result<ExitCode, Failure> {
     let texts = texts(&args)?;
     let mut folders = Vec::new();
     for name in &args.model {
-        folders.push(model(name).await?);
+        folders.push(model(name, &args.hand).await?);
     }
     let first_token = match args.first_token {
         FirstTokenArg::Enc => ItmToken::Enc,
@@ -219,9 +224,13 @@ pub(crate) async fn score(args: ScoreArgs) -> Result<ExitCode, Failure> {
     on_blocking(work).await.map_err(anyhow::Error::from)?
 }
 
-/// The folder of a model that a person names: a folder, or a name of the hub.
-async fn model(name: &str) -> Result<CheckpointFolder, Failure> {
-    checkpoint(&Source::of_argument(name)?, None).await
+/// The folder of a model that a person names.
+async fn model(name: &str, args: &HandArgs) -> Result<CheckpointFolder, Failure> {
+    let store = match &args.store {
+        Some(store) => Some(open(&StoreArgs { store: store.clone(), json: args.json }).await?),
+        None => None,
+    };
+    checkpoint(&Source::of_argument(name)?, store.as_ref()).await
 }
 
 fn unfit(folder: &Path) -> String {

@@ -258,6 +258,9 @@ impl RunConfig {
         self.worker.crawler.check().map_err(|e| usage(&e))?;
         self.worker.vision.check().map_err(|e| usage(&format!("worker.vision.device: {e}")))?;
         self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
+        for (section, dtype) in [("caption", self.caption.dtype), ("score", self.score.dtype)] {
+            self.worker.vision.check_dtype(dtype).map_err(|e| usage(&format!("[{section}] {e}")))?;
+        }
         if self.discover.sources.is_empty() && self.annotated.sources.is_empty() {
             return Err(Failure::Usage("nothing says where pairs come from; add [[discover.sources]]".to_owned()));
         }

@@ -191,7 +191,8 @@ pub(crate) async fn checkpoint(source: &Source, store: Option<&Store>) -> Result
             Ok(CheckpointFolder { path: copy.path().to_owned(), _copy: Some(copy) })
         }
         (Source::Store(_) | Source::Promoted, _) => {
-            Err(Failure::Usage(format!("`{source}` is neither a folder nor a name of the hub (`owner/name`)")))
+            let what = "is neither a folder nor a name of the hub (`owner/name`); for a model of a store, name it with --store";
+            Err(Failure::Usage(format!("`{source}` {what}")))
         }
     }
 }

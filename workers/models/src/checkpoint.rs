@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::clip::{Clip, ClipConfig, ClipFamily, ClipTokenizer, ClipVision, openclip};
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result, TensorProblem, TensorProblems};
-use crate::files::{CONFIG, Files, OPEN_CLIP_CONFIG, TOKENIZER_CONFIG, WEIGHTS};
+use crate::files::{CONFIG, Files, OPEN_CLIP_CONFIG, PREPROCESSOR, TOKENIZER_CONFIG, WEIGHTS};
 use crate::med::{Med, Parts};
 use crate::original::{infer_config, is_original, translate};
 use crate::parameters::{Asked, asked_for};
@@ -302,7 +302,7 @@ impl Checkpoint {
             fields.entry("architectures").or_insert_with(|| json!([self.architecture()]));
             fields.entry("model_type").or_insert_with(|| json!("blip"));
         }
-        let preprocessor = match preprocessor_path.exists() {
+        let preprocessor = match preprocessor_path.exists() && preprocessor_path.ends_with(PREPROCESSOR) {
             true => read_text(&preprocessor_path)?,
             false => self.preprocessor()?.to_json(),
         };

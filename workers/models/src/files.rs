@@ -13,6 +13,8 @@ pub const CONFIG: &str = "config.json";
 pub const OPEN_CLIP_CONFIG: &str = "open_clip_config.json";
 /// How an image becomes input.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
+/// The same as a part of a file, as transformers 5 writes it.
+pub const PROCESSOR: &str = "processor_config.json";
 /// How a text becomes input.
 pub const TOKENIZER: &str = "tokenizer.json";
 /// What a tokenizer says besides: how texts of CLIP are padded.
@@ -55,6 +57,9 @@ impl Files {
         let names: BTreeSet<&str> = names.into_iter().filter(|name| !name.contains('/')).collect();
         let there = |wanted: &&str| names.contains(wanted);
         let mut small: Vec<&str> = SMALL.into_iter().filter(there).collect();
+        if !there(&PREPROCESSOR) && there(&PROCESSOR) {
+            small.push(PROCESSOR);
+        }
         if !there(&TOKENIZER) {
             small.extend(VOCABULARIES.into_iter().find(|files| files.iter().all(&there)).into_iter().flatten());
         }
@@ -149,6 +154,13 @@ mod tests {
         assert_eq!(small(&["tokenizer.json", "vocab.txt", "merges.txt", "vocab.json"]), ["tokenizer.json"]);
         assert_eq!(small(&["vocab.json", "merges.txt"]), ["vocab.json", "merges.txt"]);
         assert_eq!(small(&["vocab.json"]), [""; 0]);
+    }
+
+    #[test]
+    fn images_are_prepared_by_one_file() {
+        let small = |names: &[&str]| pick(&[names, &["a.pt"]].concat()).unwrap().small;
+        assert_eq!(small(&[PROCESSOR]), [PROCESSOR]);
+        assert_eq!(small(&[PROCESSOR, PREPROCESSOR]), [PREPROCESSOR]);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{ModelError, Result};
+use crate::files::{PREPROCESSOR, PROCESSOR};
 
 /// Mean and deviation of CLIP's training images, per channel, in units of full brightness.
 const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
@@ -246,14 +247,27 @@ impl Preprocessor {
         Self { fit: Fit::Stretch, filter: FilterType::CatmullRom, side, mean: CLIP_MEAN, std: CLIP_STD }
     }
 
-    /// Reads `preprocessor_config.json` of a checkpoint directory.
+    /// Reads `preprocessor_config.json` of a checkpoint directory, or, where there is none, the `image_processor` of its
+    /// `processor_config.json`.
     ///
     /// # Errors
     /// The file cannot be read or parsed, or asks for a transform that is not implemented.
     pub fn from_dir(dir: &Path) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Processor {
+            image_processor: Value,
+        }
         let path = file(dir);
+        if !path.exists() {
+            let what = format!("{} has no {PREPROCESSOR}; put there that of the model's repository", dir.display());
+            return Err(ModelError::Config(what));
+        }
         let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
-        Self::from_json(&text, &path)
+        if !path.ends_with(PROCESSOR) {
+            return Self::from_json(&text, &path);
+        }
+        let whole: Processor = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
+        Self::from_json(&whole.image_processor.to_string(), &path)
     }
 
     /// From the text of a `preprocessor_config.json`; `path` is for messages.
@@ -392,5 +406,6 @@ impl Preprocessor {
 
 /// The path under which [`Preprocessor::from_dir`] looks.
 pub(crate) fn file(dir: &Path) -> std::path::PathBuf {
-    dir.join("preprocessor_config.json")
+    let (whole, part) = (dir.join(PREPROCESSOR), dir.join(PROCESSOR));
+    if part.exists() && !whole.exists() { part } else { whole }
 }

@@ -36,6 +36,14 @@ impl VisionWorkerConfig {
         check_name(&self.device)
     }
 
+    /// Checks that the device computes in this number type, if one is named.
+    ///
+    /// # Errors
+    /// It does not, and what to use instead.
+    pub fn check_dtype(&self, named: Option<NumberType>) -> Result<(), ModelError> {
+        NumberType::of(named, self.device == "cpu").map(drop)
+    }
+
     /// Checks that this build can work on the device.
     ///
     /// # Errors
@@ -81,23 +89,23 @@ impl NumberType {
     ///
     /// # Errors
     /// The device does not compute so: a result must be what its task names.
-    pub(crate) fn of(named: Option<Self>, device: &Device) -> Result<Numbers, ModelError> {
+    pub(crate) fn of(named: Option<Self>, on_cpu: bool) -> Result<Numbers, ModelError> {
         // A CPU keeps single precision between products, which are what costs time.
         let packed = |name: &str, precision| match has_bf16() {
             true => Ok(Numbers { stored: DType::F32, packed: Some(precision) }),
-            false => Err(ModelError::Config(format!(
+            false => Err(ModelError::Input(format!(
                 "dtype is {name}, but this processor has neither AMX nor AVX-512 instructions for bfloat16; use f32"
             ))),
         };
-        match (named.unwrap_or(Self::F32), device.is_cpu()) {
+        match (named.unwrap_or(Self::F32), on_cpu) {
             (Self::F32, _) => Ok(Numbers { stored: DType::F32, packed: None }),
             (Self::Bf16, true) => packed("bf16", Precision::Bf16),
             (Self::Bf16x3, true) => packed("bf16x3", Precision::Bf16x3),
-            (Self::Bf16x3, false) => Err(ModelError::Config("dtype is bf16x3, which is for CPUs; use f32 or bf16".to_owned())),
+            (Self::Bf16x3, false) => Err(ModelError::Input("dtype is bf16x3, which is for CPUs; use f32 or bf16".to_owned())),
             (Self::Bf16, false) => Ok(Numbers { stored: DType::BF16, packed: None }),
             (Self::F16, false) => Ok(Numbers { stored: DType::F16, packed: None }),
             // candle's products in f16 differ with the number of rows: a caption would hang on its batch.
-            (Self::F16, true) => Err(ModelError::Config("dtype is f16, which is for GPUs; use f32, bf16x3 or bf16".to_owned())),
+            (Self::F16, true) => Err(ModelError::Input("dtype is f16, which is for GPUs; use f32, bf16x3 or bf16".to_owned())),
         }
     }
 }
@@ -184,7 +192,8 @@ pub(crate) fn captioner(
     device: &Device,
 ) -> Result<(Captioner, Preprocessor), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
-    let captioner = Captioner::new(NumberType::of(dtype, device)?.med(&checkpoint, device)?, checkpoint.tokenizer()?, sampling)?;
+    let captioner =
+        Captioner::new(NumberType::of(dtype, device.is_cpu())?.med(&checkpoint, device)?, checkpoint.tokenizer()?, sampling)?;
     Ok((captioner, checkpoint.preprocessor()?))
 }
 
@@ -196,14 +205,17 @@ pub(crate) fn filter(
     device: &Device,
 ) -> Result<(FilterScorer, Preprocessor), ModelError> {
     let checkpoint = Checkpoint::open(folder)?;
-    let filter =
-        FilterScorer::new(NumberType::of(dtype, device)?.med(&checkpoint, device)?, checkpoint.tokenizer()?, first_token)?;
+    let filter = FilterScorer::new(
+        NumberType::of(dtype, device.is_cpu())?.med(&checkpoint, device)?,
+        checkpoint.tokenizer()?,
+        first_token,
+    )?;
     Ok((filter, checkpoint.preprocessor()?))
 }
 
 /// A CLIP and its image transform, from a checkpoint folder.
 pub(crate) fn clip(folder: &Path, dtype: Option<NumberType>, device: &Device) -> Result<(ClipScorer, Preprocessor), ModelError> {
-    let Numbers { stored, packed } = NumberType::of(dtype, device)?;
+    let Numbers { stored, packed } = NumberType::of(dtype, device.is_cpu())?;
     let checkpoint = Checkpoint::open(folder)?;
     let mut clip = checkpoint.clip(device, stored)?;
     packed.map_or(Ok(()), |precision| clip.pack(precision))?;

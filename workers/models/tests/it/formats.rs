@@ -352,3 +352,19 @@ fn the_bias_of_the_head_counts_under_either_name() {
         assert_eq!(read.to_vec1::<f32>().unwrap(), other.to_vec1::<f32>().unwrap());
     }
 }
+
+#[test]
+fn the_image_processor_may_be_a_part_of_a_processor() {
+    let folder = copy("captioner");
+    let path = |name: &str| folder.path().join(name);
+    let whole = r#"{"image_processor_type": "BlipImageProcessor", "resample": 3, "size": {"height": 16, "width": 16}}"#;
+    std::fs::write(path("preprocessor_config.json"), whole).unwrap();
+    let expected = Checkpoint::open(folder.path()).unwrap().preprocessor().unwrap();
+    std::fs::remove_file(path("preprocessor_config.json")).unwrap();
+    let error = Checkpoint::open(folder.path()).unwrap().preprocessor().unwrap_err().to_string();
+    assert!(error.contains("has no preprocessor_config.json"), "{error}");
+    // As transformers 5 writes it.
+    let processor = format!(r#"{{"image_processor": {whole}, "processor_class": "BlipProcessor"}}"#);
+    std::fs::write(path("processor_config.json"), processor).unwrap();
+    assert_eq!(Checkpoint::open(folder.path()).unwrap().preprocessor().unwrap().to_json(), expected.to_json());
+}
