@@ -174,7 +174,7 @@ fn models_are_promoted_and_rolled_back() {
     assert_eq!(again["model"], now);
     let shown = world.json(&["model", "show", "filter", "--store", "store", "--json"]);
     assert_eq!(shown["digest"], now);
-    assert!(shown["trained_by"].is_string());
+    assert!(shown["trained_by"].is_string() && shown["kind"] == "filter (BLIP)", "{shown}");
     // What a person put in service is what the next round works with.
     let first = filters[0]["model"].as_str().unwrap();
     world.json(&["model", "promote", "filter", &first[..12], "--store", "store", "--json"]);
@@ -185,6 +185,9 @@ fn models_are_promoted_and_rolled_back() {
     let (code, said) = world.refuse(&["model", "promote", "captioner", &first[..12], "--store", "store"]);
     assert_eq!(code, 1);
     assert!(said.contains("no usable captioner") && said.contains("text_decoder"), "{said}");
+    let named = format!("models.captioner='{}'", &first[..12]);
+    let (code, said) = world.refuse(&["run", "run.toml", "--set", "run.name=other", "--set", &named]);
+    assert!(code == 1 && said.contains("no usable captioner") && said.contains("text_decoder"), "{said}");
 }
 
 #[test]

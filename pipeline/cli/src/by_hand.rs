@@ -181,6 +181,12 @@ impl CaptionArgs {
 }
 
 pub(crate) async fn caption(args: CaptionArgs) -> Result<ExitCode, Failure> {
+    let nucleus =
+        [("--top-p", args.top_p.is_some()), ("--top-k", args.top_k.is_some()), ("--temperature", args.temperature.is_some())];
+    if let (StrategyArg::Greedy | StrategyArg::Beam, Some((flag, _))) = (args.strategy, nucleus.iter().find(|(_, given)| *given))
+    {
+        return Err(Failure::Usage(format!("{flag} is for the strategy nucleus, which alone draws")));
+    }
     let config = CaptionConfig { seed: args.seed, sampling: args.sampling(), dtype: args.hand.dtype() };
     config.check().map_err(|e| Failure::Usage(e.to_string()))?;
     let folder = model(&args.model, &args.hand).await?;

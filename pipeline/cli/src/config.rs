@@ -246,6 +246,16 @@ impl RunConfig {
         Ok(())
     }
 
+    /// Whether models can work as is asked for, by this program and on this machine.
+    pub(crate) fn check_machine(&self) -> Result<(), Failure> {
+        let vision = &self.worker.vision;
+        vision.check_build().map_err(|e| Failure::Usage(e.to_string()))?;
+        for (section, dtype) in [("caption", self.caption.dtype), ("score", self.score.dtype)] {
+            vision.check_dtype(dtype).map_err(|e| Failure::Usage(format!("[{section}] {e}")))?;
+        }
+        Ok(())
+    }
+
     fn check(&self) -> Result<(), Failure> {
         let usage = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
         self.discover.check().map_err(|e| usage(&e))?;
@@ -258,9 +268,6 @@ impl RunConfig {
         self.worker.crawler.check().map_err(|e| usage(&e))?;
         self.worker.vision.check().map_err(|e| usage(&format!("worker.vision.device: {e}")))?;
         self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
-        for (section, dtype) in [("caption", self.caption.dtype), ("score", self.score.dtype)] {
-            self.worker.vision.check_dtype(dtype).map_err(|e| usage(&format!("[{section}] {e}")))?;
-        }
         if self.discover.sources.is_empty() && self.annotated.sources.is_empty() {
             return Err(Failure::Usage("nothing says where pairs come from; add [[discover.sources]]".to_owned()));
         }

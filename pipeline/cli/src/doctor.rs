@@ -66,8 +66,8 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
             findings.note("config", Ok(format!("run `{}`, {} rounds", config.run.name, config.run.rounds)));
             findings.note("threads", Ok(std::thread::available_parallelism().map_or(1, usize::from).to_string()));
             if config.models.is_some() {
-                let vision = &config.worker.vision;
-                findings.note("device", vision.check_build().map(|()| vision.device.clone()).map_err(|e| e.to_string()));
+                let device = &config.worker.vision.device;
+                findings.note("device", config.check_machine().map(|()| device.clone()).map_err(|e| e.text()));
             }
             files(&config, &mut findings);
             let says = |inputs: Inputs| {
@@ -96,7 +96,10 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
                     }
                     let models = models::of_run(&config, &store, false).await;
                     let says = models.map(|m| match m {
-                        Some(m) => format!("captioner {}, filter {}", m.captioner.short(), m.filter.short()),
+                        Some(m) => {
+                            let clip = m.clip.map_or_else(String::new, |clip| format!(", CLIP {}", clip.short()));
+                            format!("captioner {}, filter {}{clip}", m.captioner.short(), m.filter.short())
+                        }
                         None => "none are needed without rounds".to_owned(),
                     });
                     findings.note("models", says.map_err(|e| e.text()));

@@ -138,11 +138,10 @@ impl Hub {
                 anyhow!("cannot fetch `{name}`: {why}: {missing}; unset it once, or copy the files into the cache")
             });
         }
-        // What a commit holds never changes. Other tools may have fetched a part of it: with a config, a preprocessor and a vocabulary
-        // it is all of it.
+        // What a commit holds never changes. Other tools may have fetched a part of it.
         if is_commit(&name.revision)
             && let Ok(folder) = self.cached(name)
-            && Files::of_folder(&folder).is_ok_and(|files| files.small.len() >= 3)
+            && Files::of_folder(&folder).is_ok_and(|files| files.is_whole())
         {
             return Ok(folder);
         }
@@ -255,7 +254,8 @@ impl Hub {
         let (endpoint, repository) = (&self.endpoint, &name.repository);
         match status(error) {
             Some(401) if self.token.is_none() => {
-                format!("{endpoint} knows no such repository, or it is not public; for one of yours set HF_TOKEN")
+                let why = "knows no such repository, or it is not open to all";
+                format!("{endpoint} {why}; accept its terms there if it has some, and set HF_TOKEN to a token of your account")
             }
             Some(401) => format!("{endpoint} knows no such repository, or does not take the token"),
             Some(403) => {
@@ -327,7 +327,7 @@ impl Fetch<'_> {
         let blob = sibling.blob().map(|blob| blobs.blob_path(blob));
         self.clear(&pointer, blob.as_deref(), sibling);
         if let Some(blob) = &blob
-            && matches!(damage(blob, sibling), Ok(None))
+            && matches!(self.damage(blob, sibling), Ok(None))
         {
             return link(blob, &pointer).with_context(|| format!("cannot write `{}`", pointer.display()));
         }
@@ -340,7 +340,7 @@ impl Fetch<'_> {
             self.clear(&pointer, blob.as_deref(), sibling);
             let download = |api: &Api| self.download(&api.repo(name.at(self.commit)), file);
             match self.doors.ask(download) {
-                Ok(path) => match damage(&path, sibling).with_context(|| format!("cannot read `{}`", path.display()))? {
+                Ok(path) => match self.damage(&path, sibling).with_context(|| format!("cannot read `{}`", path.display()))? {
                     None => return Ok(()),
                     Some(what) => last = what,
                 },
@@ -359,10 +359,35 @@ impl Fetch<'_> {
         repository.download_with_progress(file, meter)
     }
 
+    /// What is wrong with a file that should be the hub's; none if nothing is.
+    fn damage(&self, path: &Path, sibling: &Sibling) -> std::io::Result<Option<String>> {
+        let mut file = std::fs::File::open(path)?;
+        let length = file.metadata()?.len();
+        if let Some(size) = sibling.size
+            && size != length
+        {
+            return Ok(Some(format!("{length} bytes arrived where the hub tells {size}")));
+        }
+        let Some(lfs) = &sibling.lfs else { return Ok(None) };
+        let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+        loop {
+            match file.read(&mut buffer)? {
+                0 => break,
+                read => {
+                    hash.update(&buffer[..read]);
+                    // Nobody waits in vain.
+                    self.moved.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+        let differs = !lfs.sha256.eq_ignore_ascii_case(&format!("{:x}", hash.finalize()));
+        Ok(differs.then(|| "what arrived has another SHA-256 than the hub tells".to_owned()))
+    }
+
     /// Removes what is in the way of a good copy: a damaged one, and a part that is no part of it.
     fn clear(&self, pointer: &Path, blob: Option<&Path>, sibling: &Sibling) {
         for file in std::fs::canonicalize(pointer).ok().as_deref().into_iter().chain(blob) {
-            if file.exists() && !matches!(damage(file, sibling), Ok(None)) {
+            if file.exists() && !matches!(self.damage(file, sibling), Ok(None)) {
                 let _ = std::fs::remove_file(file);
             }
         }
@@ -415,27 +440,6 @@ impl Drop for Meter {
     fn drop(&mut self) {
         self.bar.finish();
     }
-}
-
-/// What is wrong with a file that should be the hub's; none if nothing is.
-fn damage(path: &Path, sibling: &Sibling) -> std::io::Result<Option<String>> {
-    let mut file = std::fs::File::open(path)?;
-    let length = file.metadata()?.len();
-    if let Some(size) = sibling.size
-        && size != length
-    {
-        return Ok(Some(format!("{length} bytes arrived where the hub tells {size}")));
-    }
-    let Some(lfs) = &sibling.lfs else { return Ok(None) };
-    let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
-    loop {
-        match file.read(&mut buffer)? {
-            0 => break,
-            read => hash.update(&buffer[..read]),
-        }
-    }
-    let differs = !lfs.sha256.eq_ignore_ascii_case(&format!("{:x}", hash.finalize()));
-    Ok(differs.then(|| "what arrived has another SHA-256 than the hub tells".to_owned()))
 }
 
 fn is_commit(revision: &str) -> bool {

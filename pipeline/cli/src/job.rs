@@ -46,7 +46,7 @@ impl Job {
     pub(crate) async fn prepare(config: RunConfig) -> Result<Self, Failure> {
         // Before anything is written.
         if config.run.rounds > 0 {
-            config.worker.vision.check_build().map_err(|e| Failure::Usage(e.to_string()))?;
+            config.check_machine()?;
         }
         let inputs = config.inputs()?;
         let alone = work_dir::lock(&config)?;

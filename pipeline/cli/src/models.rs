@@ -45,7 +45,7 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
             }
             let source = Source::of_argument(&args.model)?;
             let folder = checkpoint(&source, Some(&store)).await?;
-            let digest = import(Some(&store), &folder.path, args.role.as_deref()).await?;
+            let digest = import(Some(&store), &source, &folder.path, args.role.as_deref()).await?;
             let role = args.role.as_deref().unwrap_or(IMPORTED);
             let key = format!("import/{digest}");
             let event = store.set_alias(role, digest, "import", &format!("from {source}"), &key, BTreeMap::new()).await?;
@@ -72,10 +72,10 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
             let model = match &source {
                 Source::Store(name) => {
                     let model = resolve(&store, name).await?;
-                    usable(&folder.path, Some(&args.role)).with_context(|| format!("model {}", model.short()))?;
+                    usable(&source, &folder.path, Some(&args.role))?;
                     model
                 }
-                _ => import(Some(&store), &folder.path, Some(&args.role)).await?,
+                _ => import(Some(&store), &source, &folder.path, Some(&args.role)).await?,
             };
             let event = store.set_alias(&args.role, model, "promote", &args.reason, "", BTreeMap::new()).await?;
             tell(&event, args.store.json)?;
@@ -181,7 +181,8 @@ pub(crate) async fn checkpoint(source: &Source, store: Option<&Store>) -> Result
     match (source, store) {
         (Source::Folder(path), _) => Ok(CheckpointFolder { path: path.clone(), _copy: None }),
         (Source::Hub(name), _) => {
-            let path = Hub::from_env()?.checkpoint(name).await?;
+            let read = || format!("`{name}` is read as a name of the hub; a folder would have to exist, or to begin with `./`");
+            let path = Hub::from_env()?.checkpoint(name).await.with_context(read)?;
             Ok(CheckpointFolder { path, _copy: None })
         }
         (Source::Store(name), Some(store)) => {
@@ -200,40 +201,38 @@ pub(crate) async fn checkpoint(source: &Source, store: Option<&Store>) -> Result
 /// The models of the first round: checkpoints, put into the store if `write`, or what is there already. None if the run has no rounds.
 pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Result<Option<Models>, Failure> {
     let Some(named) = config.models.as_ref().filter(|_| config.run.rounds > 0) else { return Ok(None) };
-    let mut digests = Vec::new();
-    for (role, model) in ROLES.iter().zip([&named.captioner, &named.filter]) {
+    let digest = async |what: &str, model: &str| -> Result<Digest, Failure> {
         let source = Source::of_config(model, Path::new(""))?;
-        let digest = match &source {
-            Source::Promoted => {
-                let event = store.model_in_role(role).await?;
-                let missing = || Failure::Usage(format!("models.{role} is `promoted`, but no model plays that role yet"));
-                digests.push(event.ok_or_else(missing)?.model);
-                continue;
+        match &source {
+            Source::Promoted if ROLES.contains(&what) => {
+                let event = store.model_in_role(what).await?;
+                let missing = || Failure::Usage(format!("models.{what} is `promoted`, but no model plays that role yet"));
+                Ok(event.ok_or_else(missing)?.model)
             }
-            Source::Store(name) => resolve(store, name).await?,
+            Source::Promoted => Err(Failure::Usage(format!("models.{what} is `promoted`, but it plays no role"))),
+            Source::Store(name) => {
+                usable(&source, &checkpoint(&source, Some(store)).await?.path, Some(what))?;
+                resolve(store, name).await
+            }
             Source::Folder(_) | Source::Hub(_) => {
                 let folder = checkpoint(&source, None).await?;
-                import(write.then_some(store), &folder.path, Some(role)).await?
+                import(write.then_some(store), &source, &folder.path, Some(what)).await
             }
-        };
+        }
+    };
+    let captioner = digest(ROLES[0], &named.captioner).await?;
+    let filter = digest(ROLES[1], &named.filter).await?;
+    let clip = match &named.clip {
+        Some(model) => Some(digest("clip", model).await?),
+        None => None,
+    };
+    for (role, digest) in ROLES.iter().zip([captioner, filter]) {
         if write && store.model_in_role(role).await?.is_none() {
             let reason = format!("first model of run {}", config.run.name);
             store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
         }
-        digests.push(digest);
     }
-    let clip = match &named.clip {
-        Some(model) => Some(match Source::of_config(model, Path::new(""))? {
-            Source::Promoted => return Err(Failure::Usage("models.clip is `promoted`, but a CLIP plays no role".to_owned())),
-            Source::Store(name) => resolve(store, &name).await?,
-            source @ (Source::Folder(_) | Source::Hub(_)) => {
-                let folder = checkpoint(&source, None).await?;
-                import(write.then_some(store), &folder.path, Some("clip")).await?
-            }
-        }),
-        None => None,
-    };
-    Ok(Some(Models { captioner: digests[0], filter: digests[1], clip }))
+    Ok(Some(Models { captioner, filter, clip }))
 }
 
 /// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
@@ -255,8 +254,8 @@ pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: Opt
 
 /// Tells a checkpoint folder's digest, and puts it into the store, if one is given and has it not. What is not in the layout of the store
 /// is brought into it.
-async fn import(store: Option<&Store>, folder: &Path, role: Option<&str>) -> Result<Digest, Failure> {
-    usable(folder, role)?;
+async fn import(store: Option<&Store>, source: &Source, folder: &Path, role: Option<&str>) -> Result<Digest, Failure> {
+    usable(source, folder, role)?;
     let written;
     let names = capfilt_vision::stored_files(folder).context("cannot read the checkpoint")?;
     let as_stored = names.iter().all(|name| folder.join(name).is_file());
@@ -329,9 +328,9 @@ fn export(model: &Path, target: &Path, overwrite: bool) -> Result<(), Failure> {
     Ok(written?)
 }
 
-fn usable(folder: &Path, role: Option<&str>) -> anyhow::Result<()> {
+fn usable(source: &Source, folder: &Path, role: Option<&str>) -> anyhow::Result<()> {
     let what = role.unwrap_or("checkpoint");
-    capfilt_vision::check_checkpoint(folder, role).with_context(|| format!("`{}` is no usable {what}", folder.display()))
+    capfilt_vision::check_checkpoint(folder, role).with_context(|| format!("`{source}` is no usable {what}"))
 }
 
 /// The roles, and the list of models without one.
@@ -371,27 +370,33 @@ async fn resolve(store: &Store, name: &str) -> Result<Digest, Failure> {
 
 async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
     let digest = resolve(store, name).await?;
-    let files = store.get_model(&digest).await?;
+    let folder = checkpoint(&Source::Store(name.to_owned()), Some(store)).await?;
+    let kind = capfilt_vision::kind_of(&folder.path).unwrap_or("no usable checkpoint");
+    let entries = std::fs::read_dir(&folder.path).and_then(|all| {
+        let size = |entry: std::fs::DirEntry| Ok((entry.file_name().to_string_lossy().into_owned(), entry.metadata()?.len()));
+        all.map(|entry| entry.and_then(size)).collect()
+    });
+    let sizes: BTreeMap<String, u64> = entries.context("cannot read the model")?;
     let mut events = Vec::new();
     for role in lists() {
         events.extend(store.alias_events(role).await?.into_iter().filter(|e| e.model == digest));
     }
     let trained = store.commits(StageKind::Train).await?.into_iter().find(|c| c.outputs.iter().any(|o| o.digest == digest));
-    let config: serde_json::Value = files.get("config.json").and_then(|b| serde_json::from_slice(b).ok()).unwrap_or_default();
+    let config = std::fs::read(folder.path.join("config.json")).ok();
+    let config: serde_json::Value = config.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
     if as_json {
-        let sizes: BTreeMap<_, _> = files.iter().map(|(n, b)| (n, b.len())).collect();
         return say_json(&json!({
-            "digest": digest, "files": sizes, "config": config, "events": events,
+            "digest": digest, "kind": kind, "files": sizes, "config": config, "events": events,
             "trained_by": trained.map(|c| c.task_id),
         }));
     }
-    say(&format!("model {digest}"));
+    say(&format!("model {digest}: {kind}"));
     match trained {
         Some(c) => say(&format!("trained by task {} of run {}, {}", c.task_id, c.run, moment(c.committed_at_ms))),
         None => say("imported"),
     }
-    for (file, content) in &files {
-        say(&format!("  {file}  {}", bytes(content.len() as u64)));
+    for (file, size) in &sizes {
+        say(&format!("  {file}  {}", bytes(*size)));
     }
     if !events.is_empty() {
         say(&history(&events));

@@ -72,6 +72,34 @@ fn a_bad_image_is_told_of_and_the_others_are_done() {
 }
 
 #[test]
+fn a_setting_of_another_strategy_is_refused() {
+    for setting in [["--top-p", "0.5"], ["--top-k", "3"], ["--temperature", "2"]] {
+        let args = ["caption", "--model", &checkpoint("captioner"), "--strategy", "greedy", setting[0], setting[1]];
+        let out = capfilt(&args, &[&image("rgb.jpg")], "");
+        assert_eq!(out.status.code(), Some(2), "{setting:?}");
+        assert!(String::from_utf8(out.stderr).unwrap().contains(setting[0]), "{setting:?}");
+    }
+}
+
+#[test]
+fn scores_that_are_no_numbers_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(checkpoint("filter")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), folder.path().join(file.file_name())).unwrap();
+    }
+    let path = folder.path().join("model.safetensors");
+    let mut weights = std::fs::read(&path).unwrap();
+    let header = 8 + u64::from_le_bytes(*weights.first_chunk().unwrap()) as usize;
+    weights[header..].fill(0xff);
+    std::fs::write(&path, weights).unwrap();
+    let args = ["score", "--json", "--text", "a dog", "--model", folder.path().to_str().unwrap()];
+    let out = capfilt(&args, &[&image("rgb.jpg")], "");
+    assert_eq!((out.status.code(), out.stdout.len()), (Some(1), 0));
+    assert!(String::from_utf8(out.stderr).unwrap().contains("not a number"));
+}
+
+#[test]
 fn texts_are_scored_from_arguments_and_from_a_list() {
     let model = checkpoint("filter");
     let args = ["score", "--model", &model, "--text", "a picture of a dog", "--texts", "-"];

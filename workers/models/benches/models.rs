@@ -20,7 +20,7 @@ use capfilt_models::device::{DType, Device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::layers::Linear;
 use capfilt_models::med::{Med, Parts};
-use capfilt_models::ops::Precision;
+use capfilt_models::ops::{Precision, has_bf16, has_fast_bf16};
 use capfilt_models::parameters::fresh_tensors;
 use capfilt_models::preprocess::Pixels;
 use capfilt_models::sampling::Sampling;
@@ -42,8 +42,8 @@ const TEXTS: [&str; 2] = ["a grey heron standing in the water of a picture", "a 
 const CAPTION_GFLOP: f64 = 133.3;
 
 /// How numbers are multiplied: our setting and its name, and the peer's number type.
-const NUMBERS: [(Option<Precision>, &str, &str); 3] =
-    [(Some(Precision::Bf16x3), "bf16x3", "float32"), (Some(Precision::Bf16), "bf16", "bfloat16"), (None, "f32", "float32")];
+const NUMBERS: [(Precision, &str, &str); 3] =
+    [(Precision::Bf16x3, "bf16x3", "float32"), (Precision::Bf16, "bf16", "bfloat16"), (Precision::F32, "f32", "float32")];
 
 fn med(config: &MedConfig, parts: Parts, dtype: DType, device: &Device) -> (Med, TextTokenizer) {
     let mut config = config.clone();
@@ -136,9 +136,7 @@ fn measure(name: &str, (ours, theirs): (&str, &str), peer: Option<&mut Peer>, mu
         work(batch);
         batch as f64 / began.elapsed().as_secs_f64()
     };
-    // Without instructions for it, a large batch is no faster and takes minutes.
-    let batches = if ours == "f32" { &BATCHES[..1] } else { &BATCHES[..] };
-    let batch = best_batch(batches, &mut rate);
+    let batch = best_batch(&BATCHES, &mut rate);
     let (mut figures, mut peers) = (Vec::new(), Vec::new());
     let mut peer_name = String::new();
     match peer {
@@ -165,15 +163,13 @@ const LARGE: (usize, usize, usize) = (4096, 3072, 3072);
 const LARGE_GFLOP: f64 = 2.0 * (LARGE.0 * LARGE.1 * LARGE.2) as f64 / 1e9;
 
 /// This machine's rate of one large product, in 10^9 operations a second.
-fn large_product(precision: Option<Precision>) -> f64 {
+fn large_product(precision: Precision) -> f64 {
     use candle_core::Tensor;
     let (m, n, k) = LARGE;
     let x = Tensor::ones((m, k), DType::F32, &Device::Cpu).unwrap();
     let weight = Tensor::ones((n, k), DType::F32, &Device::Cpu).unwrap();
     let mut layer = Linear::new(weight, Tensor::zeros(n, DType::F32, &Device::Cpu).unwrap()).unwrap();
-    if let Some(precision) = precision {
-        layer.pack(precision).unwrap();
-    }
+    layer.pack(precision).unwrap();
     let rate = |_| {
         let began = Instant::now();
         layer.forward(&x).unwrap();
@@ -199,12 +195,17 @@ fn main() {
     let texts = vec![TEXTS.to_vec(); most];
 
     for (precision, ours, theirs) in NUMBERS {
-        if !among(&["f32", "bf16x3", "bf16"], ours) {
+        let made = match precision {
+            Precision::F32 => true,
+            Precision::Bf16 => has_bf16(),
+            Precision::Bf16x3 => has_fast_bf16(),
+        };
+        if !made || !among(&["f32", "bf16x3", "bf16"], ours) {
             continue;
         }
         let captioner = || {
             let (mut med, tokenizer) = med(&MedConfig::base(), Parts::CAPTIONER, DType::F32, &Device::Cpu);
-            precision.map_or(Ok(()), |precision| med.pack(precision)).unwrap();
+            med.pack(precision).unwrap();
             Captioner::new(med, tokenizer, sampling()).unwrap()
         };
         if runs("caption") {
@@ -226,7 +227,7 @@ fn main() {
         if runs("capfilt") {
             let captioner = captioner();
             let (mut med, tokenizer) = med(&MedConfig::base(), Parts::FILTER, DType::F32, &Device::Cpu);
-            precision.map_or(Ok(()), |precision| med.pack(precision)).unwrap();
+            med.pack(precision).unwrap();
             let filter = FilterScorer::new(med, tokenizer, ItmToken::Enc).unwrap();
             measure("capfilt", (ours, theirs), peer.as_mut(), |batch| {
                 captioner.generate(&pictures[..batch], &keys[..batch], 1).unwrap();
@@ -235,7 +236,7 @@ fn main() {
         }
         if runs("clip") {
             let mut clip = clip(r#"{"model_type": "clip"}"#, DType::F32, &Device::Cpu);
-            precision.map_or(Ok(()), |precision| clip.pack(precision)).unwrap();
+            clip.pack(precision).unwrap();
             let pictures = images(most, 224);
             measure("clip", (ours, theirs), peer.as_mut(), |batch| _ = clip.encode_images(&pictures[..batch]).unwrap());
         }

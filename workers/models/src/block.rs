@@ -3,9 +3,8 @@
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::layers::{LayerNorm, Linear, mlp};
-use crate::ops::Activation;
-use crate::ops::{Precision, attention, attention_packed, packed_self_attention};
+use crate::layers::{Around, LayerNorm, Linear, mlp};
+use crate::ops::{Activation, Precision, attention, attention_packed, packed_self_attention};
 
 /// Sizes and kind of a block.
 #[derive(Debug, Clone, Copy)]
@@ -83,7 +82,21 @@ impl Block {
     /// # Errors
     /// Shapes do not fit.
     pub(crate) fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        let x = self.attention.forward_add(x, &self.layer_norm1, mask)?;
+        self.forward_seen(&self.attention.see(x, &self.layer_norm1, mask)?, x)
+    }
+
+    /// [`Self::forward`] without a mask, of which only the first token is wanted: `(b, n, width)` to `(b, 1, width)`.
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub(crate) fn forward_first(&self, x: &Tensor) -> Result<Tensor> {
+        let seen = self.attention.see(x, &self.layer_norm1, None)?;
+        self.forward_seen(&seen.narrow(1, 0, 1)?.contiguous()?, &x.narrow(1, 0, 1)?.contiguous()?)
+    }
+
+    /// What becomes of tokens and what they see.
+    fn forward_seen(&self, seen: &Tensor, x: &Tensor) -> Result<Tensor> {
+        let x = self.attention.output.forward_with(seen, Around::added(x))?;
         self.mlp.forward_add(&x, &self.layer_norm2)
     }
 
@@ -117,17 +130,16 @@ impl SelfAttention {
         self.output.pack(precision)
     }
 
-    /// `x` and what its tokens, normalised, see in each other.
-    fn forward_add(&self, x: &Tensor, norm: &LayerNorm, mask: Option<&Tensor>) -> Result<Tensor> {
-        let mixed = match &self.inputs {
-            Inputs::Fused(qkv) => self.mix(&qkv.forward_normed(x, norm)?, mask)?,
+    /// What the tokens of `x`, normalised, see in each other, before the output layer.
+    fn see(&self, x: &Tensor, norm: &LayerNorm, mask: Option<&Tensor>) -> Result<Tensor> {
+        match &self.inputs {
+            Inputs::Fused(qkv) => self.mix(&qkv.forward_with(x, Around { norm: Some(norm), ..Around::default() })?, mask),
             Inputs::Split(parts) => {
                 let [q, k, v] = &**parts;
                 let normal = norm.forward(x)?;
-                attention(&q.forward(&normal)?, &k.forward(&normal)?, &v.forward(&normal)?, self.heads, self.scale, mask)?
+                attention(&q.forward(&normal)?, &k.forward(&normal)?, &v.forward(&normal)?, self.heads, self.scale, mask)
             }
-        };
-        self.output.forward_add(&mixed, x)
+        }
     }
 
     /// Queries, keys and values side by side to what each token sees.

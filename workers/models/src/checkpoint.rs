@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::clip::{Clip, ClipConfig, ClipFamily, ClipTokenizer, ClipVision, openclip};
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result, TensorProblem, TensorProblems};
-use crate::files::{CONFIG, Files, OPEN_CLIP_CONFIG, PREPROCESSOR, TOKENIZER_CONFIG, WEIGHTS};
+use crate::files::{CONFIG, Files, OPEN_CLIP_CONFIG, PREPROCESSOR, TOKENIZER_CONFIG, WEIGHTS, read_text};
 use crate::med::{Med, Parts};
 use crate::original::{infer_config, is_original, translate};
 use crate::parameters::{Asked, asked_for};
@@ -407,7 +407,7 @@ impl Config {
                 () => Ok(Self::Blip(MedConfig::from_dir(dir)?)),
             };
         }
-        let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+        let text = read_text(&path)?;
         let head: Head = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
         match head.model_type.as_deref() {
             None | Some("blip") => Ok(Self::Blip(MedConfig::from_dir(dir)?)),
@@ -436,10 +436,6 @@ fn blip(config: MedConfig, weights: &Weights) -> Result<Family> {
 
 fn is_constant(name: &str) -> bool {
     CONSTANTS.iter().any(|constant| name.ends_with(constant))
-}
-
-fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })
 }
 
 /// Position embeddings are made for images of one size: a config with another is told so in terms of images.

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{ModelError, Result};
+use crate::files::read_text;
 use crate::ops::Activation;
 
 /// No width, side or vocabulary is larger, so that sizes of tensors can be reckoned with.
@@ -149,7 +150,7 @@ impl MedConfig {
     /// The file cannot be read, does not parse, or describes an impossible model.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+        let text = read_text(&path)?;
         let config: Self = serde_json::from_str(&text).map_err(|source| ModelError::Json { path, source })?;
         config.checked()
     }

@@ -49,7 +49,8 @@ pub struct Files {
 
 impl Files {
     /// Picks the files of a checkpoint from the names of all that there are; those in folders below are none of it. Of several formats of
-    /// weights one is taken: safetensors, safetensors in shards, `.bin`, `.bin` in shards, and then the only `.pth` or `.pt`.
+    /// weights one is taken: safetensors, safetensors in shards, those of OpenCLIP, `.bin`, `.bin` in shards, that of OpenCLIP, and then the only
+    /// `.pth` or `.pt`.
     ///
     /// # Errors
     /// There are no weights, or several `.pth` files; the message goes on after the name of the place.
@@ -87,6 +88,15 @@ impl Files {
         Self::pick(names.iter().map(String::as_str)).map_err(|what| weights_error(folder, what))
     }
 
+    /// Whether a config, the preparation of images and a vocabulary are among them: all that a checkpoint needs beside its weights.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        let has = |names: &[&str]| self.small.iter().any(|file| names.contains(&file.as_str()));
+        has(&[CONFIG, OPEN_CLIP_CONFIG])
+            && has(&[PREPROCESSOR, PROCESSOR, OPEN_CLIP_CONFIG])
+            && has(&[TOKENIZER, "vocab.txt", "merges.txt"])
+    }
+
     /// True if `weights` is an index of shards.
     #[must_use]
     pub fn is_sharded(&self) -> bool {
@@ -107,7 +117,7 @@ pub fn shard_of_tensors(index: &Path) -> Result<BTreeMap<String, String>> {
     if std::fs::metadata(index).map_err(io)?.len() > MAX_INDEX_BYTES {
         return Err(weights_error(index, format!("is longer than {} MiB: that is no index of shards", MAX_INDEX_BYTES >> 20)));
     }
-    let text = std::fs::read_to_string(index).map_err(io)?;
+    let text = read_text(index)?;
     let Index { weight_map } =
         serde_json::from_str(&text).map_err(|source| ModelError::Json { path: index.to_owned(), source })?;
     let outside = |shard: &&String| shard.contains(['/', '\\']) || shard.starts_with('.') || shard.is_empty();
@@ -118,6 +128,11 @@ pub fn shard_of_tensors(index: &Path) -> Result<BTreeMap<String, String>> {
         return Err(weights_error(index, "names no tensors".to_owned()));
     }
     Ok(weight_map)
+}
+
+/// The text of a file of a checkpoint.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })
 }
 
 fn weights_error(path: &Path, what: String) -> ModelError {
@@ -154,6 +169,15 @@ mod tests {
         assert_eq!(small(&["tokenizer.json", "vocab.txt", "merges.txt", "vocab.json"]), ["tokenizer.json"]);
         assert_eq!(small(&["vocab.json", "merges.txt"]), ["vocab.json", "merges.txt"]);
         assert_eq!(small(&["vocab.json"]), [""; 0]);
+    }
+
+    #[test]
+    fn a_part_of_a_checkpoint_is_not_taken_for_all_of_it() {
+        let whole = |names: &[&str]| pick(&[names, &["a.pt"]].concat()).unwrap().is_whole();
+        assert!(whole(&[CONFIG, PREPROCESSOR, "vocab.txt"]) && whole(&[OPEN_CLIP_CONFIG, TOKENIZER]));
+        assert!(
+            !whole(&[CONFIG, TOKENIZER, TOKENIZER_CONFIG]) && !whole(&[PREPROCESSOR, TOKENIZER]) && !whole(&[CONFIG, PROCESSOR])
+        );
     }
 
     #[test]

@@ -71,7 +71,7 @@ impl Linear {
         Self::new(parts(|weight, _| weight.clone())?, parts(|_, bias| bias.clone())?)
     }
 
-    /// Multiplies from now on by the processor's instructions for bfloat16, where there are any; the layer can no longer be trained.
+    /// Multiplies from now on in tiles, where the processor has instructions for this precision; the layer can then no longer be trained.
     ///
     /// # Errors
     /// The weight is not in main memory.
@@ -99,43 +99,41 @@ impl Linear {
     /// # Errors
     /// The last dimension of `x` is not the input width.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.0 {
-            Weights::Tensors { weight, bias } => linear(x, weight, Some(bias)),
-            Weights::Packed(packed) => packed.forward(x, None, None, None),
-        }
+        self.forward_with(x, Around::default())
     }
 
-    /// [`Self::forward`] of `norm(x)`.
+    /// [`Self::forward`] with what comes before and behind it.
     ///
     /// # Errors
-    /// As [`Self::forward`].
-    pub fn forward_normed(&self, x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
-        match &self.0 {
-            Weights::Tensors { .. } => self.forward(&norm.forward(x)?),
-            Weights::Packed(packed) => packed.forward(x, Some(norm), None, None),
-        }
+    /// As [`Self::forward`], or what is added has another shape than the result.
+    pub(crate) fn forward_with(&self, x: &Tensor, around: Around<'_>) -> Result<Tensor> {
+        let Around { norm, activation, added } = around;
+        let (weight, bias) = match &self.0 {
+            Weights::Packed(packed) => return packed.forward(x, norm, activation, added),
+            Weights::Tensors { weight, bias } => (weight, bias),
+        };
+        let y = match norm {
+            Some(norm) => linear(&norm.forward(x)?, weight, Some(bias))?,
+            None => linear(x, weight, Some(bias))?,
+        };
+        let y = activation.map_or(Ok(y.clone()), |activation| activation.forward(&y))?;
+        added.map_or(Ok(y.clone()), |added| y + added)
     }
+}
 
-    /// An activation of [`Self::forward`].
-    ///
-    /// # Errors
-    /// As [`Self::forward`].
-    pub fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        match &self.0 {
-            Weights::Tensors { .. } => activation.forward(&self.forward(x)?),
-            Weights::Packed(packed) => packed.forward(x, None, Some(activation), None),
-        }
-    }
+/// What goes with a dense layer: `activation(norm(x) Wᵀ + b) + added`. Of a packed layer it is one pass.
+#[derive(Default, Clone, Copy)]
+pub(crate) struct Around<'a> {
+    pub(crate) norm: Option<&'a LayerNorm>,
+    pub(crate) activation: Option<Activation>,
+    /// `(.., out)`.
+    pub(crate) added: Option<&'a Tensor>,
+}
 
-    /// [`Self::forward`] and `added` `(.., out)`.
-    ///
-    /// # Errors
-    /// As [`Self::forward`], or `added` has another shape than the result.
-    pub fn forward_add(&self, x: &Tensor, added: &Tensor) -> Result<Tensor> {
-        match &self.0 {
-            Weights::Tensors { .. } => self.forward(x)? + added,
-            Weights::Packed(packed) => packed.forward(x, None, None, Some(added)),
-        }
+impl<'a> Around<'a> {
+    /// An addition alone.
+    pub(crate) fn added(added: &'a Tensor) -> Self {
+        Self { added: Some(added), ..Self::default() }
     }
 }
 
@@ -153,11 +151,8 @@ pub(crate) fn mlp(
     if let (Weights::Packed(first), Weights::Packed(second)) = (&first.0, &second.0) {
         return first.mlp(second, x, norm, activation, Some(added));
     }
-    let hidden = match norm {
-        Some(norm) => first.forward_activated(&norm.forward(x)?, activation)?,
-        None => first.forward_activated(x, activation)?,
-    };
-    second.forward_add(&hidden, added)
+    let hidden = first.forward_with(x, Around { norm, activation: Some(activation), added: None })?;
+    second.forward_with(&hidden, Around::added(added))
 }
 
 /// Layer normalisation over the last dimension, with weight and bias.

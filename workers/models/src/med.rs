@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::config::{MedConfig, TextConfig};
 use crate::error::{ModelError, Result};
-use crate::layers::{LayerNorm, Linear, l2_normalize};
+use crate::layers::{Around, LayerNorm, Linear, l2_normalize};
 use crate::ops::{Activation, Precision};
 use crate::preprocess::Pixels;
 use crate::text::{CrossCache, SelfCache, TextModel, causal_mask, padding_mask};
@@ -92,8 +92,9 @@ impl Med {
         })
     }
 
-    /// Multiplies from now on by the processor's instructions for bfloat16, where it has some; elsewhere nothing changes. The model must be
-    /// in main memory, in f32: what lies between the products stays so. It can no longer be trained.
+    /// Multiplies from now on in tiles, where the processor has instructions for this precision; elsewhere nothing changes. The model must be
+    /// in main memory, in f32: what lies between the products stays so. It can no longer be trained. The
+    /// projections of ITC and the head of ITM stay as they are.
     ///
     /// # Errors
     /// The model is on another device.
@@ -273,7 +274,7 @@ impl Decoder {
 
     /// `(.., d)` to `(.., vocab)`.
     pub(crate) fn logits(&self, states: &Tensor) -> candle_core::Result<Tensor> {
-        let hidden = self.transform.forward_activated(states, Activation::Gelu)?;
+        let hidden = self.transform.forward_with(states, Around { activation: Some(Activation::Gelu), ..Around::default() })?;
         self.vocabulary.forward(&self.layer_norm.forward(&hidden)?)
     }
 }

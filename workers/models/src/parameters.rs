@@ -106,7 +106,7 @@ impl SimpleBackend for Recorder {
             candle_core::bail!("{name} is more than was allowed for");
         }
         drop(asked);
-        // A variable, as in training: no layer packs it.
+        // A variable, as in training: `Linear::new` does not lay it out anew.
         Var::zeros((), dtype, device)?.broadcast_as(shape)
     }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{ModelError, Result};
-use crate::files::{PREPROCESSOR, PROCESSOR};
+use crate::files::{PREPROCESSOR, PROCESSOR, read_text};
 
 /// Mean and deviation of CLIP's training images, per channel, in units of full brightness.
 const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
@@ -96,7 +96,8 @@ enum Fit {
 }
 
 /// Where the middle begins when an odd number of pixels is too many.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 enum Middle {
     /// Half of them, rounded down (transformers).
     Down,
@@ -127,6 +128,9 @@ struct PreprocessorFile {
     do_center_crop: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     crop_size: Option<Size>,
+    /// `even` for OpenCLIP's middle, which transformers does not know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crop_rounding: Option<Middle>,
     do_rescale: bool,
     rescale_factor: f64,
     do_normalize: bool,
@@ -152,6 +156,7 @@ impl Default for PreprocessorFile {
             resample: BICUBIC,
             do_center_crop: None,
             crop_size: None,
+            crop_rounding: None,
             do_rescale: true,
             rescale_factor: 1.0 / 255.0,
             do_normalize: true,
@@ -187,7 +192,7 @@ impl PreprocessorFile {
         let (fit, side) = match (size, stretched) {
             (_, Some(side)) if !crops || side == cropped => (Fit::Stretch, side),
             (Size::Number(edge) | Size::Shortest { shortest_edge: edge }, None) if crops && edge >= cropped => {
-                (Fit::Crop { shortest_edge: edge, middle: Middle::Down }, cropped)
+                (Fit::Crop { shortest_edge: edge, middle: self.crop_rounding.unwrap_or(Middle::Down) }, cropped)
             }
             _ => return Err(format!("resizes to {size:?} and crops to {cropped}, which gives no full square")),
         };
@@ -262,7 +267,7 @@ impl Preprocessor {
             let what = format!("{} has no {PREPROCESSOR}; put there that of the model's repository", dir.display());
             return Err(ModelError::Config(what));
         }
-        let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+        let text = read_text(&path)?;
         if !path.ends_with(PROCESSOR) {
             return Self::from_json(&text, &path);
         }
@@ -295,14 +300,17 @@ impl Preprocessor {
         parsed.preprocessor(side).map_err(|what| ModelError::Config(format!("{} {what}", path.display())))
     }
 
-    /// The text of a `preprocessor_config.json` that [`Self::from_dir`] and transformers read back. It cannot say that OpenCLIP begins the
-    /// middle of an image half a pixel further on where an odd number of pixels is cut off.
+    /// The text of a `preprocessor_config.json` that [`Self::from_dir`] and transformers read back; only transformers passes over it that
+    /// OpenCLIP begins the middle of an image one pixel further on where the pixels cut off leave 3 modulo 4.
     #[must_use]
     pub fn to_json(&self) -> String {
         let square = Size::Rectangle { height: self.side, width: self.side };
-        let (processor, size, crop) = match self.fit {
-            Fit::Stretch => ("BlipImageProcessor", square, None),
-            Fit::Crop { shortest_edge, .. } => ("CLIPImageProcessor", Size::Shortest { shortest_edge }, Some(square)),
+        let (processor, size, crop, rounding) = match self.fit {
+            Fit::Stretch => ("BlipImageProcessor", square, None, None),
+            Fit::Crop { shortest_edge, middle } => {
+                let rounding = (middle == Middle::Even).then_some(middle);
+                ("CLIPImageProcessor", Size::Shortest { shortest_edge }, Some(square), rounding)
+            }
         };
         let file = PreprocessorFile {
             image_processor_type: processor.to_owned(),
@@ -310,6 +318,7 @@ impl Preprocessor {
             resample: if self.filter == FilterType::Bilinear { BILINEAR } else { BICUBIC },
             do_center_crop: crop.map(|_| true),
             crop_size: crop,
+            crop_rounding: rounding,
             image_mean: Some(self.mean),
             image_std: Some(self.std),
             ..PreprocessorFile::default()

@@ -10,8 +10,9 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
 
+use crate::block::attention_scale;
 use crate::config::TextConfig;
-use crate::layers::{Embedding, LayerNorm, Linear, mlp};
+use crate::layers::{Around, Embedding, LayerNorm, Linear, mlp};
 use crate::ops::{Activation, PackedCrossAttention, PackedStates, Precision, attention, attention_split, on_cpu, split_heads};
 
 /// Added to the score of a position that must not be seen (the value of BLIP).
@@ -69,12 +70,18 @@ struct Attention {
     heads: usize,
     scale: f64,
     query: Linear,
-    key: Linear,
-    value: Linear,
+    sources: Sources,
     dense: Linear,
     layer_norm: LayerNorm,
-    /// Cross-attention with the weights of keys and values absorbed, once packed.
-    absorbed: Option<PackedCrossAttention>,
+}
+
+/// How queries meet what they ask.
+#[derive(Debug, Clone)]
+enum Sources {
+    /// By its keys and values.
+    Projected { key: Linear, value: Linear },
+    /// As it is, with the weights of keys and values absorbed: cross-attention, once packed.
+    Absorbed(PackedCrossAttention),
 }
 
 impl TextModel {
@@ -112,8 +119,8 @@ impl TextModel {
     /// # Errors
     /// The width is not the one of the config.
     pub fn cross_cache(&self, image_states: &Tensor) -> Result<CrossCache> {
-        let packed = self.layers.first().and_then(|layer| layer.cross.absorbed.as_ref());
-        if let Some(states) = packed.map(|absorbed| absorbed.states(image_states)).transpose()? {
+        if let Some(Sources::Absorbed(absorbed)) = self.layers.first().map(|layer| &layer.cross.sources) {
+            let states = absorbed.states(image_states)?;
             return Ok(CrossCache { layers: self.layers.iter().map(|_| KeysValues::Packed(states.clone())).collect() });
         }
         let layers = self.layers.iter().map(|layer| {
@@ -231,29 +238,41 @@ impl Attention {
         let d = config.hidden_size;
         Ok(Self {
             heads: config.num_attention_heads,
-            scale: ((d / config.num_attention_heads) as f64).powf(-0.5),
+            scale: attention_scale(d, config.num_attention_heads),
             query: Linear::load(d, d, vb.pp("self.query"))?,
-            key: Linear::load(source, d, vb.pp("self.key"))?,
-            value: Linear::load(source, d, vb.pp("self.value"))?,
+            sources: Sources::Projected {
+                key: Linear::load(source, d, vb.pp("self.key"))?,
+                value: Linear::load(source, d, vb.pp("self.value"))?,
+            },
             dense: Linear::load(d, d, vb.pp("output.dense"))?,
             layer_norm: LayerNorm::load(d, config.layer_norm_eps, vb.pp("output.LayerNorm"))?,
-            absorbed: None,
         })
     }
 
     fn pack(&mut self, precision: Precision) -> Result<()> {
-        [&mut self.query, &mut self.key, &mut self.value, &mut self.dense].into_iter().try_for_each(|layer| layer.pack(precision))
+        if let Sources::Projected { key, value } = &mut self.sources {
+            key.pack(precision)?;
+            value.pack(precision)?;
+        }
+        self.query.pack(precision)?;
+        self.dense.pack(precision)
     }
 
     /// `(b, n, source)` to keys and values `(b, n, d)`.
     fn keys_values(&self, source: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok((self.key.forward(source)?, self.value.forward(source)?))
+        match &self.sources {
+            Sources::Projected { key, value } => Ok((key.forward(source)?, value.forward(source)?)),
+            Sources::Absorbed(_) => candle_core::bail!("a packed model makes no keys and values of an image"),
+        }
     }
 
     /// Takes the weights of keys and values over to the side of the queries; before they are packed.
     fn absorb(&mut self, precision: Precision) -> Result<()> {
-        if let (Some((key, _)), Some((value, bias))) = (self.key.tensors(), self.value.tensors()) {
-            self.absorbed = PackedCrossAttention::new(key, value, bias, self.heads, self.scale, precision)?;
+        if let Sources::Projected { key, value } = &self.sources
+            && let (Some((key, _)), Some((value, bias))) = (key.tensors(), value.tensors())
+            && let Some(absorbed) = PackedCrossAttention::new(key, value, bias, self.heads, self.scale, precision)?
+        {
+            self.sources = Sources::Absorbed(absorbed);
         }
         Ok(())
     }
@@ -275,16 +294,16 @@ impl Attention {
         let mixed = match images {
             KeysValues::Tensors(k, v) => attention(&q, k, v, self.heads, self.scale, None)?,
             KeysValues::Split(k, v) => attention_split(&q, k, v, self.scale)?,
-            KeysValues::Packed(states) => match &self.absorbed {
-                Some(absorbed) => absorbed.attend(&q, states)?,
-                None => candle_core::bail!("the states of the images are for a packed model"),
+            KeysValues::Packed(states) => match &self.sources {
+                Sources::Absorbed(absorbed) => absorbed.attend(&q, states)?,
+                Sources::Projected { .. } => candle_core::bail!("the states of the images are for a packed model"),
             },
         };
         self.output(x, &mixed.reshape((rows, t, d))?)
     }
 
     fn output(&self, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
-        self.layer_norm.forward(&self.dense.forward_add(mixed, x)?)
+        self.layer_norm.forward(&self.dense.forward_with(mixed, Around::added(x))?)
     }
 }
 

@@ -16,6 +16,7 @@ use tokenizers::{
 
 use crate::config::TextConfig;
 use crate::error::{ModelError, Result};
+use crate::files::read_text;
 use crate::special;
 
 /// Words that a cleaned caption keeps at most (`max_words` of BLIP's `pre_caption`).
@@ -119,21 +120,20 @@ impl TextTokenizer {
     /// The file cannot be read or parsed, has ids outside the vocabulary of the model, or disagrees with the config about a special
     /// token.
     pub fn from_dir(dir: &Path, config: &TextConfig) -> Result<Self> {
-        let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source });
         let (path, vocab) = (file(dir), dir.join("vocab.txt"));
         if path.exists() || !vocab.exists() {
-            return Self::from_json(read(&path)?, config, &path);
+            return Self::from_json(read_text(&path)?, config, &path);
         }
         let settings = dir.join("tokenizer_config.json");
         let lowercase = match settings.exists() {
             true => {
-                let value: Value = serde_json::from_str(&read(&settings)?)
+                let value: Value = serde_json::from_str(&read_text(&settings)?)
                     .map_err(|source| ModelError::Json { path: settings.clone(), source })?;
                 value["do_lower_case"].as_bool().unwrap_or(true)
             }
             false => true,
         };
-        Self::from_json(json_from_vocab(&read(&vocab)?, lowercase), config, &vocab)
+        Self::from_json(json_from_vocab(&read_text(&vocab)?, lowercase), config, &vocab)
     }
 
     /// A tokenizer from the text of a `tokenizer.json`; `path` is for messages.

@@ -101,20 +101,36 @@ impl VisionModel {
     /// # Errors
     /// The images are not `image_size` square.
     pub(crate) fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        self.post_layernorm.forward(&self.through(self.embed(pixels)?, &self.blocks)?)
+    }
+
+    /// The first state of [`Self::forward`], that of the class token: `(b, d)`. The last block leaves the others out.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub(crate) fn forward_first(&self, pixels: &Tensor) -> Result<Tensor> {
+        let x = self.embed(pixels)?;
+        let first = match self.blocks.split_last() {
+            Some((last, blocks)) => last.forward_first(&self.through(x, blocks)?)?,
+            None => x.narrow(1, 0, 1)?.contiguous()?,
+        };
+        self.post_layernorm.forward(&first)?.squeeze(1)
+    }
+
+    /// Pixels to what goes into the first block.
+    fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
         let patches = self.patch.forward(&self.patches(pixels)?)?;
         let b = patches.dim(0)?;
         let states = match &self.class {
             Some(class) => Tensor::cat(&[&class.broadcast_as((b, 1, self.config.hidden_size))?, &patches], 1)?,
             None => patches,
         };
-        let mut x = states.broadcast_add(&self.positions)?;
-        if let Some(norm) = &self.pre_layernorm {
-            x = norm.forward(&x)?;
-        }
-        for block in &self.blocks {
-            x = block.forward(&x, None)?;
-        }
-        self.post_layernorm.forward(&x)
+        let x = states.broadcast_add(&self.positions)?;
+        self.pre_layernorm.as_ref().map_or(Ok(x.clone()), |norm| norm.forward(&x))
+    }
+
+    fn through(&self, x: Tensor, blocks: &[Block]) -> Result<Tensor> {
+        blocks.iter().try_fold(x, |x, block| block.forward(&x, None))
     }
 
     /// `(b, 3, s, s)` to `(b, patches, 3·p·p)`. Pixels to the right and below of the last whole patch are left out, as a convolution does.

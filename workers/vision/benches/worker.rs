@@ -106,11 +106,12 @@ fn peak_memory() -> u64 {
 fn captioner(folder: &Path, sampling: Sampling, dtype: Option<&str>) -> Captioner {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let mut med = checkpoint.med(&Device::Cpu, DType::F32).unwrap();
-    match dtype {
-        Some("bf16") => med.pack(Precision::Bf16).unwrap(),
-        Some("bf16x3") => med.pack(Precision::Bf16x3).unwrap(),
-        _ => {}
-    }
+    let precision = match dtype {
+        Some("bf16") => Precision::Bf16,
+        Some("bf16x3") => Precision::Bf16x3,
+        _ => Precision::F32,
+    };
+    med.pack(precision).unwrap();
     Captioner::new(med, checkpoint.tokenizer().unwrap(), sampling).unwrap()
 }
 

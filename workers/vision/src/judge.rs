@@ -55,6 +55,9 @@ impl Judge {
     }
 
     /// Scores `texts[i]`, each, against `images[i]`. Each image goes through each model once.
+    ///
+    /// # Errors
+    /// A model fails, or what it says is not a number.
     pub(crate) fn score(&self, mut images: Vec<Views>, texts: &[Vec<String>]) -> Result<Vec<Vec<TextScores>>, ModelError> {
         let mut scores: Vec<Vec<TextScores>> = texts.iter().map(|texts| vec![TextScores::default(); texts.len()]).collect();
         if let Some(filter) = &self.filter {
@@ -69,6 +72,18 @@ impl Judge {
                 (text.clip, text.clip_score) = (Some(cosine), Some(clip_score(cosine)));
             }
         }
-        Ok(scores)
+        match scores.iter().flatten().all(TextScores::is_finite) {
+            true => Ok(scores),
+            false => {
+                Err(ModelError::Input("a score is not a number: the weights are damaged, or too large for this dtype".to_owned()))
+            }
+        }
+    }
+}
+
+impl TextScores {
+    fn is_finite(&self) -> bool {
+        let one = [self.itm, self.itc, self.clip, self.clip_score].into_iter().flatten();
+        one.chain(self.itm_logits.into_iter().flatten()).all(f32::is_finite)
     }
 }

@@ -17,8 +17,8 @@ pub use capfilt_models::score::ItmToken;
 pub use capfilt_models::{ModelError, files};
 pub use caption::{CaptionConfig, CaptionStage};
 pub use judge::TextScores;
-pub use model::{NumberType, VisionWorkerConfig, check_checkpoint, is_checkpoint_file, stored_files, write_checkpoint};
+pub use model::{NumberType, VisionWorkerConfig, check_checkpoint, is_checkpoint_file, kind_of, stored_files, write_checkpoint};
 pub use score::{ScoreConfig, ScoreParams, ScoreStage};
 
 /// Raised whenever the same image and model would give other captions or scores than before.
-pub const STAGE_VERSION: u32 = 2;
+pub const STAGE_VERSION: u32 = 3;

@@ -8,7 +8,7 @@ use capfilt_models::checkpoint::{Checkpoint, Family};
 use capfilt_models::clip::ClipScorer;
 use capfilt_models::device::{DType, Device, built_for, check_name, device};
 use capfilt_models::generate::Captioner;
-use capfilt_models::med::Med;
+use capfilt_models::med::{Med, Parts};
 use capfilt_models::ops::{Precision, has_bf16, has_fast_bf16};
 use capfilt_models::preprocess::Preprocessor;
 use capfilt_models::sampling::Sampling;
@@ -19,7 +19,8 @@ use capfilt_schemas::Digest;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
-/// `[worker.vision]`: what changes the speed of captioning and scoring, and not a byte of their output.
+/// `[worker.vision]`: where models run. Another kind of processor or GPU changes the last bits of the same number type, and so now and then a
+/// word: workers of one run should be alike.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VisionWorkerConfig {
@@ -98,7 +99,7 @@ impl NumberType {
             ))),
         };
         match (named.unwrap_or(Self::F32), on_cpu) {
-            (Self::F32, _) => Ok(Numbers { stored: DType::F32, packed: None }),
+            (Self::F32, on_cpu) => Ok(Numbers { stored: DType::F32, packed: on_cpu.then_some(Precision::F32) }),
             (Self::Bf16, true) => packed("bf16", Precision::Bf16),
             (Self::Bf16x3, true) => packed("bf16x3", Precision::Bf16x3),
             (Self::Bf16x3, false) => Err(ModelError::Input("dtype is bf16x3, which is for CPUs; use f32 or bf16".to_owned())),
@@ -228,6 +229,20 @@ pub(crate) fn clip(folder: &Path, dtype: Option<NumberType>, device: &Device) ->
 /// It holds no checkpoint.
 pub(crate) fn is_clip(folder: &Path) -> Result<bool, ModelError> {
     Ok(matches!(Checkpoint::open(folder)?.family(), Family::Clip(_)))
+}
+
+/// What the checkpoint in `folder` is, for people.
+///
+/// # Errors
+/// It holds no checkpoint.
+pub fn kind_of(folder: &Path) -> Result<&'static str, ModelError> {
+    Ok(match Checkpoint::open(folder)?.family() {
+        Family::Blip(_, Parts { decoder: true, encoder: true }) => "captioner and filter (BLIP)",
+        Family::Blip(_, Parts { decoder: true, .. }) => "captioner (BLIP)",
+        Family::Blip(..) => "filter (BLIP)",
+        Family::Vqa(_) => "answers questions (BLIP)",
+        Family::Clip(_) => "CLIP",
+    })
 }
 
 /// Checks that `folder` holds a checkpoint, and one that can play `role` (`captioner`, `filter` or `clip`) if a role is given: every file, every

@@ -373,7 +373,7 @@ async fn refusals_say_what_to_do() {
     let (server, home) = (Server::start().await, TempDir::new().unwrap());
     let (hub, known) = (server.hub(&home), Hub { token: Some("hf_wrong".to_owned()), ..server.hub(&home) });
     for (fault, hub, part) in [
-        (Fault::Status(401), &hub, "knows no such repository, or it is not public; for one of yours set HF_TOKEN"),
+        (Fault::Status(401), &hub, "knows no such repository, or it is not open to all; accept its terms"),
         (Fault::Status(401), &known, "does not take the token"),
         (Fault::Status(403), &hub, "access is restricted; accept the terms at http://127.0.0.1"),
         (Fault::Status(404), &hub, "has no repository `owner/model` with a revision `main`"),

@@ -8,12 +8,8 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{MAX_LAYERS, MAX_SIZE, VisionConfig};
 use crate::error::{ModelError, Result};
+use crate::files::{CONFIG, OPEN_CLIP_CONFIG, read_text};
 use crate::ops::Activation;
-
-/// Hugging Face's file.
-const HUGGING_FACE: &str = "config.json";
-/// OpenCLIP's file.
-const OPEN_CLIP: &str = "open_clip_config.json";
 
 /// How image and text are pooled and compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,9 +135,9 @@ impl ClipConfig {
     /// # Errors
     /// The file cannot be read, does not parse, or describes a model that cannot exist or is not implemented.
     pub fn from_dir(dir: &Path) -> Result<Self> {
-        let open_clip = !dir.join(HUGGING_FACE).exists() && dir.join(OPEN_CLIP).exists();
-        let path = dir.join(if open_clip { OPEN_CLIP } else { HUGGING_FACE });
-        let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+        let open_clip = !dir.join(CONFIG).exists() && dir.join(OPEN_CLIP_CONFIG).exists();
+        let path = dir.join(if open_clip { OPEN_CLIP_CONFIG } else { CONFIG });
+        let text = read_text(&path)?;
         if open_clip { Self::from_open_clip(&text, &path) } else { Self::from_hugging_face(&text, &path) }
     }
 

@@ -136,9 +136,7 @@ impl Clip {
     pub fn image_features(&self, pixels: &Tensor) -> Result<Tensor> {
         let pixels = pixels.to_dtype(self.dtype)?;
         let features = match &self.image {
-            ImageSide::Vit(model, projection) => {
-                projection.forward(&model.forward(&pixels)?.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?)?
-            }
+            ImageSide::Vit(model, projection) => projection.forward(&model.forward_first(&pixels)?)?,
             ImageSide::Siglip(model, head) => head.forward(&model.forward(&pixels)?)?,
             ImageSide::ResNet(model) => model.forward(&pixels)?,
         };

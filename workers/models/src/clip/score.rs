@@ -51,20 +51,16 @@ impl ClipScorer {
         if images.len() != texts.len() {
             return Err(ModelError::Input(format!("{} images but {} lists of texts", images.len(), texts.len())));
         }
-        let wanted: Vec<usize> = (0..images.len()).filter(|&i| !texts[i].is_empty()).collect();
-        if wanted.is_empty() {
-            return Ok(vec![Vec::new(); images.len()]);
+        if images.is_empty() {
+            return Ok(Vec::new());
         }
-        let asked: Vec<Pixels> = wanted.iter().map(|&i| images[i].clone()).collect();
         let flat: Vec<&str> = texts.iter().flatten().map(AsRef::as_ref).collect();
-        let image_features = rows(&self.clip.encode_images(&asked)?)?;
+        let image_features = rows(&self.clip.encode_images(images)?)?;
         let text_features = self.text_features(&flat)?;
-        let mut scores = vec![Vec::new(); images.len()];
         let mut next = text_features.iter();
-        for (&i, image) in wanted.iter().zip(&image_features) {
-            scores[i] = next.by_ref().take(texts[i].len()).map(|text| dot(image, text)).collect();
-        }
-        Ok(scores)
+        let scores_of =
+            |(image, texts): (&Vec<f32>, &Vec<S>)| next.by_ref().take(texts.len()).map(|text| dot(image, text)).collect();
+        Ok(image_features.iter().zip(texts).map(scores_of).collect())
     }
 
     /// The features of texts, of length 1, in their order.

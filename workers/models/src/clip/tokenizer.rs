@@ -7,6 +7,7 @@ use tokenizers::Tokenizer;
 
 use super::ClipFamily;
 use crate::error::{ModelError, Result};
+use crate::files::read_text;
 
 /// What opens and ends a text in CLIP's vocabulary.
 const START: &str = "<|startoftext|>";
@@ -32,16 +33,15 @@ impl ClipTokenizer {
     /// The files cannot be read or parsed, or the tokenizer puts nothing at the end of a text.
     pub fn from_dir(dir: &Path, family: ClipFamily) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.to_owned(), source });
         let merges = dir.join("merges.txt");
         let text = match !path.exists() && merges.exists() {
-            true => Self::json_from_merges(&read(&dir.join("vocab.json"))?, &read(&merges)?, &dir.join("vocab.json"))?,
-            false => read(&path)?,
+            true => Self::json_from_merges(&read_text(&dir.join("vocab.json"))?, &read_text(&merges)?, &dir.join("vocab.json"))?,
+            false => read_text(&path)?,
         };
         let settings = dir.join("tokenizer_config.json");
         let pad = match settings.exists() {
             true => {
-                let value: Value = serde_json::from_str(&read(&settings)?)
+                let value: Value = serde_json::from_str(&read_text(&settings)?)
                     .map_err(|source| ModelError::Json { path: settings.clone(), source })?;
                 let token = &value["pad_token"];
                 token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)

@@ -10,8 +10,6 @@
 mod activation;
 mod attention;
 mod cross_entropy;
-mod gated;
-mod gelu;
 mod kernel;
 mod layer_norm;
 mod linear;
@@ -23,8 +21,6 @@ pub use activation::Activation;
 pub use attention::{attention, attention_packed};
 pub(crate) use attention::{attention_split, split_heads};
 pub use cross_entropy::smoothed_cross_entropy;
-pub use gated::{quick_gelu, tanh_gelu};
-pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub(crate) use tile::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};

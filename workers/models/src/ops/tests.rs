@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::{attention, attention_packed, gelu, layer_norm, linear, quick_gelu, smoothed_cross_entropy, tanh_gelu};
+use super::{Activation, attention, attention_packed, layer_norm, linear, smoothed_cross_entropy};
 
 /// Deterministic numbers in ±`spread`.
 fn random(shape: &[usize], spread: f32, seed: u64) -> Tensor {
@@ -81,17 +81,17 @@ fn layer_norm_equals_its_composed_form() {
 #[test]
 fn the_stand_ins_for_gelu_equal_their_composed_forms() {
     let inputs = [random(&[3, 50, 7], 6.0, 1)];
-    compare(&inputs, 2e-6, |x| quick_gelu(&x[0]), |x| &x[0] / ((&x[0] * -1.702)?.exp()? + 1.0)?);
+    compare(&inputs, 2e-6, |x| Activation::QuickGelu.forward(&x[0]), |x| &x[0] / ((&x[0] * -1.702)?.exp()? + 1.0)?);
     let tanh = |x: &[Tensor]| {
         let inner = ((&x[0] + (x[0].powf(3.0)? * 0.044_715)?)? * (2.0 / std::f64::consts::PI).sqrt())?;
         (&x[0] * 0.5)? * (inner.tanh()? + 1.0)?
     };
-    compare(&inputs, 4e-6, |x| tanh_gelu(&x[0]), tanh);
+    compare(&inputs, 4e-6, |x| Activation::TanhGelu.forward(&x[0]), tanh);
 }
 
 #[test]
 fn gelu_equals_the_exact_form() {
-    compare(&[random(&[7, 300], 6.0, 1)], 2e-6, |x| gelu(&x[0]), |x| x[0].gelu_erf());
+    compare(&[random(&[7, 300], 6.0, 1)], 2e-6, |x| Activation::Gelu.forward(&x[0]), |x| x[0].gelu_erf());
 }
 
 /// Attention from whole matrices, one head at a time.
@@ -192,7 +192,7 @@ fn chain(threads: usize) -> Vec<u32> {
         let b = Var::from_tensor(&random(&[96], 0.3, 3)).unwrap();
         let g = Var::from_tensor(&random(&[32], 1.0, 4)).unwrap();
         let normed = layer_norm(x.as_tensor(), g.as_tensor(), &random(&[32], 1.0, 5), 1e-5).unwrap();
-        let qkv = gelu(&linear(&normed, w.as_tensor(), Some(b.as_tensor())).unwrap()).unwrap();
+        let qkv = Activation::Gelu.forward(&linear(&normed, w.as_tensor(), Some(b.as_tensor())).unwrap()).unwrap();
         let mixed = attention_packed(&qkv, 4, 0.35, None).unwrap().reshape((5 * 65, 32)).unwrap();
         let targets = (0..325).map(|i| (i % 7 != 0).then_some(i % 32)).collect();
         let loss = smoothed_cross_entropy(&mixed, targets, 0.1).unwrap();
@@ -221,7 +221,7 @@ fn other_number_types_take_the_composed_path() {
     let fused = [
         linear(&x, &w, Some(&b)).unwrap(),
         layer_norm(&x, &b, &b, 1e-5).unwrap(),
-        gelu(&x).unwrap(),
+        Activation::Gelu.forward(&x).unwrap(),
         attention(&x, &x, &x, 2, 0.5, None).unwrap(),
         smoothed_cross_entropy(&w, vec![Some(1); 8], 0.1).unwrap(),
     ];
@@ -229,7 +229,7 @@ fn other_number_types_take_the_composed_path() {
     let composed = [
         linear(&x, &w, Some(&b)).unwrap(),
         layer_norm(&x, &b, &b, 1e-5).unwrap(),
-        gelu(&x).unwrap(),
+        Activation::Gelu.forward(&x).unwrap(),
         attention(&x, &x, &x, 2, 0.5, None).unwrap(),
         smoothed_cross_entropy(&w, vec![Some(1); 8], 0.1).unwrap(),
     ];

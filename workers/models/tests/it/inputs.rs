@@ -70,6 +70,10 @@ fn siglip_images_agree() {
 fn open_clip_images_agree() {
     prepared("open_clip", CLIP_DEVIATION, open_clip);
     prepared("open_clip_squash", 0.5, open_clip);
+    // Also once they are in the layout of transformers.
+    let read_back = |text: &str| Preprocessor::from_json(&open_clip(text).to_json(), Path::new("written")).unwrap();
+    prepared("open_clip", CLIP_DEVIATION, read_back);
+    assert_eq!(read_back("{}"), open_clip("{}"));
 }
 
 #[test]

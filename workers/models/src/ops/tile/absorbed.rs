@@ -9,10 +9,9 @@ use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 
 use super::super::kernel::vectorized;
-use super::heads::Heads;
-use super::layout::{EDGE, Tiles};
-use super::math::soften;
-use super::{Block, Instructions, Kernel, Scratch, room};
+use super::heads::{Heads, attend_rows};
+use super::layout::Tiles;
+use super::{Block, Instructions, Kernel, Scratch};
 
 /// The states of one image, as the right side of scores and of what is seen.
 pub(crate) struct States {
@@ -173,36 +172,23 @@ impl NullaryFnOnce for See<'_> {
     #[inline(always)]
     fn call(self) {
         let Self { absorbed, kernel, queries, rows, first, states, scratch, seen } = self;
-        let Scratch { left, between: weights, numbers, more_numbers, .. } = scratch;
+        let Scratch { left, between, numbers, more_numbers, .. } = scratch;
         let (Heads { count, precision, .. }, depth) = (absorbed.heads, absorbed.depth);
-        let (height, width) = kernel.shape();
-        let (score_row, seen_row) = (states.count.next_multiple_of(width), depth.next_multiple_of(width));
-        let (scores, sums) = (room(numbers, height * score_row), room(more_numbers, height * seen_row));
+        let (height, _) = kernel.shape();
         left.begin_left((height, depth), precision);
-        weights.begin_left((height, states.count), precision);
-        let mut begun = 0;
-        for seen in seen.chunks_mut(height * depth) {
-            let block = seen.len() / depth;
-            for row in 0..block {
-                let (text_row, head) = ((begun + row) / count, (begun + row) % count);
+        for (block, seen) in seen.chunks_mut(height * depth).enumerate() {
+            let block_rows = seen.len() / depth;
+            for row in 0..block_rows {
+                let (text_row, head) = ((block * height + row) / count, (block * height + row) % count);
                 left.write_row(row, &queries[(head * rows + first + text_row) * depth..][..depth], 1.0);
             }
-            for column in 0..score_row / width {
-                kernel.multiply((left, 0), (&states.columns, column), &mut scores[column * width..], score_row);
-            }
-            let mut inverse = [0.0; 2 * EDGE];
-            for (row, (scores, inverse)) in scores.chunks_exact_mut(score_row).zip(&mut inverse).enumerate().take(block) {
-                *inverse = soften(scores, states.count, weights, row);
-            }
-            for column in 0..seen_row / width {
-                kernel.multiply((weights, 0), (&states.rows, column), &mut sums[column * width..], seen_row);
-            }
-            for ((seen, sums), inverse) in seen.chunks_exact_mut(depth).zip(sums.chunks_exact(seen_row)).zip(&inverse) {
-                for (seen, sum) in seen.iter_mut().zip(sums) {
+            let (keys, values) = ((&states.columns, states.count), (&states.rows, depth));
+            let room = (&mut *between, &mut *numbers, &mut *more_numbers);
+            attend_rows(kernel, (left, block_rows), keys, values, precision, room, |row, sums, inverse| {
+                for (seen, sum) in seen[row * depth..][..depth].iter_mut().zip(sums) {
                     *seen = sum * inverse;
                 }
-            }
-            begun += block;
+            });
         }
     }
 }

@@ -65,12 +65,13 @@ impl Session {
     /// See [`Kernel::multiply`](super::Kernel::multiply).
     #[inline(always)]
     pub(super) fn multiply(&self, operands: &Operands<'_>, out: &mut [f32], stride: usize) {
-        let &Operands { left, right, steps, pieces } = operands;
+        let &Operands { left, right, steps, pieces, right_stride, add } = operands;
         let size = steps * pieces;
         let (left_blocks, right_blocks) = if self.narrow { (1, 4) } else { (2, 2) };
-        assert!(steps > 0 && left.len() >= left_blocks * size && right.len() >= right_blocks * size);
+        assert!(steps > 0 && left.len() >= left_blocks * size && right.len() >= (right_blocks - 1) * right_stride + size);
         assert!(stride >= right_blocks * EDGE && out.len() >= (left_blocks * EDGE - 1) * stride + right_blocks * EDGE);
-        let args = Args { left: left.as_ptr(), right: right.as_ptr(), size, steps, out: out.as_mut_ptr(), stride };
+        let (left, right, out) = (left.as_ptr(), right.as_ptr(), out.as_mut_ptr());
+        let args = Args { left, right, size, right_stride, steps, add, out, stride };
         // SAFETY: all that the kernels read and write was measured above.
         unsafe {
             match (self.narrow, pieces) {
@@ -93,9 +94,12 @@ impl Drop for Session {
 struct Args {
     left: *const Tile,
     right: *const Tile,
-    /// Tiles of a block.
+    /// Tiles of a left block, and from one right block to the next.
     size: usize,
+    right_stride: usize,
     steps: usize,
+    /// The sums begin with what is there.
+    add: bool,
     out: *mut f32,
     stride: usize,
 }
@@ -105,11 +109,16 @@ macro_rules! wide {
     ($name:ident, $bytes:literal, $($line:literal),+) => {
         #[inline(always)]
         unsafe fn $name(args: Args) {
-            let Args { left, right, size, steps, out, stride } = args;
+            let Args { left, right, size, right_stride, steps, add, out, stride } = args;
             // SAFETY: as the caller promises.
             unsafe {
                 asm!(
+                    "test {add:e}, {add:e}", "jnz 3f",
                     "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                    "jmp 2f",
+                    "3:",
+                    "tileloadd tmm0, [{c0} + {stride}*1]", "tileloadd tmm1, [{c0} + {stride}*1 + 64]",
+                    "tileloadd tmm2, [{c1} + {stride}*1]", "tileloadd tmm3, [{c1} + {stride}*1 + 64]",
                     "2:",
                     $($line,)+
                     concat!("add {a0}, ", $bytes), concat!("add {a1}, ", $bytes),
@@ -118,9 +127,9 @@ macro_rules! wide {
                     "tilestored [{c0} + {stride}*1], tmm0", "tilestored [{c0} + {stride}*1 + 64], tmm1",
                     "tilestored [{c1} + {stride}*1], tmm2", "tilestored [{c1} + {stride}*1 + 64], tmm3",
                     a0 = inout(reg) left => _, a1 = inout(reg) left.add(size) => _,
-                    b0 = inout(reg) right => _, b1 = inout(reg) right.add(size) => _,
+                    b0 = inout(reg) right => _, b1 = inout(reg) right.add(right_stride) => _,
                     c0 = in(reg) out, c1 = in(reg) out.add(EDGE * stride),
-                    steps = inout(reg) steps => _, s = in(reg) DEPTH * size_of::<u16>(), stride = in(reg) stride * size_of::<f32>(),
+                    add = in(reg) u32::from(add), steps = inout(reg) steps => _, s = in(reg) DEPTH * size_of::<u16>(), stride = in(reg) stride * size_of::<f32>(),
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
@@ -174,11 +183,16 @@ macro_rules! narrow {
     ($name:ident, $bytes:literal, $($line:literal),+) => {
         #[inline(always)]
         unsafe fn $name(args: Args) {
-            let Args { left, right, size, steps, out, stride } = args;
+            let Args { left, right, right_stride, steps, add, out, stride, .. } = args;
             // SAFETY: as the caller promises.
             unsafe {
                 asm!(
+                    "test {add:e}, {add:e}", "jnz 3f",
                     "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                    "jmp 2f",
+                    "3:",
+                    "tileloadd tmm0, [{c} + {stride}*1]", "tileloadd tmm1, [{c} + {stride}*1 + 64]",
+                    "tileloadd tmm2, [{c} + {stride}*1 + 128]", "tileloadd tmm3, [{c} + {stride}*1 + 192]",
                     "2:",
                     $($line,)+
                     concat!("add {a}, ", $bytes), concat!("add {b0}, ", $bytes), concat!("add {b1}, ", $bytes),
@@ -187,10 +201,10 @@ macro_rules! narrow {
                     "tilestored [{c} + {stride}*1], tmm0", "tilestored [{c} + {stride}*1 + 64], tmm1",
                     "tilestored [{c} + {stride}*1 + 128], tmm2", "tilestored [{c} + {stride}*1 + 192], tmm3",
                     a = inout(reg) left => _,
-                    b0 = inout(reg) right => _, b1 = inout(reg) right.add(size) => _,
-                    b2 = inout(reg) right.add(2 * size) => _, b3 = inout(reg) right.add(3 * size) => _,
+                    b0 = inout(reg) right => _, b1 = inout(reg) right.add(right_stride) => _,
+                    b2 = inout(reg) right.add(2 * right_stride) => _, b3 = inout(reg) right.add(3 * right_stride) => _,
                     c = in(reg) out,
-                    steps = inout(reg) steps => _, s = in(reg) DEPTH * size_of::<u16>(), stride = in(reg) stride * size_of::<f32>(),
+                    add = in(reg) u32::from(add), steps = inout(reg) steps => _, s = in(reg) DEPTH * size_of::<u16>(), stride = in(reg) stride * size_of::<f32>(),
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),

@@ -2,8 +2,8 @@
 #![allow(unsafe_code, reason = "instructions that only some processors have; loads are bounded by the size of a tile")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-    _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    _mm512_setzero_ps, _mm512_storeu_ps,
 };
 use std::mem::transmute;
 
@@ -26,11 +26,17 @@ pub(super) fn multiply(operands: &Operands<'_>, out: &mut [f32], stride: usize) 
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn blocks(operands: &Operands<'_>, out: &mut [f32], stride: usize) {
-    let &Operands { left, right, steps, pieces } = operands;
-    let (upper, lower) = right.split_at(steps * pieces);
+    let &Operands { left, right, steps, pieces, right_stride, add: added } = operands;
+    let (upper, lower) = (&right[..steps * pieces], &right[right_stride..][..steps * pieces]);
     for (half, left) in left.chunks_exact(steps * pieces).enumerate().take(2) {
         for first in (0..EDGE).step_by(ROWS) {
             let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+            if added {
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let out = &out[(half * EDGE + first + row) * stride..][..2 * EDGE];
+                    *sums = [load_sums(&out[..EDGE]), load_sums(&out[EDGE..])];
+                }
+            }
             for ((left, upper), lower) in
                 left.chunks_exact(pieces).zip(upper.chunks_exact(pieces)).zip(lower.chunks_exact(pieces))
             {
@@ -82,6 +88,14 @@ fn load(tile: &Tile, pair: usize) -> __m512bh {
 fn bf16(bits: __m512i) -> __m512bh {
     // SAFETY: both are 512 bits without invalid patterns.
     unsafe { transmute::<__m512, __m512bh>(_mm512_castsi512_ps(bits)) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_sums(sums: &[f32]) -> __m512 {
+    assert!(sums.len() >= EDGE);
+    // SAFETY: there are 16 numbers.
+    unsafe { _mm512_loadu_ps(sums.as_ptr()) }
 }
 
 #[inline]

@@ -27,13 +27,6 @@ pub(crate) struct Tokens<'a> {
     pub(crate) stride: usize,
 }
 
-/// Makes `k_tiles` and `v_tiles` the keys and values of one head.
-fn fill(k_tiles: &mut Tiles, v_tiles: &mut Tiles, keys: usize, (k, v): (Tokens<'_>, Tokens<'_>), heads: Heads, head: usize) {
-    let Heads { width, precision, .. } = heads;
-    k_tiles.fill_columns(&k.numbers[head * width..], (keys, width), k.stride, precision);
-    v_tiles.fill_rows(&v.numbers[head * width..], (keys, width), v.stride, precision);
-}
-
 /// Attention of one sequence to itself, `tokens` of them: `softmax(q · kᵀ · scale) · v` for every head, into `out`, which is
 /// `(tokens, count · width)`.
 pub(super) fn attend_itself(
@@ -44,34 +37,25 @@ pub(super) fn attend_itself(
     heads: Heads,
     out: &mut [f32],
 ) {
+    let Heads { count, width, precision, .. } = heads;
     let kernel = Kernel::start(instructions, tokens);
-    Scratch::lend(|Scratch { left, between: weights, keys: k_tiles, values: v_tiles, numbers, more_numbers }| {
-        for head in 0..heads.count {
-            fill(k_tiles, v_tiles, tokens, (k, v), heads, head);
-            let room = Room { left: &mut *left, weights: &mut *weights, scores: &mut *numbers, mixed: &mut *more_numbers };
-            vectorized(Attend { keys: tokens, k: k_tiles, v: v_tiles, kernel: &kernel, q, heads, head, room, out: &mut *out });
+    Scratch::lend(|scratch| {
+        for first in (0..count).map(|head| head * width) {
+            scratch.keys.fill_columns(&k.numbers[first..], (tokens, width), k.stride, precision);
+            scratch.values.fill_rows(&v.numbers[first..], (tokens, width), v.stride, precision);
+            vectorized(Attend { tokens, kernel: &kernel, q, heads, first, scratch: &mut *scratch, out: &mut *out });
         }
     });
 }
 
-/// What one head is worked on in.
-struct Room<'a> {
-    left: &'a mut Tiles,
-    weights: &'a mut Tiles,
-    scores: &'a mut Vec<f32>,
-    mixed: &'a mut Vec<f32>,
-}
-
-/// All queries of `out` and one head.
+/// All queries and the head that begins at column `first`, whose keys and values are in `scratch`.
 struct Attend<'a> {
-    keys: usize,
-    k: &'a Tiles,
-    v: &'a Tiles,
+    tokens: usize,
     kernel: &'a Kernel,
     q: Tokens<'a>,
     heads: Heads,
-    head: usize,
-    room: Room<'a>,
+    first: usize,
+    scratch: &'a mut Scratch,
     out: &'a mut [f32],
 }
 
@@ -80,34 +64,51 @@ impl NullaryFnOnce for Attend<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { keys, k, v, kernel, q, heads, head, room: Room { left, weights, scores, mixed }, out } = self;
-        let Heads { count, width, scale, precision } = heads;
-        let total = count * width;
-        let queries = out.len() / total;
-        let (height, columns) = kernel.shape();
-        // Columns of the scores and of the mixed values, whole blocks; those beyond the keys and the width are never read.
-        let (score_row, mixed_row) = (keys.next_multiple_of(columns), width.next_multiple_of(columns));
-        let (scores, mixed) = (room(scores, height * score_row), room(mixed, height * mixed_row));
-        weights.begin_left((height, keys), precision);
-        for first in (0..queries).step_by(height) {
-            let rows = (queries - first).min(height);
-            left.fill_left(&q.numbers[first * q.stride + head * width..], (rows, width), q.stride, scale, precision);
-            for column in 0..score_row / columns {
-                kernel.multiply((left, 0), (k, column), &mut scores[column * columns..], score_row);
-            }
-            let mut inverse = [0.0; 2 * EDGE];
-            for (row, (scores, inverse)) in scores.chunks_exact_mut(score_row).zip(&mut inverse).enumerate().take(rows) {
-                *inverse = soften(scores, keys, weights, row);
-            }
-            for column in 0..mixed_row / columns {
-                kernel.multiply((weights, 0), (v, column), &mut mixed[column * columns..], mixed_row);
-            }
-            for (row, (mixed, inverse)) in mixed.chunks_exact(mixed_row).zip(&inverse).enumerate().take(rows) {
-                let out = &mut out[(first + row) * total + head * width..][..width];
-                for (out, mixed) in out.iter_mut().zip(mixed) {
-                    *out = mixed * inverse;
+        let Self { tokens, kernel, q, heads: Heads { count, width, scale, precision }, first, scratch, out } = self;
+        let Scratch { left, between, keys, values, numbers, more_numbers } = scratch;
+        let (height, _) = kernel.shape();
+        for begin in (0..tokens).step_by(height) {
+            let rows = (tokens - begin).min(height);
+            left.fill_left(&q.numbers[begin * q.stride + first..], (rows, width), q.stride, scale, precision);
+            let room = (&mut *between, &mut *numbers, &mut *more_numbers);
+            attend_rows(kernel, (left, rows), (keys, tokens), (values, width), precision, room, |row, sums, inverse| {
+                let out = &mut out[(begin + row) * count * width + first..][..width];
+                for (out, sum) in out.iter_mut().zip(sums) {
+                    *out = sum * inverse;
                 }
-            }
+            });
         }
+    }
+}
+
+/// Attention of up to a block of rows, the queries of `left`, to `count` keys and as many values of `width`. Each row is handed on as its
+/// number, sums of values, and what these are yet to be multiplied with.
+#[inline(always)]
+pub(super) fn attend_rows(
+    kernel: &Kernel,
+    (left, rows): (&Tiles, usize),
+    (keys, count): (&Tiles, usize),
+    (values, width): (&Tiles, usize),
+    precision: Precision,
+    (weights, scores, sums): (&mut Tiles, &mut Vec<f32>, &mut Vec<f32>),
+    mut then: impl FnMut(usize, &[f32], f32),
+) {
+    let (height, columns) = kernel.shape();
+    // Whole blocks; what lies beyond the keys and the width is never read.
+    let (score_row, sum_row) = (count.next_multiple_of(columns), width.next_multiple_of(columns));
+    let (scores, sums) = (room(scores, height * score_row), room(sums, height * sum_row));
+    for column in 0..score_row / columns {
+        kernel.multiply((left, 0), (keys, column), &mut scores[column * columns..], score_row);
+    }
+    weights.begin_left((height, count), precision);
+    let mut inverse = [0.0; 2 * EDGE];
+    for (row, (scores, inverse)) in scores.chunks_exact_mut(score_row).zip(&mut inverse).enumerate().take(rows) {
+        *inverse = soften(scores, count, weights, row);
+    }
+    for column in 0..sum_row / columns {
+        kernel.multiply((weights, 0), (values, column), &mut sums[column * columns..], sum_row);
+    }
+    for (row, (sums, inverse)) in sums.chunks_exact(sum_row).zip(inverse).enumerate().take(rows) {
+        then(row, &sums[..width], inverse);
     }
 }

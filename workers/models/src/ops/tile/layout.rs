@@ -1,9 +1,10 @@
-//! Matrices cut into tiles of bfloat16: the operands of a [`Kernel`](super::Kernel).
+//! Matrices cut into tiles: the operands of a [`Kernel`](super::Kernel).
 //!
-//! A tile is 1 KiB. Of a left side it is 16 rows of 32 numbers. Of a right side it is 32 rows of 16 columns, two rows interleaved, since the
-//! processor multiplies pairs: number `(row, column)` is at `row / 2 · 32 + 2 · column + row % 2`. Where a matrix ends within a tile, zeros
-//! follow.
+//! A tile is 1 KiB: 512 numbers of bfloat16. Of a left side it is 16 rows of 32 numbers. Of a right side it is 32 rows of 16 columns, two rows
+//! interleaved, since the processor multiplies pairs: number `(row, column)` is at `row / 2 · 32 + 2 · column + row % 2`. Numbers of f32 fill
+//! two tiles, row by row on either side. Where a matrix ends within a tile, zeros follow.
 
+use bytemuck::{Pod, Zeroable};
 use pulp::NullaryFnOnce;
 
 use super::super::kernel::vectorized;
@@ -14,12 +15,24 @@ pub(super) const EDGE: usize = 16;
 pub(super) const DEPTH: usize = 32;
 
 /// One tile.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(super) struct Tile(pub(super) [u16; EDGE * DEPTH]);
 
 impl Tile {
     pub(super) const ZERO: Self = Self([0; EDGE * DEPTH]);
+}
+
+/// Tiles of f32: for each step [`EDGE`] by [`DEPTH`] numbers.
+#[inline(always)]
+pub(super) fn singles(tiles: &[Tile]) -> &[[f32; EDGE * DEPTH]] {
+    bytemuck::cast_slice::<_, f32>(tiles).as_chunks().0
+}
+
+/// The numbers of a step, which is of f32.
+#[inline(always)]
+fn singles_mut(step: &mut [Tile]) -> &mut [f32] {
+    bytemuck::cast_slice_mut(step)
 }
 
 /// How exact products are.
@@ -30,14 +43,16 @@ pub enum Precision {
     /// Both sides are the sum of two bfloat16 numbers (16 bits of mantissa), and three of their four products are added: what
     /// `torch.set_float32_matmul_precision("high")` calls bfloat16x3.
     Bf16x3,
+    /// Both sides are taken as they are.
+    F32,
 }
 
 impl Precision {
-    /// bfloat16 numbers that stand for one number.
+    /// Tiles that [`EDGE`] by [`DEPTH`] numbers fill: for each number one or two of bfloat16, or one as long as two.
     pub(super) const fn pieces(self) -> usize {
         match self {
             Self::Bf16 => 1,
-            Self::Bf16x3 => 2,
+            Self::Bf16x3 | Self::F32 => 2,
         }
     }
 }
@@ -51,7 +66,10 @@ pub(super) struct Tiles {
     pub(super) tiles: Vec<Tile>,
     /// Steps along the depth.
     pub(super) steps: usize,
+    /// Tiles of a step.
     pub(super) pieces: usize,
+    /// Whether they hold f32.
+    single: bool,
 }
 
 impl Tiles {
@@ -64,7 +82,7 @@ impl Tiles {
     /// Room for `blocks` blocks of `depth`. What is in it has no meaning: whoever fills it writes whole tiles of a right side, and whole rows
     /// of a left one, whose other rows are computed with and never read.
     fn reshape(&mut self, blocks: usize, depth: usize, precision: Precision) {
-        (self.steps, self.pieces) = (depth.div_ceil(DEPTH), precision.pieces());
+        (self.steps, self.pieces, self.single) = (depth.div_ceil(DEPTH), precision.pieces(), precision == Precision::F32);
         let count = blocks * self.steps * self.pieces;
         if self.tiles.len() < count {
             self.tiles.resize(count, Tile::ZERO);
@@ -86,7 +104,7 @@ impl Tiles {
         scale: f32,
         precision: Precision,
     ) {
-        self.reshape(rows.div_ceil(2 * EDGE) * 2, depth, precision);
+        self.begin_left((rows, depth), precision);
         for row in 0..rows {
             self.write_row(row, &from[row * stride..][..depth], scale);
         }
@@ -116,7 +134,12 @@ impl Tiles {
     #[inline(always)]
     pub(super) fn write_step(&mut self, row: usize, step: usize, numbers: &[f32; DEPTH]) {
         let first = ((row / EDGE) * self.steps + step) * self.pieces;
-        pieces(numbers, &mut self.tiles[first..first + self.pieces], row % EDGE * DEPTH);
+        let (step, at) = (&mut self.tiles[first..first + self.pieces], row % EDGE * DEPTH);
+        if self.single {
+            singles_mut(step)[at..][..DEPTH].copy_from_slice(numbers);
+        } else {
+            pieces(numbers, step, at);
+        }
     }
 
     /// Makes this the right side whose columns are `columns` rows of `depth` numbers in `from`, `stride` apart: the weight of a layer, or keys.
@@ -151,12 +174,14 @@ pub(super) fn widen(x: u16) -> f32 {
 /// Writes the pieces of 32 numbers, the first of which is rounded to the nearest, the second what is then left.
 #[inline(always)]
 fn pieces(numbers: &[f32; DEPTH], tiles: &mut [Tile], at: usize) {
-    let mut rest = *numbers;
-    for tile in tiles {
-        let out = &mut tile.0[at..][..DEPTH];
-        for (out, rest) in out.iter_mut().zip(&mut rest) {
-            *out = round(*rest);
-            *rest -= widen(*out);
+    let Some((first, rest)) = tiles.split_first_mut() else { return };
+    let first = &mut first.0[at..][..DEPTH];
+    for (out, number) in first.iter_mut().zip(numbers) {
+        *out = round(*number);
+    }
+    if let Some(second) = rest.first_mut() {
+        for ((out, number), first) in second.0[at..][..DEPTH].iter_mut().zip(numbers).zip(first) {
+            *out = round(number - widen(*first));
         }
     }
 }
@@ -176,7 +201,7 @@ impl NullaryFnOnce for FillColumns<'_> {
     #[inline(always)]
     fn call(self) {
         let Self { tiles, blocks, from, columns, depth, stride } = self;
-        let (steps, count) = (tiles.steps, tiles.pieces);
+        let Tiles { steps, pieces: count, single, .. } = *tiles;
         // One column's numbers as they would lie in a left side; their pairs then go to every 16th pair of the tile.
         let mut row = [Tile::ZERO; 2];
         for (block, tiles) in tiles.tiles.chunks_exact_mut(steps * count).enumerate().take(blocks) {
@@ -188,6 +213,12 @@ impl NullaryFnOnce for FillColumns<'_> {
                     let mut numbers = [0.0; DEPTH];
                     let length = part.len().min(DEPTH);
                     numbers[..length].copy_from_slice(&part[..length]);
+                    if single {
+                        for (out, number) in singles_mut(tiles)[column..].iter_mut().step_by(EDGE).zip(numbers) {
+                            *out = number;
+                        }
+                        continue;
+                    }
                     pieces(&numbers, &mut row[..count], 0);
                     for (tile, row) in tiles.iter_mut().zip(&row) {
                         for pair in 0..DEPTH / 2 {
@@ -216,7 +247,7 @@ impl NullaryFnOnce for FillRows<'_> {
     #[inline(always)]
     fn call(self) {
         let Self { tiles, blocks, from, depth, columns, stride } = self;
-        let (steps, count) = (tiles.steps, tiles.pieces);
+        let Tiles { steps, pieces: count, single, .. } = *tiles;
         for (block, tiles) in tiles.tiles.chunks_exact_mut(steps * count).enumerate().take(blocks) {
             let first = block * EDGE;
             let width = columns.saturating_sub(first).min(EDGE);
@@ -230,6 +261,12 @@ impl NullaryFnOnce for FillRows<'_> {
                         numbers
                     };
                     let (upper, lower) = (row(step * DEPTH + 2 * pair), row(step * DEPTH + 2 * pair + 1));
+                    if single {
+                        let out = &mut singles_mut(tiles)[2 * pair * EDGE..][..2 * EDGE];
+                        out[..EDGE].copy_from_slice(&upper);
+                        out[EDGE..].copy_from_slice(&lower);
+                        continue;
+                    }
                     let mut numbers = [0.0; DEPTH];
                     for column in 0..EDGE {
                         numbers[2 * column] = upper[column];

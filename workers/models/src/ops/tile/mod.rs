@@ -1,12 +1,14 @@
-//! Products of matrices of bfloat16 with sums in f32, by the instructions that processors have for them.
+//! Products of matrices that lie in tiles, with sums in f32: of bfloat16 by the instructions that processors have for them, and of f32.
 //!
-//! candle's CPU backend has no such product. On a processor with AMX it is about six times as fast as one of f32.
+//! candle's CPU backend has no product of bfloat16. On a processor with AMX it is about six times as fast as one of f32. What lies in tiles is
+//! laid out once, and what comes before and behind a product is done while its rows are in the cache.
 
 mod absorbed;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod fma;
 mod heads;
 mod layout;
 mod math;
@@ -23,12 +25,16 @@ pub(crate) use ops::{PackedCrossAttention, PackedLinear, PackedStates, packed_se
 
 use layout::{EDGE, Tile, Tiles};
 
-/// What is multiplied: some blocks of a left and of a right side, each block `steps` steps of `pieces` tiles.
+/// What is multiplied: some blocks of a left and of a right side, `steps` steps of `pieces` tiles.
 struct Operands<'a> {
     left: &'a [Tile],
     right: &'a [Tile],
     steps: usize,
     pieces: usize,
+    /// Tiles from one right block to the next: it may go on in depth. Those on the left do not.
+    right_stride: usize,
+    /// The product is added to what is there.
+    add: bool,
 }
 
 /// Room that a thread works in, kept from one product to the next: fresh memory costs as much as some of the work.
@@ -74,13 +80,14 @@ impl Block {
     const ZERO: Self = Self([0.0; 4 * EDGE * EDGE]);
 }
 
-/// The instructions of this processor for such products; where there are none the type has no value.
+/// Instructions for products in tiles; [`Self::found`] says which this processor has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Instructions {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     Amx,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    Fma,
 }
 
 impl Instructions {
@@ -93,6 +100,7 @@ impl Instructions {
                 (amx::available as fn() -> bool, Self::Amx),
                 #[cfg(target_arch = "x86_64")]
                 (avx512::available as fn() -> bool, Self::Avx512),
+                (fma::available, Self::Fma),
             ]
             .into_iter()
             .filter_map(|(available, instructions): (fn() -> bool, Self)| available().then_some(instructions))
@@ -100,21 +108,26 @@ impl Instructions {
         })
     }
 
-    fn best() -> Option<Self> {
-        Self::found().first().copied()
+    /// Whether they make products of this precision.
+    fn makes(self, precision: Precision) -> bool {
+        (self == Self::Fma) == (precision == Precision::F32)
+    }
+
+    fn best(precision: Precision) -> Option<Self> {
+        Self::found().iter().copied().find(|instructions| instructions.makes(precision))
     }
 }
 
 /// Whether this processor multiplies bfloat16 faster than f32.
 #[must_use]
 pub fn has_bf16() -> bool {
-    Instructions::best().is_some()
+    Instructions::best(Precision::Bf16).is_some()
 }
 
 /// Whether it does so even where three products stand for one ([`Precision::Bf16x3`]).
 #[must_use]
 pub fn has_fast_bf16() -> bool {
-    match Instructions::best() {
+    match Instructions::best(Precision::Bf16x3) {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         Some(Instructions::Amx) => true,
         _ => false,
@@ -127,6 +140,8 @@ enum Kernel {
     Amx(amx::Session),
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// For so many rows.
+    Fma(usize),
 }
 
 impl Kernel {
@@ -137,6 +152,7 @@ impl Kernel {
             Instructions::Amx => Self::Amx(amx::Session::start(rows)),
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512 => Self::Avx512,
+            Instructions::Fma => Self::Fma(rows),
         }
     }
 
@@ -146,28 +162,44 @@ impl Kernel {
         match *self {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Self::Amx(ref session) => session.shape(),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => (2 * EDGE, 2 * EDGE),
+            _ => (2 * EDGE, 2 * EDGE),
         }
     }
 
     /// Writes the product of block `row` of the left side and block `column` of the right side, in blocks of [`Self::shape`], into `out`,
     /// whose rows are `stride` apart. Sums run along the depth, in an order that is the same for every row and shape.
     #[inline(always)]
-    fn multiply(&self, (left, row): (&Tiles, usize), (right, column): (&Tiles, usize), out: &mut [f32], stride: usize) {
-        debug_assert_eq!((left.steps, left.pieces), (right.steps, right.pieces));
+    fn multiply(&self, left: (&Tiles, usize), right: (&Tiles, usize), out: &mut [f32], stride: usize) {
+        self.multiply_part(left, right, 0, out, stride);
+    }
+
+    /// [`Self::multiply`] of a left side that is only a part of the depth, which begins at step `first` of the right side. What does not begin
+    /// it is added to `out`, which so becomes the same as in one go.
+    #[inline(always)]
+    fn multiply_part(
+        &self,
+        (left, row): (&Tiles, usize),
+        (right, column): (&Tiles, usize),
+        first: usize,
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        debug_assert!(left.pieces == right.pieces && first + left.steps <= right.steps);
         let (rows, columns) = self.shape();
         let operands = Operands {
             left: left.blocks(row * rows / EDGE),
-            right: right.blocks(column * columns / EDGE),
+            right: &right.blocks(column * columns / EDGE)[first * right.pieces..],
             steps: left.steps,
             pieces: left.pieces,
+            right_stride: right.steps * right.pieces,
+            add: first > 0,
         };
         match *self {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Self::Amx(ref session) => session.multiply(&operands, out, stride),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::multiply(&operands, out, stride),
+            Self::Fma(count) => fma::multiply(&operands, count - row * rows, out, stride),
         }
     }
 }

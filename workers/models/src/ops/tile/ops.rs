@@ -152,7 +152,7 @@ impl PackedCrossAttention {
         let heads = Heads { count: heads, width: total / heads, scale: scale as f32, precision };
         let tensors = [key.contiguous()?, value.contiguous()?, value_bias.contiguous()?];
         with_slices(&tensors.each_ref(), |slices| {
-            Ok(Instructions::best()
+            Ok(Instructions::best(heads.precision)
                 .map(|instructions| Self(Arc::new(Absorbed::new(instructions, slices[0], slices[1], slices[2], heads)))))
         })
     }
@@ -191,7 +191,7 @@ pub(crate) fn packed_self_attention(qkv: &Tensor, heads: usize, scale: f64, prec
     if heads == 0 || triple % (3 * heads) != 0 {
         candle_core::bail!("attention: width {triple} does not hold queries, keys and values of {heads} heads");
     }
-    let Some(instructions) = Instructions::best() else { return Ok(None) };
+    let Some(instructions) = Instructions::best(precision) else { return Ok(None) };
     let total = triple / 3;
     let heads = Heads { count: heads, width: total / heads, scale: scale as f32, precision };
     let qkv = qkv.contiguous()?;

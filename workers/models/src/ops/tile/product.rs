@@ -1,6 +1,7 @@
 //! Products with the weight of a layer, which is in tiles already.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use pulp::NullaryFnOnce;
 use rayon::prelude::*;
@@ -10,12 +11,10 @@ use super::super::kernel::vectorized;
 use super::super::layer_norm::normalize;
 use super::layout::{DEPTH, EDGE, Precision, Tiles};
 use super::math::activate;
-use super::{Block, Instructions, Kernel, Scratch};
+use super::{Block, Instructions, Kernel, Scratch, room};
 
-/// Bytes of the left side that are worked on at a time: they stay in the second-level cache while the weight passes by. In an MLP those
-/// of the second product, whose weight passes by as often as that of the first.
-const LEFT_BYTES: usize = 512 << 10;
-const MLP_BYTES: usize = 1 << 20;
+/// Up to so many rows, threads divide the columns: the weight is what takes the time, and is read once.
+const FEW_ROWS: usize = 4 * ROWS;
 
 /// Rows in which a left side is cut, columns in which a weight is: whole blocks of a kernel, whatever its shape.
 const ROWS: usize = 2 * EDGE;
@@ -89,7 +88,7 @@ impl<'a> Inputs<'a> {
 impl Weights {
     /// From the rows of the weight, one for each output. `None` where the processor has no instructions for it.
     pub(crate) fn new(weight: &[f32], bias: &[f32], precision: Precision) -> Option<Self> {
-        Some(Self::with(Instructions::best()?, weight, bias, precision))
+        Some(Self::with(Instructions::best(precision)?, weight, bias, precision))
     }
 
     pub(super) fn with(instructions: Instructions, weight: &[f32], bias: &[f32], precision: Precision) -> Self {
@@ -115,8 +114,8 @@ impl Weights {
         let outputs = self.outputs();
         let rows = inputs.x.len() / self.inputs.max(1);
         let mut out = vec![0.0; rows * outputs];
-        let size = chunk_rows(rows, self.inputs, self.precision, LEFT_BYTES);
-        if rows > size || outputs < COLUMNS * rayon::current_num_threads() {
+        if rows > FEW_ROWS || outputs < COLUMNS * rayon::current_num_threads() {
+            let size = chunk_rows(rows, self.inputs, self.precision);
             out.par_chunks_mut((size * outputs).max(1)).enumerate().for_each(|(number, out)| {
                 let first = number * size;
                 let inputs = inputs.rows(first..first + out.len() / outputs, self.inputs, outputs);
@@ -147,23 +146,42 @@ impl Weights {
         out
     }
 
-    /// Two layers with an activation in between; what is between them never leaves the cache.
+    /// Two layers with an activation in between. What is between them never leaves the cache: it is made, and used up, some columns at a time.
     pub(crate) fn mlp(&self, second: &Self, inputs: Inputs<'_>, activation: Activation) -> Vec<f32> {
         let outputs = second.outputs();
         let rows = inputs.x.len() / self.inputs.max(1);
+        if rows <= FEW_ROWS {
+            let hidden = self.product(Inputs { added: None, ..inputs }, Some(activation));
+            return second.product(Inputs { x: &hidden, norm: None, added: inputs.added }, None);
+        }
         let mut out = vec![0.0; rows * outputs];
-        let size = chunk_rows(rows, self.outputs, self.precision, MLP_BYTES);
+        let size = chunk_rows(rows, self.inputs, self.precision);
         out.par_chunks_mut((size * outputs).max(1)).enumerate().for_each(|(number, out)| {
             let first = number * size;
             let inputs = inputs.rows(first..first + out.len() / outputs, self.inputs, outputs);
-            let rows = out.len() / outputs;
-            Scratch::lend(|Scratch { left, between: hidden, .. }| {
+            Scratch::lend(|Scratch { left, between: hidden, numbers, .. }| {
                 inputs.fill(left, self.inputs, self.precision);
-                hidden.begin_left((rows, self.outputs()), self.precision);
-                let kernel = Kernel::start(self.instructions, rows);
-                vectorized(Hidden { weights: self, kernel: &kernel, left, rows, activation, hidden });
-                drop(kernel);
-                second.columns(hidden, 0..outputs, None, inputs.added, out);
+                let rows = out.len() / outputs;
+                let sums = room(numbers, rows.next_multiple_of(ROWS) * outputs.next_multiple_of(COLUMNS));
+                let group = self.inputs.next_multiple_of(COLUMNS);
+                for begin in (0..self.outputs()).step_by(group) {
+                    let columns = begin..self.outputs().min(begin + group);
+                    hidden.begin_left((rows, columns.len()), self.precision);
+                    let kernel = Kernel::start(self.instructions, rows);
+                    vectorized(Hidden { weights: self, kernel: &kernel, left, rows, columns, activation, hidden });
+                    let part = Part { first: begin / DEPTH, last: begin + group >= self.outputs(), sums: &mut *sums };
+                    let columns = Columns {
+                        weights: second,
+                        kernel: &kernel,
+                        left: hidden,
+                        columns: 0..outputs,
+                        part: Some(part),
+                        activation: None,
+                        added: inputs.added,
+                        out: &mut *out,
+                    };
+                    vectorized(columns);
+                }
             });
         });
         out
@@ -179,35 +197,48 @@ impl Weights {
         out: &mut [f32],
     ) {
         let kernel = Kernel::start(self.instructions, out.len() / columns.len().max(1));
-        vectorized(Columns { weights: self, kernel: &kernel, left, columns, activation, added, out });
+        vectorized(Columns { weights: self, kernel: &kernel, left, columns, part: None, activation, added, out });
     }
 
     /// Makes the results of `rows` rows and some columns, block by block, and hands them on in parts of a row: the number of the row, that of
-    /// the first column, the numbers. Those of columns behind the last one are what the activation makes of 0.
+    /// the first column, the numbers. Those of columns behind the last one are what the activation makes of 0. Of a part of the depth, only
+    /// the last one is handed on.
     #[inline(always)]
     fn each(
         &self,
         kernel: &Kernel,
         (left, rows): (&Tiles, usize),
         columns: Range<usize>,
+        part: Option<Part<'_>>,
         activation: Option<Activation>,
         mut then: impl FnMut(usize, usize, &[f32; DEPTH]),
     ) {
         let (height, width) = kernel.shape();
         let mut block = Block::ZERO;
+        let (first_step, last, sums) = match part {
+            Some(Part { first, last, sums }) => (first, last, sums),
+            None => (0, true, &mut [][..]),
+        };
+        let mut sums = sums.chunks_exact_mut(height * width);
         for column in columns.clone().step_by(width) {
             let biases = self.bias[column..(column + width).min(columns.end.next_multiple_of(DEPTH))].as_chunks::<DEPTH>().0;
             for first in (0..rows).step_by(height) {
-                kernel.multiply((left, first / height), (&self.right, column / width), &mut block.0, width);
-                for (row, numbers) in block.0.chunks_exact_mut(width).enumerate().take(rows - first) {
-                    for (part, (numbers, bias)) in numbers.as_chunks_mut::<DEPTH>().0.iter_mut().zip(biases).enumerate() {
+                let block = sums.next().unwrap_or(&mut block.0);
+                kernel.multiply_part((left, first / height), (&self.right, column / width), first_step, block, width);
+                if !last {
+                    continue;
+                }
+                for (row, numbers) in block.chunks_exact(width).enumerate().take(rows - first) {
+                    for (part, (numbers, bias)) in numbers.as_chunks::<DEPTH>().0.iter().zip(biases).enumerate() {
+                        // Copies, which the compiler knows to lie apart, and so adds as vectors.
+                        let (mut numbers, bias) = (*numbers, *bias);
                         for (number, bias) in numbers.iter_mut().zip(bias) {
                             *number += bias;
                         }
                         if let Some(activation) = activation {
-                            activate(activation, numbers);
+                            activate(activation, &mut numbers);
                         }
-                        then(first + row, column + part * DEPTH, numbers);
+                        then(first + row, column + part * DEPTH, &numbers);
                     }
                 }
             }
@@ -215,10 +246,38 @@ impl Weights {
     }
 }
 
-/// Rows of a chunk whose left side of this depth stays in the cache; chunks are about equal.
-fn chunk_rows(rows: usize, depth: usize, precision: Precision, bytes: usize) -> usize {
-    let most = (bytes / (depth * 2 * precision.pieces()).max(1)).max(ROWS);
-    rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(ROWS)
+/// A left side that is a part of the depth.
+struct Part<'a> {
+    /// The step at which it begins.
+    first: usize,
+    /// Whether it is the last one.
+    last: bool,
+    /// What is kept from part to part, block by block.
+    sums: &'a mut [f32],
+}
+
+/// Bytes of the left side that are worked on at a time: they stay in the second-level cache of a core while the weight passes by.
+fn left_bytes() -> usize {
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    *BYTES.get_or_init(|| {
+        let size = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index2/size").ok();
+        let kib = size.and_then(|size| size.trim().strip_suffix('K')?.parse().ok()).unwrap_or(1024usize);
+        // The rest is for the weight and for results.
+        (kib << 10) / 4 * 3
+    })
+}
+
+/// Rows of a chunk whose left side of this depth stays in the cache: so many that threads end together.
+fn chunk_rows(rows: usize, depth: usize, precision: Precision) -> usize {
+    let threads = rayon::current_num_threads();
+    let blocks = rows.div_ceil(ROWS);
+    let most = (left_bytes() / (ROWS * depth * 2 * precision.pieces()).max(1)).max(1);
+    // Blocks of the thread that has most of them.
+    let longest = |size: usize| match (blocks / size, blocks % size) {
+        (whole, rest) if whole.is_multiple_of(threads) => whole / threads * size + rest,
+        (whole, _) => (whole / threads + 1) * size,
+    };
+    (1..=most).rev().min_by_key(|&size| longest(size)).unwrap_or(1) * ROWS
 }
 
 struct Columns<'a> {
@@ -226,6 +285,7 @@ struct Columns<'a> {
     kernel: &'a Kernel,
     left: &'a Tiles,
     columns: Range<usize>,
+    part: Option<Part<'a>>,
     activation: Option<Activation>,
     added: Option<&'a [f32]>,
     out: &'a mut [f32],
@@ -236,9 +296,9 @@ impl NullaryFnOnce for Columns<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { weights, kernel, left, columns, activation, added, out } = self;
+        let Self { weights, kernel, left, columns, part, activation, added, out } = self;
         let (outputs, width, start) = (weights.outputs, columns.len(), columns.start);
-        weights.each(kernel, (left, out.len() / width), columns, activation, |row, column, numbers| {
+        weights.each(kernel, (left, out.len() / width), columns, part, activation, |row, column, numbers| {
             let out = &mut out[row * width..][..width][column - start..];
             let added = added.map(|added| &added[row * outputs + column..]);
             // Most are whole: loops of a fixed length are worth it.
@@ -264,6 +324,7 @@ struct Hidden<'a> {
     kernel: &'a Kernel,
     left: &'a Tiles,
     rows: usize,
+    columns: Range<usize>,
     activation: Activation,
     hidden: &'a mut Tiles,
 }
@@ -273,9 +334,10 @@ impl NullaryFnOnce for Hidden<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { weights, kernel, left, rows, activation, hidden } = self;
-        weights.each(kernel, (left, rows), 0..weights.outputs, Some(activation), |row, column, numbers| {
-            hidden.write_step(row, column / DEPTH, numbers);
+        let Self { weights, kernel, left, rows, columns, activation, hidden } = self;
+        let begin = columns.start;
+        weights.each(kernel, (left, rows), columns, None, Some(activation), |row, column, numbers| {
+            hidden.write_step(row, (column - begin) / DEPTH, numbers);
         });
     }
 }
