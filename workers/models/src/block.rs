@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::layers::{Around, LayerNorm, Linear, mlp};
-use crate::ops::{Activation, Precision, attention, attention_packed, packed_self_attention};
+use crate::ops::{Activation, Precision, attention, attention_qkv, packed_self_attention};
 
 /// Sizes and kind of a block.
 #[derive(Debug, Clone, Copy)]
@@ -82,7 +82,7 @@ impl Block {
     /// # Errors
     /// Shapes do not fit.
     pub(crate) fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        self.forward_seen(&self.attention.see(x, &self.layer_norm1, mask)?, x)
+        self.forward_attended(&self.attention.attend(x, &self.layer_norm1, mask)?, x)
     }
 
     /// [`Self::forward`] without a mask, of which only the first token is wanted: `(b, n, width)` to `(b, 1, width)`.
@@ -90,13 +90,13 @@ impl Block {
     /// # Errors
     /// Shapes do not fit.
     pub(crate) fn forward_first(&self, x: &Tensor) -> Result<Tensor> {
-        let seen = self.attention.see(x, &self.layer_norm1, None)?;
-        self.forward_seen(&seen.narrow(1, 0, 1)?.contiguous()?, &x.narrow(1, 0, 1)?.contiguous()?)
+        let context = self.attention.attend(x, &self.layer_norm1, None)?;
+        self.forward_attended(&context.narrow(1, 0, 1)?.contiguous()?, &x.narrow(1, 0, 1)?.contiguous()?)
     }
 
-    /// What becomes of tokens and what they see.
-    fn forward_seen(&self, seen: &Tensor, x: &Tensor) -> Result<Tensor> {
-        let x = self.attention.output.forward_with(seen, Around::added(x))?;
+    /// What becomes of tokens `x` and the context that they attended to.
+    fn forward_attended(&self, context: &Tensor, x: &Tensor) -> Result<Tensor> {
+        let x = self.attention.output.forward_with(context, Around::added(x))?;
         self.mlp.forward_add(&x, &self.layer_norm2)
     }
 
@@ -130,10 +130,10 @@ impl SelfAttention {
         self.output.pack(precision)
     }
 
-    /// What the tokens of `x`, normalised, see in each other, before the output layer.
-    fn see(&self, x: &Tensor, norm: &LayerNorm, mask: Option<&Tensor>) -> Result<Tensor> {
+    /// What the tokens of `x`, normalised, attend to in each other: `softmax(q · kᵀ) · v`, before the output layer.
+    fn attend(&self, x: &Tensor, norm: &LayerNorm, mask: Option<&Tensor>) -> Result<Tensor> {
         match &self.inputs {
-            Inputs::Fused(qkv) => self.mix(&qkv.forward_with(x, Around { norm: Some(norm), ..Around::default() })?, mask),
+            Inputs::Fused(qkv) => self.attend_qkv(&qkv.forward_with(x, Around { norm: Some(norm), ..Around::default() })?, mask),
             Inputs::Split(parts) => {
                 let [q, k, v] = &**parts;
                 let normal = norm.forward(x)?;
@@ -142,14 +142,14 @@ impl SelfAttention {
         }
     }
 
-    /// Queries, keys and values side by side to what each token sees.
-    fn mix(&self, qkv: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    /// [`Self::attend`] with queries, keys and values side by side.
+    fn attend_qkv(&self, qkv: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         if let (Some(precision), None) = (self.precision, mask)
-            && let Some(mixed) = packed_self_attention(qkv, self.heads, self.scale, precision)?
+            && let Some(context) = packed_self_attention(qkv, self.heads, self.scale, precision)?
         {
-            return Ok(mixed);
+            return Ok(context);
         }
-        attention_packed(qkv, self.heads, self.scale, mask)
+        attention_qkv(qkv, self.heads, self.scale, mask)
     }
 }
 

@@ -8,7 +8,7 @@ use crate::error::{ModelError, Result};
 use crate::med::Med;
 use crate::preprocess::Pixels;
 use crate::sampling::{Sampling, Strategy};
-use crate::search::{Search, Written};
+use crate::search::{Hypothesis, Search};
 use crate::text::{CrossCache, SelfCache};
 use crate::tokenizer::TextTokenizer;
 
@@ -112,14 +112,14 @@ impl Captioner {
         Ok(self.write(images, keys, seed)?.into_iter().flatten().map(|caption| caption.ids).collect())
     }
 
-    fn caption_of(&self, written: Written) -> Result<Caption> {
+    fn caption_of(&self, written: Hypothesis) -> Result<Caption> {
         let text = self.tokenizer.decode(&written.ids)?;
         let text = text.strip_prefix(&self.prefix).unwrap_or(&text).trim().to_owned();
         Ok(Caption { text, ids: written.ids, score: written.score })
     }
 
     /// The captions of images that are in the model together.
-    fn decode(&self, images: &[Pixels], keys: &[&str], seed: u64) -> Result<Vec<Vec<Written>>> {
+    fn decode(&self, images: &[Pixels], keys: &[&str], seed: u64) -> Result<Vec<Vec<Hypothesis>>> {
         let states = self.med.encode_images(images)?;
         let mut batch = Batch {
             searches: keys
@@ -131,7 +131,7 @@ impl Captioner {
             tokens: self.med.decoder_self_cache(images.len(), self.sampling.max_length)?,
         };
         drop(states);
-        let mut written: Vec<Vec<Written>> = vec![Vec::new(); images.len()];
+        let mut written: Vec<Vec<Hypothesis>> = vec![Vec::new(); images.len()];
         // One row an image until the texts part.
         let mut fresh = self.prompt.repeat(images.len());
         while !fresh.is_empty() {
@@ -167,7 +167,7 @@ impl Batch<'_> {
     ///
     /// Finished images leave when they are enough to pay for the copy; until then they go along, and what comes of them is not looked
     /// at.
-    fn go_on(&mut self, written: &mut [Vec<Written>]) -> Result<Vec<u32>> {
+    fn go_on(&mut self, written: &mut [Vec<Hypothesis>]) -> Result<Vec<u32>> {
         const WORTH_A_COPY: usize = 4; // one image in four
         let before = self.searches.len();
         let per_image = self.tokens.rows() / before;

@@ -128,7 +128,7 @@ impl Sampling {
 
     /// The exponent of a text's length by which beams are compared.
     #[must_use]
-    pub fn exponent(&self) -> f64 {
+    pub fn length_exponent(&self) -> f64 {
         self.length_penalty.unwrap_or(1.0)
     }
 
@@ -170,8 +170,8 @@ impl Sampling {
                 fail(format!("captions is {}, more than the {} beams; raise num_beams", self.captions, self.beams()))
             }
             // Beyond that, powers of lengths leave the range of numbers.
-            Strategy::Beam if self.exponent().is_nan() || self.exponent().abs() > 10.0 => {
-                fail(format!("length_penalty is {}, it must be from -10 to 10", self.exponent()))
+            Strategy::Beam if self.length_exponent().is_nan() || self.length_exponent().abs() > 10.0 => {
+                fail(format!("length_penalty is {}, it must be from -10 to 10", self.length_exponent()))
             }
             Strategy::Nucleus | Strategy::Greedy | Strategy::Beam => Ok(()),
         }
@@ -217,7 +217,7 @@ mod tests {
         assert_eq!(read("{}").repetition_penalty, 1.1);
         assert_eq!(read(r#"{"strategy": "beam"}"#).repetition_penalty, 1.0);
         let beam = read(r#"{"strategy": "beam", "num_beams": 5, "repetition_penalty": 1.3}"#);
-        assert_eq!((beam.beams(), beam.exponent(), beam.repetition_penalty), (5, 1.0, 1.3));
+        assert_eq!((beam.beams(), beam.length_exponent(), beam.repetition_penalty), (5, 1.0, 1.3));
         assert!(serde_json::from_str::<Sampling>(r#"{"beams": 5}"#).is_err());
     }
 

@@ -7,7 +7,7 @@ use crate::sampling::{Sampling, Strategy};
 
 /// A text and what it is worth.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Written {
+pub(crate) struct Hypothesis {
     /// Tokens, prompt first, and the end token unless the text was cut.
     pub(crate) ids: Vec<u32>,
     /// For beams: log-probability of what follows the prompt, after the repetition penalty, divided by its length to the power of the
@@ -28,7 +28,7 @@ pub(crate) struct Search<'a> {
 
 enum Texts {
     /// Each row is a text of its own; the streams are their randomness, none for greedy ones.
-    Apart { texts: Vec<Text>, streams: Vec<Stream> },
+    Independent { texts: Vec<Text>, streams: Vec<Stream> },
     /// Rows compete.
     Beams(Beams),
 }
@@ -44,11 +44,11 @@ impl<'a> Search<'a> {
         let start = || Text { ids: prompt.to_vec(), done: false };
         let stream = |number: u64| Stream::new("caption", seed, &[key.as_bytes(), &number.to_le_bytes()]);
         let texts = match sampling.strategy {
-            Strategy::Nucleus => Texts::Apart {
+            Strategy::Nucleus => Texts::Independent {
                 texts: (0..sampling.captions).map(|_| start()).collect(),
                 streams: (0..sampling.captions as u64).map(stream).collect(),
             },
-            Strategy::Greedy => Texts::Apart { texts: vec![start()], streams: Vec::new() },
+            Strategy::Greedy => Texts::Independent { texts: vec![start()], streams: Vec::new() },
             Strategy::Beam => Texts::Beams(Beams {
                 running: vec![Beam { ids: prompt.to_vec(), score: 0.0, parent: 0 }],
                 finished: Vec::new(),
@@ -61,7 +61,7 @@ impl<'a> Search<'a> {
     /// Whether no text can change any more.
     pub(crate) fn is_done(&self) -> bool {
         match &self.texts {
-            Texts::Apart { texts, .. } => texts.iter().all(|text| text.done),
+            Texts::Independent { texts, .. } => texts.iter().all(|text| text.done),
             Texts::Beams(beams) => beams.done,
         }
     }
@@ -70,7 +70,7 @@ impl<'a> Search<'a> {
     pub(crate) fn next(&self) -> Vec<(usize, u32)> {
         let newest = |ids: &[u32]| ids.last().copied().unwrap_or(self.end);
         match &self.texts {
-            Texts::Apart { texts, .. } => texts.iter().enumerate().map(|(row, text)| (row, newest(&text.ids))).collect(),
+            Texts::Independent { texts, .. } => texts.iter().enumerate().map(|(row, text)| (row, newest(&text.ids))).collect(),
             Texts::Beams(beams) => beams.running.iter().map(|beam| (beam.parent, newest(&beam.ids))).collect(),
         }
     }
@@ -84,7 +84,7 @@ impl<'a> Search<'a> {
         let Self { sampling, end, prompt, texts } = self;
         match texts {
             Texts::Beams(beams) => beams.step(logits, vocab, sampling, *end, *prompt),
-            Texts::Apart { texts, streams } => {
+            Texts::Independent { texts, streams } => {
                 let shared = texts.len() > 1 && logits.len() == vocab;
                 for (row, text) in texts.iter_mut().enumerate().filter(|(_, text)| !text.done) {
                     let id = if let Some(stream) = streams.get_mut(row) {
@@ -106,12 +106,12 @@ impl<'a> Search<'a> {
     }
 
     /// The texts: as many as captions are wanted, for beams the best first.
-    pub(crate) fn finish(self) -> Vec<Written> {
+    pub(crate) fn finish(self) -> Vec<Hypothesis> {
         match self.texts {
-            Texts::Apart { texts, .. } => texts.into_iter().map(|text| Written { ids: text.ids, score: None }).collect(),
+            Texts::Independent { texts, .. } => texts.into_iter().map(|text| Hypothesis { ids: text.ids, score: None }).collect(),
             Texts::Beams(mut beams) => {
                 beams.finished.truncate(self.sampling.captions);
-                beams.finished.into_iter().map(|(score, ids)| Written { ids, score: Some(score) }).collect()
+                beams.finished.into_iter().map(|(score, ids)| Hypothesis { ids, score: Some(score) }).collect()
             }
         }
     }
@@ -150,7 +150,7 @@ impl Beams {
         candidates.truncate(2 * beams);
 
         let length = self.running.first().map_or(0, |beam| beam.ids.len()) + 1;
-        let share = ((length - prompt) as f64).powf(sampling.exponent()) as f32;
+        let share = ((length - prompt) as f64).powf(sampling.length_exponent()) as f32;
         let cut = length >= sampling.max_length;
         let mut running = Vec::with_capacity(beams);
         for (rank, (score, parent, id)) in candidates.into_iter().enumerate() {

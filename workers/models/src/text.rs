@@ -291,7 +291,7 @@ impl Attention {
         }
         // All texts of an image ask the same keys and values: they go in as one long query.
         let q = self.query.forward(x)?.reshape((count, rows / count * t, d))?;
-        let mixed = match images {
+        let context = match images {
             KeysValues::Tensors(k, v) => attention(&q, k, v, self.heads, self.scale, None)?,
             KeysValues::Split(k, v) => attention_split(&q, k, v, self.scale)?,
             KeysValues::Packed(states) => match &self.sources {
@@ -299,11 +299,11 @@ impl Attention {
                 Sources::Projected { .. } => candle_core::bail!("the states of the images are for a packed model"),
             },
         };
-        self.output(x, &mixed.reshape((rows, t, d))?)
+        self.output(x, &context.reshape((rows, t, d))?)
     }
 
-    fn output(&self, x: &Tensor, mixed: &Tensor) -> Result<Tensor> {
-        self.layer_norm.forward(&self.dense.forward_with(mixed, Around::added(x))?)
+    fn output(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        self.layer_norm.forward(&self.dense.forward_with(context, Around::added(x))?)
     }
 }
 

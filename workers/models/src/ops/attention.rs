@@ -70,7 +70,7 @@ pub(crate) fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
 /// # Errors
 ///
 /// As [`attention`].
-pub fn attention_packed(qkv: &Tensor, heads: usize, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
+pub fn attention_qkv(qkv: &Tensor, heads: usize, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
     let (batch, tokens, triple) = qkv.dims3()?;
     if triple % 3 != 0 {
         candle_core::bail!("attention: width {triple} does not hold queries, keys and values");
@@ -78,7 +78,7 @@ pub fn attention_packed(qkv: &Tensor, heads: usize, scale: f64, mask: Option<&Te
     let total = triple / 3;
     let shape = Heads::new((batch, tokens, tokens, total), heads, scale, mask)?;
     if on_cpu(&[qkv]) {
-        return qkv.contiguous()?.apply_op1(PackedAttention(shape.with(mask)?));
+        return qkv.contiguous()?.apply_op1(QkvAttention(shape.with(mask)?));
     }
     let part = |index: usize| qkv.narrow(D::Minus1, index * total, total);
     composed(&part(0)?, &split_heads(&part(1)?, heads)?, &split_heads(&part(2)?, heads)?, &shape, mask)
@@ -375,9 +375,9 @@ impl CustomOp3 for Attention {
     }
 }
 
-struct PackedAttention(Heads);
+struct QkvAttention(Heads);
 
-impl PackedAttention {
+impl QkvAttention {
     fn parts<'a>(&self, qkv: &'a [f32]) -> [Rows<'a>; 3] {
         let total = self.0.total();
         [0, 1, 2].map(|part| Rows {
@@ -388,7 +388,7 @@ impl PackedAttention {
     }
 }
 
-impl CustomOp1 for PackedAttention {
+impl CustomOp1 for QkvAttention {
     fn name(&self) -> &'static str {
         "packed-attention"
     }

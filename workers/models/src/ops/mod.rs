@@ -18,7 +18,7 @@ mod tests;
 mod tile;
 
 pub use activation::Activation;
-pub use attention::{attention, attention_packed};
+pub use attention::{attention, attention_qkv};
 pub(crate) use attention::{attention_split, split_heads};
 pub use cross_entropy::smoothed_cross_entropy;
 pub use layer_norm::layer_norm;

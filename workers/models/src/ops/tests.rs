@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::{Activation, attention, attention_packed, layer_norm, linear, smoothed_cross_entropy};
+use super::{Activation, attention, attention_qkv, layer_norm, linear, smoothed_cross_entropy};
 
 /// Deterministic numbers in ±`spread`.
 fn random(shape: &[usize], spread: f32, seed: u64) -> Tensor {
@@ -138,7 +138,7 @@ fn packed_attention_equals_plain_matrices() {
     compare(
         &[random(&[3, 21, 36], 2.0, 1)],
         5e-6,
-        |x| attention_packed(&x[0], 2, 0.3, None),
+        |x| attention_qkv(&x[0], 2, 0.3, None),
         |x| {
             let part = |i: usize| x[0].narrow(2, i * 12, 12);
             plain_attention(&part(0)?, &part(1)?, &part(2)?, 2, None)
@@ -152,7 +152,7 @@ fn attention_refuses_shapes_that_do_not_fit() {
     assert!(attention(&q, &k, &k, 5, 1.0, None).is_err());
     assert!(attention(&q, &k, &q, 3, 1.0, None).is_err());
     assert!(attention(&q, &k, &k, 3, 1.0, Some(&random(&[2, 1, 4, 4], 1.0, 3))).is_err());
-    assert!(attention_packed(&random(&[2, 4, 13], 1.0, 1), 1, 1.0, None).is_err());
+    assert!(attention_qkv(&random(&[2, 4, 13], 1.0, 1), 1, 1.0, None).is_err());
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn chain(threads: usize) -> Vec<u32> {
         let g = Var::from_tensor(&random(&[32], 1.0, 4)).unwrap();
         let normed = layer_norm(x.as_tensor(), g.as_tensor(), &random(&[32], 1.0, 5), 1e-5).unwrap();
         let qkv = Activation::Gelu.forward(&linear(&normed, w.as_tensor(), Some(b.as_tensor())).unwrap()).unwrap();
-        let mixed = attention_packed(&qkv, 4, 0.35, None).unwrap().reshape((5 * 65, 32)).unwrap();
+        let mixed = attention_qkv(&qkv, 4, 0.35, None).unwrap().reshape((5 * 65, 32)).unwrap();
         let targets = (0..325).map(|i| (i % 7 != 0).then_some(i % 32)).collect();
         let loss = smoothed_cross_entropy(&mixed, targets, 0.1).unwrap();
         let grads = loss.backward().unwrap();

@@ -6,7 +6,7 @@ use pulp::NullaryFnOnce;
 
 use super::super::kernel::vectorized;
 use super::layout::{EDGE, Precision, Tiles};
-use super::math::soften;
+use super::math::softmax_row;
 use super::{Instructions, Kernel, Scratch, room};
 
 /// How a sequence's width is divided.
@@ -90,7 +90,7 @@ pub(super) fn attend_rows(
     (keys, count): (&Tiles, usize),
     (values, width): (&Tiles, usize),
     precision: Precision,
-    (weights, scores, sums): (&mut Tiles, &mut Vec<f32>, &mut Vec<f32>),
+    (probabilities, scores, sums): (&mut Tiles, &mut Vec<f32>, &mut Vec<f32>),
     mut then: impl FnMut(usize, &[f32], f32),
 ) {
     let (height, columns) = kernel.shape();
@@ -100,13 +100,13 @@ pub(super) fn attend_rows(
     for column in 0..score_row / columns {
         kernel.multiply((left, 0), (keys, column), &mut scores[column * columns..], score_row);
     }
-    weights.begin_left((height, count), precision);
+    probabilities.begin_left((height, count), precision);
     let mut inverse = [0.0; 2 * EDGE];
     for (row, (scores, inverse)) in scores.chunks_exact_mut(score_row).zip(&mut inverse).enumerate().take(rows) {
-        *inverse = soften(scores, count, weights, row);
+        *inverse = softmax_row(scores, count, probabilities, row);
     }
     for column in 0..sum_row / columns {
-        kernel.multiply((weights, 0), (values, column), &mut sums[column * columns..], sum_row);
+        kernel.multiply((probabilities, 0), (values, column), &mut sums[column * columns..], sum_row);
     }
     for (row, (sums, inverse)) in sums.chunks_exact(sum_row).zip(inverse).enumerate().take(rows) {
         then(row, &sums[..width], inverse);

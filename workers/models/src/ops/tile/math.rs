@@ -77,7 +77,7 @@ pub(super) fn activate(activation: Activation, numbers: &mut [f32; DEPTH]) {
 /// Writes the exponentials of a row's first `count` scores, less the largest, into row `row` of a left side, and returns the inverse of their
 /// sum. The scores go on to whole steps; those behind `count` are overwritten.
 #[inline(always)]
-pub(super) fn soften(scores: &mut [f32], count: usize, weights: &mut Tiles, row: usize) -> f32 {
+pub(super) fn softmax_row(scores: &mut [f32], count: usize, probabilities: &mut Tiles, row: usize) -> f32 {
     let end = count.next_multiple_of(DEPTH);
     scores[count..end].fill(f32::NEG_INFINITY);
     let parts = scores[..end].as_chunks::<DEPTH>().0;
@@ -95,7 +95,7 @@ pub(super) fn soften(scores: &mut [f32], count: usize, weights: &mut Tiles, row:
             *number = exp(*number - largest);
             *sum += *number;
         }
-        weights.write_step(row, step, &numbers);
+        probabilities.write_step(row, step, &numbers);
     }
     // In a fixed order that vectorises.
     let mut width = DEPTH / 2;

@@ -121,7 +121,7 @@ impl Weights {
                 let inputs = inputs.rows(first..first + out.len() / outputs, self.inputs, outputs);
                 Scratch::lend(|Scratch { left, .. }| {
                     inputs.fill(left, self.inputs, self.precision);
-                    self.columns(left, 0..outputs, activation, inputs.added, out);
+                    self.columns(left, 0..outputs, None, activation, inputs.added, out);
                 });
             });
             return out;
@@ -133,7 +133,7 @@ impl Weights {
         let part = |number: usize| {
             let columns = number * group..outputs.min((number + 1) * group);
             let mut part = vec![0.0; rows * columns.len()];
-            self.columns(&left, columns, activation, inputs.added, &mut part);
+            self.columns(&left, columns, None, activation, inputs.added, &mut part);
             part
         };
         let parts: Vec<Vec<f32>> = (0..outputs.div_ceil(group)).into_par_iter().map(part).collect();
@@ -167,20 +167,9 @@ impl Weights {
                 for begin in (0..self.outputs()).step_by(group) {
                     let columns = begin..self.outputs().min(begin + group);
                     hidden.begin_left((rows, columns.len()), self.precision);
-                    let kernel = Kernel::start(self.instructions, rows);
-                    vectorized(Hidden { weights: self, kernel: &kernel, left, rows, columns, activation, hidden });
-                    let part = Part { first: begin / DEPTH, last: begin + group >= self.outputs(), sums: &mut *sums };
-                    let columns = Columns {
-                        weights: second,
-                        kernel: &kernel,
-                        left: hidden,
-                        columns: 0..outputs,
-                        part: Some(part),
-                        activation: None,
-                        added: inputs.added,
-                        out: &mut *out,
-                    };
-                    vectorized(columns);
+                    let part = Part { first: begin / DEPTH, last: columns.end == self.outputs(), sums: &mut *sums };
+                    vectorized(Hidden { weights: self, left, rows, columns, activation, hidden: &mut *hidden });
+                    second.columns(hidden, 0..outputs, Some(part), None, inputs.added, out);
                 }
             });
         });
@@ -192,12 +181,12 @@ impl Weights {
         &self,
         left: &Tiles,
         columns: Range<usize>,
+        part: Option<Part<'_>>,
         activation: Option<Activation>,
         added: Option<&[f32]>,
         out: &mut [f32],
     ) {
-        let kernel = Kernel::start(self.instructions, out.len() / columns.len().max(1));
-        vectorized(Columns { weights: self, kernel: &kernel, left, columns, part: None, activation, added, out });
+        vectorized(Columns { weights: self, left, columns, part, activation, added, out });
     }
 
     /// Makes the results of `rows` rows and some columns, block by block, and hands them on in parts of a row: the number of the row, that of
@@ -206,13 +195,13 @@ impl Weights {
     #[inline(always)]
     fn each(
         &self,
-        kernel: &Kernel,
         (left, rows): (&Tiles, usize),
         columns: Range<usize>,
         part: Option<Part<'_>>,
         activation: Option<Activation>,
         mut then: impl FnMut(usize, usize, &[f32; DEPTH]),
     ) {
+        let kernel = Kernel::start(self.instructions, rows);
         let (height, width) = kernel.shape();
         let mut block = Block::ZERO;
         let (first_step, last, sums) = match part {
@@ -282,7 +271,6 @@ fn chunk_rows(rows: usize, depth: usize, precision: Precision) -> usize {
 
 struct Columns<'a> {
     weights: &'a Weights,
-    kernel: &'a Kernel,
     left: &'a Tiles,
     columns: Range<usize>,
     part: Option<Part<'a>>,
@@ -296,17 +284,19 @@ impl NullaryFnOnce for Columns<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { weights, kernel, left, columns, part, activation, added, out } = self;
+        let Self { weights, left, columns, part, activation, added, out } = self;
         let (outputs, width, start) = (weights.outputs, columns.len(), columns.start);
-        weights.each(kernel, (left, out.len() / width), columns, part, activation, |row, column, numbers| {
+        weights.each((left, out.len() / width), columns, part, activation, |row, column, numbers| {
             let out = &mut out[row * width..][..width][column - start..];
             let added = added.map(|added| &added[row * outputs + column..]);
             // Most are whole: loops of a fixed length are worth it.
             match (out.first_chunk_mut::<DEPTH>(), added.and_then(|added| added.first_chunk::<DEPTH>())) {
                 (Some(out), Some(added)) => {
-                    for ((out, number), added) in out.iter_mut().zip(numbers).zip(added) {
-                        *out = number + added;
+                    let (mut numbers, added) = (*numbers, *added);
+                    for (number, added) in numbers.iter_mut().zip(added) {
+                        *number += added;
                     }
+                    *out = numbers;
                 }
                 (Some(out), None) if added.is_none() => *out = *numbers,
                 _ => {
@@ -321,7 +311,6 @@ impl NullaryFnOnce for Columns<'_> {
 
 struct Hidden<'a> {
     weights: &'a Weights,
-    kernel: &'a Kernel,
     left: &'a Tiles,
     rows: usize,
     columns: Range<usize>,
@@ -334,9 +323,9 @@ impl NullaryFnOnce for Hidden<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { weights, kernel, left, rows, columns, activation, hidden } = self;
+        let Self { weights, left, rows, columns, activation, hidden } = self;
         let begin = columns.start;
-        weights.each(kernel, (left, rows), columns, None, Some(activation), |row, column, numbers| {
+        weights.each((left, rows), columns, None, Some(activation), |row, column, numbers| {
             hidden.write_step(row, (column - begin) / DEPTH, numbers);
         });
     }
