@@ -86,7 +86,7 @@ pub(crate) struct ConfigArgs {
     /// Change a setting: `build.min_itm=0.6`, `run.rounds=3`, `models.captioner=promoted`; may be given many times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
-    /// Where models caption and score, in place of `worker.vision.device`: `cpu`, `cuda` or `cuda:N`
+    /// Where models work and train, in place of `worker.vision.device` and `worker.trainer.device`: `cpu`, `cuda` or `cuda:N`
     #[arg(long)]
     pub(crate) device: Option<String>,
 }
@@ -94,7 +94,8 @@ pub(crate) struct ConfigArgs {
 impl ConfigArgs {
     /// The config with what is changed in it.
     pub(crate) fn load(&self) -> Result<RunConfig, Failure> {
-        let device = self.device.iter().map(|device| format!("worker.vision.device={device}"));
+        let named = |device| ["vision", "trainer"].map(|part| format!("worker.{part}.device={device}"));
+        let device = self.device.iter().flat_map(named);
         RunConfig::load(&self.config, &self.set.iter().cloned().chain(device).collect::<Vec<_>>())
     }
 }

@@ -49,7 +49,7 @@ pub(crate) struct HandArgs {
 #[derive(Args, Debug)]
 #[command(
     after_help = "What is not given is as BLIP has it. The same image gives the same caption, whatever its file is called: draws are \
-                        keyed by the seed and the bytes of the image."
+                        keyed by the seed and the bytes of the image. An image is turned upright and brought to sRGB before, as `capfilt run` does."
 )]
 pub(crate) struct CaptionArgs {
     /// The captioner: a checkpoint folder, or a name of the hub (`owner/name`, `owner/name@revision`)
@@ -59,13 +59,13 @@ pub(crate) struct CaptionArgs {
     #[arg(long, value_enum, default_value = "nucleus")]
     strategy: StrategyArg,
     /// For nucleus: the likeliest tokens that reach this share of the mass [default: 0.9]
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     top_p: Option<f64>,
     /// For nucleus: the likeliest tokens kept before that; 0 keeps all [default: 50]
     #[arg(long, value_name = "TOKENS")]
     top_k: Option<usize>,
     /// For nucleus: divides all scores [default: 1]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     temperature: Option<f64>,
     /// For beam: texts that grow side by side [default: 3]
     #[arg(long, value_name = "BEAMS")]
@@ -74,7 +74,7 @@ pub(crate) struct CaptionArgs {
     #[arg(long, value_name = "EXPONENT", allow_negative_numbers = true)]
     length_penalty: Option<f64>,
     /// Divides the scores of tokens that are in the text already [default: 1.1 for nucleus, else 1]
-    #[arg(long, value_name = "FACTOR")]
+    #[arg(long, value_name = "FACTOR", allow_negative_numbers = true)]
     repetition_penalty: Option<f64>,
     /// Tokens, prompt included, before which a caption does not end [default: 5]
     #[arg(long, value_name = "TOKENS")]
@@ -89,7 +89,7 @@ pub(crate) struct CaptionArgs {
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
     /// Keys the draws, together with the image
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     #[command(flatten)]
     hand: HandArgs,
@@ -98,7 +98,9 @@ pub(crate) struct CaptionArgs {
 #[derive(Args, Debug)]
 #[command(
     after_help = "A filter (BLIP for image-text retrieval) gives the probability that image and text match (ITM), and the cosine of \
-                        their features (ITC). A CLIP model gives the cosine of its features, and CLIPScore: 2.5 times that, at least 0."
+                        their features (ITC). A CLIP model gives the cosine of its features, and CLIPScore: 2.5 times that, at least 0.\n\n\
+                        A filter reads texts as BLIP was trained on them: in lower case, without . ! \" ( ) * # : ; ~, of at most 50 words and 35 \
+                        tokens. An image is turned upright and brought to sRGB before, as `capfilt run` does."
 )]
 pub(crate) struct ScoreArgs {
     /// A filter or a CLIP model; one of each may be given
@@ -147,6 +149,13 @@ impl HandArgs {
         VisionWorkerConfig { device: self.device.clone() }
     }
 
+    /// Checks what does not depend on the model.
+    fn check(&self) -> Result<(), Failure> {
+        let worker = self.worker();
+        let checked = worker.check().and_then(|()| worker.check_build()).and_then(|()| worker.check_dtype(self.dtype()));
+        checked.map_err(|e| Failure::Usage(e.to_string()))
+    }
+
     fn dtype(&self) -> Option<NumberType> {
         self.dtype.map(|dtype| match dtype {
             DtypeArg::F32 => NumberType::F32,
@@ -189,6 +198,7 @@ pub(crate) async fn caption(args: CaptionArgs) -> Result<ExitCode, Failure> {
     }
     let config = CaptionConfig { seed: args.seed, sampling: args.sampling(), dtype: args.hand.dtype() };
     config.check().map_err(|e| Failure::Usage(e.to_string()))?;
+    args.hand.check()?;
     let folder = model(&args.model, &args.hand).await?;
     let work = move || {
         let captioner = ImageCaptioner::open(&folder.path, &config, &args.hand.worker()).with_context(|| unfit(&folder.path))?;
@@ -209,6 +219,7 @@ pub(crate) async fn caption(args: CaptionArgs) -> Result<ExitCode, Failure> {
 
 pub(crate) async fn score(args: ScoreArgs) -> Result<ExitCode, Failure> {
     let texts = texts(&args)?;
+    args.hand.check()?;
     let mut folders = Vec::new();
     for name in &args.model {
         folders.push(model(name, &args.hand).await?);

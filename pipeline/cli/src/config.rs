@@ -15,7 +15,7 @@ use capfilt_crawler::{
 };
 use capfilt_runtime::WorkerConfig;
 use capfilt_schemas::{Digest, RunId, StageKind};
-use capfilt_trainer::{EvaluateConfig, TrainConfig};
+use capfilt_trainer::{EvaluateConfig, TrainConfig, TrainerWorkerConfig};
 use capfilt_vision::{CaptionConfig, ScoreConfig, VisionWorkerConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -163,6 +163,7 @@ pub(crate) struct WorkerSection {
     pub(crate) runtime: WorkerConfig,
     pub(crate) crawler: CrawlerWorkerConfig,
     pub(crate) vision: VisionWorkerConfig,
+    pub(crate) trainer: TrainerWorkerConfig,
     pub(crate) sql: SqlConfig,
 }
 
@@ -250,6 +251,7 @@ impl RunConfig {
     pub(crate) fn check_machine(&self) -> Result<(), Failure> {
         let vision = &self.worker.vision;
         vision.check_build().map_err(|e| Failure::Usage(e.to_string()))?;
+        self.worker.trainer.check_build().map_err(|e| Failure::Usage(e.to_string()))?;
         for (section, dtype) in [("caption", self.caption.dtype), ("score", self.score.dtype)] {
             vision.check_dtype(dtype).map_err(|e| Failure::Usage(format!("[{section}] {e}")))?;
         }
@@ -267,6 +269,7 @@ impl RunConfig {
         self.worker.sql.validate().map_err(|e| usage(&e))?;
         self.worker.crawler.check().map_err(|e| usage(&e))?;
         self.worker.vision.check().map_err(|e| usage(&format!("worker.vision.device: {e}")))?;
+        self.worker.trainer.check().map_err(|e| usage(&format!("worker.trainer.device: {e}")))?;
         self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
         if self.discover.sources.is_empty() && self.annotated.sources.is_empty() {
             return Err(Failure::Usage("nothing says where pairs come from; add [[discover.sources]]".to_owned()));

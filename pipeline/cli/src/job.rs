@@ -158,7 +158,7 @@ fn stages(config: &RunConfig, inputs: Inputs) -> Result<(Vec<Arc<dyn Stage>>, Tr
         Arc::new(fetch),
         Arc::new(capfilt_vision::CaptionStage::new(vision.clone())),
         Arc::new(capfilt_vision::ScoreStage::new(vision.clone())),
-        Arc::new(capfilt_trainer::TrainStage),
+        Arc::new(capfilt_trainer::TrainStage(config.worker.trainer.clone())),
         Arc::new(capfilt_trainer::EvaluateStage),
     ];
     Ok((stages, traffic))

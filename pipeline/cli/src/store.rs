@@ -36,17 +36,19 @@ pub(crate) async fn open(args: &StoreArgs) -> Result<Store, Failure> {
     let store = Store::open_existing(&args.store).await?;
     store.ok_or_else(|| {
         Failure::Usage(format!(
-            "`{}` is neither a store nor a config; a store is made by a run, or by `model import` with a config that names it",
+            "`{}` is neither a store nor a config; a store is made by a run, or by `model import`",
             args.store
         ))
     })
 }
 
-/// As [`open`]; where a config names a store that is not there yet, it is made.
+/// As [`open`]; a store that is not there yet is made, but not among the files of an existing folder.
 pub(crate) async fn open_or_make(args: &StoreArgs) -> Result<Store, Failure> {
     let path = Path::new(&args.store);
     if path.is_file() {
         Store::open(&RunConfig::load(path, &[])?.run.store).await?;
+    } else if std::fs::read_dir(path).map_or(!path.exists(), |mut entries| entries.next().is_none()) {
+        Store::open(&args.store).await?;
     }
     open(args).await
 }

@@ -138,7 +138,8 @@ fn what_cannot_be_is_refused_with_a_reason() {
     refused(&["caption", "--model", "no/such/folder"], "neither a folder nor a name of the hub", 2);
     refused(&["caption", "--model", &captioner, "--num-beams", "3"], "strategy", 2);
     refused(&["caption", "--model", &captioner, "--temperature", "0"], "greedy", 2);
-    refused(&["caption", "--model", &captioner, "--device", "tpu"], "device `tpu`", 1);
+    refused(&["caption", "--model", &captioner, "--device", "tpu"], "device `tpu`", 2);
+    refused(&["caption", "--model", &captioner, "--temperature", "-1"], "temperature", 2);
     refused(&["score", "--model", &filter], "no text", 2);
     refused(&["score", "--model", &filter, "--model", &filter, "--text", "a dog"], "one of each kind", 1);
 }
@@ -157,7 +158,7 @@ fn a_device_that_is_not_there_is_told_of() {
         assert!(said.contains("`gpu`") && said.contains("cuda:N"), "{said}");
     }
     if !cfg!(feature = "cuda") {
-        let by_hand = refused(&["caption", "--model", &model, "--device", "cuda"], &[&image("rgb.jpg")], 1);
+        let by_hand = refused(&["caption", "--model", &model, "--device", "cuda"], &[&image("rgb.jpg")], 2);
         for said in [by_hand, refused(&["run", &config, "--device", "cuda:1"], &[], 2)] {
             assert!(said.contains("`cuda") && said.contains("--features cuda"), "{said}");
         }

@@ -134,6 +134,17 @@ impl Checkpoint {
         }
     }
 
+    /// The config of a CLIP.
+    ///
+    /// # Errors
+    /// It is another model.
+    pub fn clip_config(&self) -> Result<&ClipConfig> {
+        match &self.family {
+            Family::Clip(config) => Ok(config),
+            Family::Blip(..) | Family::Vqa(_) => Err(self.is_no("CLIP")),
+        }
+    }
+
     /// The parts of a MED that the weights have; none for another model.
     #[must_use]
     pub fn parts(&self) -> Parts {
@@ -348,21 +359,56 @@ impl Checkpoint {
         tokenizer_json: &str,
     ) -> Result<Self> {
         let config = config.clone().checked()?;
-        let stored = tensors
-            .iter()
-            .map(|(name, tensor)| {
-                let tensor = tensor.detach().to_device(&Device::Cpu)?;
-                Ok((name.as_str(), tensor.to_dtype(dtype)?.contiguous()?))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        empty_directory(dir)?;
-        write_file(&dir.join(WEIGHTS), stored)?;
         let json_error = |source| ModelError::Json { path: dir.join(CONFIG), source };
-        let config_text = serde_json::to_string_pretty(&config).map_err(json_error)?;
-        let preprocessor = Preprocessor::new(config.vision_config.image_size).to_json();
-        write_texts(dir, &config_text, tokenizer_json, &preprocessor)?;
+        let text = serde_json::to_string_pretty(&config).map_err(json_error)?;
+        empty_directory(dir)?;
+        write_tensors(&dir.join(WEIGHTS), tensors, dtype)?;
+        write_texts(dir, &text, tokenizer_json, &Preprocessor::new(config.vision_config.image_size).to_json())?;
         Self::open(dir)
     }
+
+    /// [`Self::save`] for a CLIP whose images are stretched to its size. One with a ResNet is written in OpenCLIP's layout.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    pub fn save_clip(
+        dir: &Path,
+        config: &ClipConfig,
+        tensors: &BTreeMap<String, Tensor>,
+        dtype: DType,
+        tokenizer_json: &str,
+    ) -> Result<Self> {
+        let config = config.clone().checked()?;
+        empty_directory(dir)?;
+        let preprocessor = Preprocessor::new(config.image_size()).to_json();
+        match config.to_open_clip() {
+            Some(text) => {
+                write_tensors(&dir.join(WEIGHTS), &openclip::arrange(tensors)?, dtype)?;
+                let path = dir.join(OPEN_CLIP_CONFIG);
+                std::fs::write(&path, format!("{text:#}")).map_err(|source| ModelError::Io { path, source })?;
+                for (path, text) in [(tokenizer::file(dir), tokenizer_json), (preprocess::file(dir), preprocessor.as_str())] {
+                    std::fs::write(&path, text).map_err(|source| ModelError::Io { path, source })?;
+                }
+            }
+            None => {
+                write_tensors(&dir.join(WEIGHTS), tensors, dtype)?;
+                write_texts(dir, &format!("{:#}", config.to_hugging_face()?), tokenizer_json, &preprocessor)?;
+            }
+        }
+        Self::open(dir)
+    }
+}
+
+/// Writes tensors as this number type.
+fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>, dtype: DType) -> Result<()> {
+    let stored = tensors
+        .iter()
+        .map(|(name, tensor)| {
+            let tensor = tensor.detach().to_device(&Device::Cpu)?;
+            Ok((name.as_str(), tensor.to_dtype(dtype)?.contiguous()?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    write_file(path, stored)
 }
 
 /// Makes a directory for a checkpoint: one is written once, into a directory of its own.

@@ -17,8 +17,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::device::Device;
 use capfilt_schemas::Origin;
-use capfilt_trainer::{EvaluateConfig, PairText, TrainConfig, TrainPair, evaluate, train};
+use capfilt_trainer::{EvaluateConfig, PairText, TrainConfig, TrainPair, TrainSet, evaluate, train};
 use serde::Deserialize;
 
 #[derive(Default, Deserialize)]
@@ -61,7 +62,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let unfinished = out.with_extension("unfinished");
     std::fs::create_dir_all(&unfinished)?;
     let began = Instant::now();
-    let files = train(&pairs, &settings.train, parent.as_ref(), &unfinished, |progress| {
+    let files = train(&TrainSet::in_memory(pairs), &settings.train, parent.as_ref(), &Device::Cpu, &unfinished, |progress| {
         println!(
             "{:.0} pairs/s, step {} of {}: {}",
             progress.pairs_per_second,

@@ -1,11 +1,14 @@
 //! Settings of a training run.
 
+use capfilt_models::ModelError;
 use capfilt_models::config::{MedConfig, TextConfig};
+use capfilt_models::device::{DType, built_for, check_name};
 use capfilt_models::special;
 use capfilt_models::train::{AdamWConfig, Augmentation, Precision, Recipe, Role, Schedule};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainerError;
+use crate::sampler::Mixture;
 
 /// What a run starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +18,59 @@ pub enum Init {
     Fresh,
     /// The weights of the parent model; parts that it lacks are drawn afresh.
     Parent,
+}
+
+/// The number type of the passes through a model in training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TrainDType {
+    /// Single precision.
+    F32,
+    /// Half of it, with its range; for GPUs.
+    Bf16,
+}
+
+impl TrainDType {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// `[worker.trainer]`: where models train, and with how much memory. Another kind of processor or GPU changes the last bits of a model.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainerWorkerConfig {
+    /// Where models train: `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
+    /// Memory for images as the model sees them; those beyond it are decoded each time.
+    pub memory_mib: u64,
+}
+
+impl TrainerWorkerConfig {
+    /// Checks that the device's name is one.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn check(&self) -> Result<(), ModelError> {
+        check_name(&self.device)
+    }
+
+    /// Checks that this build can work on the device.
+    ///
+    /// # Errors
+    /// The feature that the program must be built with.
+    pub fn check_build(&self) -> Result<(), ModelError> {
+        built_for(&self.device)
+    }
+}
+
+impl Default for TrainerWorkerConfig {
+    fn default() -> Self {
+        Self { device: "cpu".to_owned(), memory_mib: 2048 }
+    }
 }
 
 /// Sizes of a fresh model; one width for images and texts, and feed-forward parts four times as wide.
@@ -103,6 +159,18 @@ pub struct TrainConfig {
     pub epochs: Option<f64>,
     /// Pairs in a step.
     pub batch: usize,
+    /// Batches that a step's pairs are cut into, one after the other on the device; contrast is within each of them, and with the queue.
+    pub accumulate: usize,
+    /// Number type of the passes through the model, `f32` or `bf16`; weights, moments and losses stay f32.
+    pub dtype: TrainDType,
+    /// Decay of the slow encoders, which contrast is made with; 0 trains without them.
+    pub momentum: f64,
+    /// Features of earlier pairs that contrast is made with; no more than the run has pairs.
+    pub queue: usize,
+    /// Share of what the slow encoders find similar in the targets of contrast.
+    pub alpha: f64,
+    /// Epochs over which that share rises from 0.
+    pub alpha_ramp_epochs: f64,
     /// Highest learning rate.
     pub peak_lr: f64,
     /// Learning rate at the start of the warm-up and at the end.
@@ -125,6 +193,12 @@ pub struct TrainConfig {
     pub max_tokens: usize,
     /// How often a human-annotated pair is drawn for one draw of another.
     pub human_weight: f64,
+    /// How often a text of the web is drawn among the texts of its image; 0 leaves them out.
+    pub web_weight: f64,
+    /// How often a synthetic text is drawn among the texts of its image; 0 leaves them out.
+    pub synthetic_weight: f64,
+    /// Shards whose pairs are mixed. No more are read at a time where the images do not all fit into memory.
+    pub shuffle_shards: usize,
     /// Least share of the image's area that a random crop keeps; 1 switches cropping off.
     pub crop_min_area: f64,
     /// Whether half of the images are mirrored. Wrong wherever texts say left or right.
@@ -150,6 +224,12 @@ impl Default for TrainConfig {
             steps: None,
             epochs: None,
             batch: 64,
+            accumulate: 1,
+            dtype: TrainDType::F32,
+            momentum: 0.995,
+            queue: 57_600,
+            alpha: 0.4,
+            alpha_ramp_epochs: 2.0,
             peak_lr: 3e-4,
             min_lr: 1e-6,
             warmup_steps: 100,
@@ -161,6 +241,9 @@ impl Default for TrainConfig {
             prompt: "a picture of ".to_owned(),
             max_tokens: 30,
             human_weight: 1.0,
+            web_weight: 1.0,
+            synthetic_weight: 1.0,
+            shuffle_shards: 16,
             crop_min_area: 0.5,
             flip: false,
             distort: 0.5,
@@ -186,8 +269,14 @@ impl TrainConfig {
             return fail("a run needs more than 0 `steps` or `epochs`".to_owned());
         }
         let contrasts = self.role != Role::Captioner;
-        if self.batch < if contrasts { 2 } else { 1 } {
-            return fail(format!("`batch` {} is too small; contrastive losses need at least 2 pairs", self.batch));
+        if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {
+            return fail(format!("`accumulate` {} does not cut `batch` {} into equal batches", self.accumulate, self.batch));
+        }
+        if self.batch / self.accumulate < if contrasts { 2 } else { 1 } {
+            let size = self.batch / self.accumulate;
+            return fail(format!(
+                "`batch` makes batches of {size}, which are too small; contrastive losses need at least 2 pairs"
+            ));
         }
         if self.log_every == 0 {
             return fail("`log_every` is 0; every log line sums up at least one step".to_owned());
@@ -198,7 +287,12 @@ impl TrainConfig {
             ("beta 2", self.betas[1], 0.0..=0.99999),
             ("clip", self.clip, 1e-6..=1e6),
             ("label_smoothing", f64::from(self.label_smoothing), 0.0..=0.9),
+            ("momentum", self.momentum, 0.0..=0.999_999),
+            ("alpha", self.alpha, 0.0..=1.0),
+            ("alpha_ramp_epochs", self.alpha_ramp_epochs, 0.0..=1e6),
             ("human_weight", self.human_weight, 0.0..=1e6),
+            ("web_weight", self.web_weight, 0.0..=1e6),
+            ("synthetic_weight", self.synthetic_weight, 0.0..=1e6),
             ("crop_min_area", self.crop_min_area, 0.01..=1.0),
             ("distort", self.distort, 0.0..=1.0),
         ];
@@ -206,6 +300,10 @@ impl TrainConfig {
             return fail(format!("`{name}` is {value}, allowed is {} to {}", range.start(), range.end()));
         }
         Ok(())
+    }
+
+    pub(crate) fn mixture(&self) -> Mixture {
+        Mixture { human: self.human_weight, web: self.web_weight, synthetic: self.synthetic_weight }
     }
 
     /// Steps of a run over `pairs` pairs.
@@ -221,9 +319,17 @@ impl TrainConfig {
         self.checkpoint_every.next_multiple_of(self.log_every)
     }
 
-    /// The recipe of a run of `steps` steps. A warm-up longer than a tenth of a short run is cut to that.
-    pub(crate) fn recipe(&self, steps: u64) -> Recipe {
+    /// The recipe of a run of `steps` steps over `pairs` pairs. A warm-up longer than a tenth of a short run is cut to that, and a queue
+    /// that would hold a pair twice to whole batches of the pairs.
+    pub(crate) fn recipe(&self, steps: u64, pairs: usize) -> Recipe {
+        let (batch, epoch) = (self.batch / self.accumulate, pairs as f64 / self.batch as f64);
         Recipe {
+            accumulate: self.accumulate,
+            dtype: self.dtype.dtype(),
+            momentum: self.momentum,
+            queue: self.queue.min(pairs) / batch * batch,
+            alpha: self.alpha,
+            alpha_ramp: (self.alpha_ramp_epochs * epoch).ceil() as u64,
             role: self.role,
             seed: self.seed,
             schedule: Schedule { peak: self.peak_lr, floor: self.min_lr, warmup_steps: self.warmup_steps.min(steps / 10), steps },

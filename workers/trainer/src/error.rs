@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use capfilt_models::ModelError;
+use capfilt_schemas::Digest;
 
 /// Everything this crate can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,22 @@ pub enum TrainerError {
     /// Retrieval scores do not fit the pairs.
     #[error("retrieval cannot be judged: {0}")]
     Retrieval(String),
+    /// The images of a shard cannot be read.
+    #[error("the images of shard {shard} cannot be read: {reason}")]
+    Images {
+        /// The shard.
+        shard: Digest,
+        /// What the store said.
+        reason: String,
+    },
+    /// A stored image cannot be used.
+    #[error("the stored image of sample {sample_id} cannot be decoded: {reason}")]
+    Image {
+        /// The sample.
+        sample_id: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A file of an unfinished run cannot be read or written.
     #[error("cannot access {path}")]
     Io {
@@ -52,9 +69,9 @@ impl TrainerError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Io { .. } | Self::Stopped { .. } => true,
+            Self::Io { .. } | Self::Images { .. } | Self::Stopped { .. } => true,
             Self::Model(error) => error.is_retryable(),
-            Self::Config(_) | Self::NoPairs { .. } | Self::NoReferences { .. } | Self::Retrieval(_) => false,
+            Self::Config(_) | Self::Image { .. } | Self::NoPairs { .. } | Self::NoReferences { .. } | Self::Retrieval(_) => false,
         }
     }
 }

@@ -7,15 +7,18 @@
 mod config;
 mod error;
 mod evaluate;
+mod loader;
 pub mod metrics;
 mod pair;
 mod sampler;
+mod set;
 mod stage;
 mod train;
 
-pub use config::{Init, ModelSize, TrainConfig};
+pub use config::{Init, ModelSize, TrainConfig, TrainDType, TrainerWorkerConfig};
 pub use error::TrainerError;
 pub use evaluate::{EvaluateConfig, evaluate};
 pub use pair::{PairText, TrainPair};
+pub use set::TrainSet;
 pub use stage::{EvaluateStage, STAGE_VERSION, TrainStage};
 pub use train::{Progress, train};

@@ -37,10 +37,4 @@ impl TrainPair {
     pub fn new(sample_id: String, texts: Vec<PairText>, image: &RgbImage, side: usize) -> Result<Self, TrainerError> {
         Ok(Self { sample_id, texts, pixels: shrink(image, side)?.into() })
     }
-
-    /// Whether a person annotated the image.
-    #[must_use]
-    pub fn is_human(&self) -> bool {
-        self.texts.iter().any(|text| text.origin == Origin::Human)
-    }
 }

@@ -1,8 +1,12 @@
 //! In which order a run sees its pairs.
 
-use capfilt_models::random::Stream;
+use std::collections::BTreeMap;
 
-use crate::{TrainPair, TrainerError};
+use capfilt_models::random::Stream;
+use capfilt_schemas::Origin;
+
+use crate::TrainerError;
+use crate::set::{Entry, TrainSet};
 
 /// One draw: a pair, one of its texts, and how often the pair came before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,12 +16,35 @@ pub(crate) struct Draw {
     pub(crate) epoch: u64,
 }
 
+/// How often what is drawn, for one draw of something else.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Mixture {
+    /// A human-annotated pair, for one draw of another.
+    pub(crate) human: f64,
+    /// A text of the web, among the texts of its image.
+    pub(crate) web: f64,
+    /// A synthetic text, among the texts of its image.
+    pub(crate) synthetic: f64,
+}
+
+impl Mixture {
+    fn of_text(&self, origin: Origin) -> f64 {
+        match origin {
+            Origin::Web => self.web,
+            Origin::Synthetic => self.synthetic,
+            Origin::Human => 1.0,
+        }
+    }
+}
+
 /// An endless sequence of draws, each a function of the seed and its number alone, so that a run can go on anywhere.
 ///
-/// Human-annotated pairs and the others are two pools. Each pool is walked in a new order every epoch; draws alternate between the
-/// pools so evenly that after any number of draws the share of the human ones is off by less than one.
+/// Human-annotated pairs and the others are two pools. Each pool is walked in a new order every epoch: its shards in a new order, and the
+/// pairs of every few shards mixed, so that no more than those need be at hand. Draws alternate between the pools so evenly that after any
+/// number of draws the share of the human ones is off by less than one.
 pub(crate) struct Sampler {
     seed: u64,
+    mixture: Mixture,
     human: Pool,
     other: Pool,
     human_share: f64,
@@ -25,55 +52,65 @@ pub(crate) struct Sampler {
 
 struct Pool {
     name: &'static str,
-    /// Pairs in the order of their ids, so that the order of the input does not matter.
-    pairs: Vec<usize>,
+    /// The pairs of each shard, in the order of their ids.
+    shards: Vec<Vec<usize>>,
+    size: u64,
+    /// Shards whose pairs are mixed.
+    window: usize,
     /// Order of the epoch that was asked for last.
     order: Option<(u64, Vec<usize>)>,
 }
 
 impl Sampler {
-    /// A sampler in which a human-annotated pair comes `human_weight` times as often as another.
-    pub(crate) fn new(pairs: &[TrainPair], human_weight: f64, seed: u64) -> Result<Self, TrainerError> {
-        if let Some(bare) = pairs.iter().find(|pair| pair.texts.is_empty()) {
-            return Err(TrainerError::NoPairs { purpose: "train on", reason: format!("image {} has no text", bare.sample_id) });
+    /// A sampler over a set's pairs that mixes those of `window` shards.
+    pub(crate) fn new(set: &TrainSet, mixture: Mixture, window: usize, seed: u64) -> Result<Self, TrainerError> {
+        let fail = |reason: String| Err(TrainerError::NoPairs { purpose: "train on", reason });
+        let entries = set.entries();
+        let drawable = |entry: &Entry| entry.texts.iter().any(|text| mixture.of_text(text.origin) > 0.0);
+        if let Some(bare) = entries.iter().find(|entry| entry.texts.is_empty()) {
+            return fail(format!("image {} has no text", bare.sample_id));
         }
-        let mut order: Vec<usize> = (0..pairs.len()).collect();
-        order.sort_by(|&a, &b| pairs[a].sample_id.cmp(&pairs[b].sample_id));
-        if let Some(twice) = order.windows(2).find(|two| pairs[two[0]].sample_id == pairs[two[1]].sample_id) {
-            let reason = format!("image {} is there twice", pairs[twice[0]].sample_id);
-            return Err(TrainerError::NoPairs { purpose: "train on", reason });
+        let mut order: Vec<usize> = (0..entries.len()).collect();
+        order.sort_by(|&a, &b| entries[a].sample_id.cmp(&entries[b].sample_id));
+        if let Some(twice) = order.windows(2).find(|two| entries[two[0]].sample_id == entries[two[1]].sample_id) {
+            return fail(format!("image {} is there twice", entries[twice[0]].sample_id));
         }
-        let (human, other): (Vec<usize>, Vec<usize>) = order.into_iter().partition(|&pair| pairs[pair].is_human());
-        let weight = human_weight * human.len() as f64;
+        let (human, other): (Vec<usize>, Vec<usize>) =
+            order.into_iter().filter(|&pair| drawable(&entries[pair])).partition(|&pair| entries[pair].is_human());
+        let weight = mixture.human * human.len() as f64;
         let total = weight + other.len() as f64;
         if total <= 0.0 {
-            return Err(TrainerError::NoPairs { purpose: "train on", reason: "the set is empty".to_owned() });
+            return fail("no pair may be drawn: the set is empty, or all its weights are 0".to_owned());
         }
-        Ok(Self {
-            seed,
-            human: Pool { name: "human", pairs: human, order: None },
-            other: Pool { name: "other", pairs: other, order: None },
-            human_share: weight / total,
-        })
+        let pool = |name, pairs: Vec<usize>| Pool::new(name, &pairs, |pair| entries[pair].shard, window);
+        Ok(Self { seed, mixture, human: pool("human", human), other: pool("other", other), human_share: weight / total })
     }
 
     /// Draw `number`, counted from 0.
-    pub(crate) fn draw(&mut self, number: u64, pairs: &[TrainPair]) -> Draw {
+    pub(crate) fn draw(&mut self, number: u64, set: &TrainSet) -> Draw {
         let human_before = |draws: u64| (draws as f64 * self.human_share).floor() as u64;
         let (before, after) = (human_before(number), human_before(number + 1));
         let (pool, ordinal) = if after > before { (&mut self.human, before) } else { (&mut self.other, number - before) };
         let (pair, epoch) = pool.at(ordinal, self.seed);
-        let texts = pairs[pair].texts.len();
-        let mut stream = Stream::new("text of a pair", self.seed, &[pairs[pair].sample_id.as_bytes(), &epoch.to_le_bytes()]);
-        Draw { pair, text: below(&mut stream, texts), epoch }
+        let entry = &set.entries()[pair];
+        let mut stream = Stream::new("text of a pair", self.seed, &[entry.sample_id.as_bytes(), &epoch.to_le_bytes()]);
+        let weights: Vec<f64> = entry.texts.iter().map(|text| self.mixture.of_text(text.origin)).collect();
+        Draw { pair, text: weighted(&weights, stream.uniform()), epoch }
     }
 }
 
 impl Pool {
+    fn new(name: &'static str, pairs: &[usize], shard_of: impl Fn(usize) -> usize, window: usize) -> Self {
+        let mut shards = BTreeMap::<usize, Vec<usize>>::new();
+        for &pair in pairs {
+            shards.entry(shard_of(pair)).or_default().push(pair);
+        }
+        Self { name, shards: shards.into_values().collect(), size: pairs.len() as u64, window: window.max(1), order: None }
+    }
+
     /// The pair at a position of the endless walk, and the number of the round.
     fn at(&mut self, position: u64, seed: u64) -> (usize, u64) {
-        let size = self.pairs.len() as u64;
-        let (epoch, place) = (position / size, (position % size) as usize);
+        let (epoch, place) = (position / self.size, (position % self.size) as usize);
         let order = match self.order.take() {
             Some((known, order)) if known == epoch => order,
             _ => self.shuffled(epoch, seed),
@@ -83,15 +120,42 @@ impl Pool {
         (pair, epoch)
     }
 
-    /// Fisher and Yates.
+    /// The order of an epoch.
     fn shuffled(&self, epoch: u64, seed: u64) -> Vec<usize> {
-        let mut order = self.pairs.clone();
         let mut stream = Stream::new("order of an epoch", seed, &[self.name.as_bytes(), &epoch.to_le_bytes()]);
-        for last in (1..order.len()).rev() {
-            order.swap(last, below(&mut stream, last + 1));
+        let mut shards: Vec<usize> = (0..self.shards.len()).collect();
+        if self.shards.len() > self.window {
+            shuffle(&mut shards, &mut stream);
+        }
+        let mut order = Vec::with_capacity(self.size as usize);
+        for window in shards.chunks(self.window) {
+            let first = order.len();
+            order.extend(window.iter().flat_map(|&shard| &self.shards[shard]));
+            shuffle(&mut order[first..], &mut stream);
         }
         order
     }
+}
+
+/// Fisher and Yates.
+fn shuffle<T>(items: &mut [T], stream: &mut Stream) {
+    for last in (1..items.len()).rev() {
+        items.swap(last, below(stream, last + 1));
+    }
+}
+
+/// The item at `uniform`, in `0..1`, of the sum of the weights; one of them at least is more than 0.
+fn weighted(weights: &[f64], uniform: f64) -> usize {
+    let mut left = uniform * weights.iter().sum::<f64>();
+    let mut last = 0;
+    for (item, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
+        last = item;
+        if left < *weight {
+            break;
+        }
+        left -= weight;
+    }
+    last
 }
 
 /// Uniform in `0..n`, for `n` of at least 1.
@@ -108,81 +172,107 @@ mod tests {
     use capfilt_schemas::Origin;
 
     use super::*;
-    use crate::PairText;
+    use crate::{PairText, TrainPair};
 
-    fn pairs(human: usize, web: usize) -> Vec<TrainPair> {
+    const EVEN: Mixture = Mixture { human: 1.0, web: 1.0, synthetic: 1.0 };
+
+    /// Human pairs and others, in shards of five.
+    fn set(human: usize, web: usize) -> TrainSet {
         let pair = |i: usize, origin| TrainPair {
             sample_id: format!("{i:04}"),
             texts: (0..3).map(|t| PairText { text: format!("text {t}"), origin }).collect(),
             pixels: Vec::new().into(),
         };
-        (0..human).map(|i| pair(i, Origin::Human)).chain((human..human + web).map(|i| pair(i, Origin::Web))).collect()
+        let pairs = (0..human).map(|i| pair(i, Origin::Human)).chain((human..human + web).map(|i| pair(i, Origin::Web)));
+        let mut set = TrainSet::in_memory(pairs.collect());
+        set.entries_mut().iter_mut().enumerate().for_each(|(i, entry)| entry.shard = i / 5);
+        set
+    }
+
+    fn sampler(set: &TrainSet, human: f64, seed: u64) -> Sampler {
+        Sampler::new(set, Mixture { human, ..EVEN }, 2, seed).unwrap()
     }
 
     #[test]
-    fn every_pair_comes_once_in_an_epoch() {
-        let pairs = pairs(0, 10);
-        let mut sampler = Sampler::new(&pairs, 1.0, 3).unwrap();
+    fn every_pair_comes_once_in_an_epoch_and_few_shards_are_at_hand() {
+        let set = set(0, 40);
+        let mut sampler = sampler(&set, 1.0, 3);
+        let mut orders = BTreeSet::new();
         for epoch in 0..3 {
-            let draws: Vec<Draw> = (0..10).map(|i| sampler.draw(epoch * 10 + i, &pairs)).collect();
-            assert_eq!(draws.iter().map(|d| d.pair).collect::<BTreeSet<_>>().len(), 10);
+            let draws: Vec<Draw> = (0..40).map(|i| sampler.draw(epoch * 40 + i, &set)).collect();
+            assert_eq!(draws.iter().map(|d| d.pair).collect::<BTreeSet<_>>().len(), 40);
             assert!(draws.iter().all(|d| d.epoch == epoch));
+            for window in draws.chunks(10) {
+                assert_eq!(window.iter().map(|d| d.pair / 5).collect::<BTreeSet<_>>().len(), 2);
+            }
+            orders.insert(draws.iter().map(|d| d.pair).collect::<Vec<_>>());
         }
+        assert_eq!(orders.len(), 3);
     }
 
     #[test]
     fn a_draw_depends_on_its_number_alone() {
-        let pairs = pairs(7, 12);
-        let mut straight = Sampler::new(&pairs, 2.0, 3).unwrap();
-        let all: Vec<Draw> = (0..100).map(|i| straight.draw(i, &pairs)).collect();
-        let mut jumping = Sampler::new(&pairs, 2.0, 3).unwrap();
+        let set = set(7, 12);
+        let mut straight = sampler(&set, 2.0, 3);
+        let all: Vec<Draw> = (0..100).map(|i| straight.draw(i, &set)).collect();
+        let mut jumping = sampler(&set, 2.0, 3);
         for number in [99u64, 3, 50, 0, 98] {
-            assert_eq!(jumping.draw(number, &pairs), all[number as usize]);
+            assert_eq!(jumping.draw(number, &set), all[number as usize]);
         }
-        let mut other = Sampler::new(&pairs, 2.0, 4).unwrap();
-        assert_ne!((0..100).map(|i| other.draw(i, &pairs)).collect::<Vec<_>>(), all);
+        let mut other = sampler(&set, 2.0, 4);
+        assert_ne!((0..100).map(|i| other.draw(i, &set)).collect::<Vec<_>>(), all);
     }
 
     #[test]
     fn the_order_of_the_input_does_not_matter() {
-        let forward = pairs(5, 9);
-        let mut backward = forward.clone();
-        backward.reverse();
-        let (mut a, mut b) = (Sampler::new(&forward, 1.5, 1).unwrap(), Sampler::new(&backward, 1.5, 1).unwrap());
+        let forward = set(5, 9);
+        let mut backward = set(5, 9);
+        backward.entries_mut().reverse();
+        let (mut a, mut b) = (sampler(&forward, 1.5, 1), sampler(&backward, 1.5, 1));
         for number in 0..60 {
             let (x, y) = (a.draw(number, &forward), b.draw(number, &backward));
-            assert_eq!(forward[x.pair].sample_id, backward[y.pair].sample_id);
+            assert_eq!(forward.entries()[x.pair].sample_id, backward.entries()[y.pair].sample_id);
             assert_eq!((x.text, x.epoch), (y.text, y.epoch));
         }
     }
 
     #[test]
     fn human_weight_sets_the_share() {
-        let pairs = pairs(10, 30);
+        let set = set(10, 30);
         for (weight, share) in [(1.0, 0.25), (3.0, 0.5), (0.0, 0.0)] {
-            let mut sampler = Sampler::new(&pairs, weight, 1).unwrap();
-            let human = (0..400).filter(|&i| sampler.draw(i, &pairs).pair < 10).count();
+            let mut sampler = sampler(&set, weight, 1);
+            let human = (0..400).filter(|&i| sampler.draw(i, &set).pair < 10).count();
             assert!((human as f64 - 400.0 * share).abs() <= 1.0, "weight {weight}: {human} of 400");
         }
     }
 
     #[test]
-    fn texts_of_a_pair_take_turns() {
-        let pairs = pairs(0, 1);
-        let mut sampler = Sampler::new(&pairs, 1.0, 1).unwrap();
-        let texts: BTreeSet<usize> = (0..40).map(|i| sampler.draw(i, &pairs).text).collect();
-        assert_eq!(texts, BTreeSet::from([0, 1, 2]));
+    fn texts_of_a_pair_take_turns_by_their_weights() {
+        let mut set = set(0, 1);
+        let texts = |set: &TrainSet, mixture: Mixture| {
+            let mut sampler = Sampler::new(set, mixture, 1, 1).unwrap();
+            let mut counts = [0; 3];
+            (0..3000).for_each(|i| counts[sampler.draw(i, set).text] += 1);
+            counts
+        };
+        assert!(texts(&set, EVEN).iter().all(|n| (900..1100).contains(n)));
+        set.entries_mut()[0].texts[1].origin = Origin::Synthetic;
+        let twice = texts(&set, Mixture { synthetic: 2.0, ..EVEN });
+        assert!((1400..1600).contains(&twice[1]), "{twice:?}");
+        assert_eq!(texts(&set, Mixture { web: 0.0, ..EVEN }), [0, 3000, 0]);
     }
 
     #[test]
     fn sets_that_cannot_be_drawn_from_are_refused() {
-        assert!(Sampler::new(&[], 1.0, 0).is_err());
-        assert!(Sampler::new(&pairs(3, 0), 0.0, 0).is_err());
-        let mut bare = pairs(1, 1);
-        bare[1].texts.clear();
-        assert!(Sampler::new(&bare, 1.0, 0).err().unwrap().to_string().contains("0001 has no text"));
-        let mut twice = pairs(2, 0);
-        twice[1].sample_id = twice[0].sample_id.clone();
-        assert!(Sampler::new(&twice, 1.0, 0).err().unwrap().to_string().contains("there twice"));
+        let refused = |set: &TrainSet, mixture| Sampler::new(set, mixture, 1, 0).err().unwrap().to_string();
+        assert!(refused(&set(0, 0), EVEN).contains("the set is empty"));
+        refused(&set(3, 0), Mixture { human: 0.0, ..EVEN });
+        refused(&set(0, 3), Mixture { web: 0.0, ..EVEN });
+        let mut bare = set(1, 1);
+        bare.entries_mut()[1].texts.clear();
+        assert!(refused(&bare, EVEN).contains("0001 has no text"));
+        let mut twice = set(2, 0);
+        twice.entries_mut()[1].sample_id = "0000".to_owned();
+        assert!(refused(&twice, EVEN).contains("there twice"));
     }
 }

@@ -2,29 +2,31 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray};
 use arrow::datatypes::UInt32Type;
 use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::device::device;
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_blocking, rows};
 use capfilt_schemas::{Digest, FetchStatus, Origin, StageKind, Table, column};
-use capfilt_store::{Store, model_rows};
+use capfilt_store::model_rows;
 use futures::{StreamExt, TryStreamExt, stream};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
 
-use crate::{EvaluateConfig, Init, PairText, TrainConfig, TrainPair, TrainerError, evaluate, train};
+use crate::set::{Entry, StoredImages};
+use crate::{
+    EvaluateConfig, Init, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig, evaluate, train,
+};
 
 /// Raised whenever the same dataset and settings would give another model, or the same model other metrics.
-pub const STAGE_VERSION: u32 = 2;
-
-/// Rows of image shards read at a time.
-const BATCH: usize = 256;
+pub const STAGE_VERSION: u32 = 3;
 
 /// Trains a model on a dataset version. The task's model is the one in service: its tokenizer is kept, and its weights are the start if
 /// the settings say so.
-pub struct TrainStage;
+pub struct TrainStage(pub TrainerWorkerConfig);
 
 /// The parameters of an evaluate task.
 #[derive(Serialize, Deserialize)]
@@ -43,6 +45,7 @@ impl Stage for TrainStage {
     }
 
     fn process(&self, work: Work, input: RowStream) -> RowStream {
+        let worker = self.0.clone();
         let files = async move {
             let config: TrainConfig = work.params()?;
             let parent = match work.task.model {
@@ -53,13 +56,14 @@ impl Stage for TrainStage {
                 Some(parent) if config.init == Init::Parent => parent.config().map_err(fail)?.vision_config.image_size,
                 _ => config.model.image_size,
             };
-            let pairs = dataset_pairs(&work.store, input, side).await?;
+            let pairs = dataset_pairs(&work, input, side, (&worker, &config)).await?;
+            let device = device(&worker.device).map_err(fail)?;
             let scratch = work.scratch()?;
             // Dropped with this future: a training that nobody waits for any more stops at its next log line.
             let _stop = work.cancel.clone().drop_guard();
             let progress = work.clone();
             let run = move || {
-                train(&pairs, &config, parent.as_ref(), &scratch, |p| {
+                train(&pairs, &config, parent.as_ref(), &device, &scratch, |p| {
                     progress.progress(p.line.step, p.steps, "steps");
                     if progress.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
                 })
@@ -104,12 +108,15 @@ fn caused(e: TrainerError) -> StageError {
     StageError::caused(e, retryable)
 }
 
-/// What a dataset version says about the images of one shard: row → sample id and texts.
-type Wanted = BTreeMap<u32, (String, Vec<PairText>)>;
-
-/// The pairs of a dataset version at `side × side` pixels, an item an image, in the order of (shard, row).
-async fn dataset_pairs(store: &Store, mut input: RowStream, side: usize) -> Result<Vec<TrainPair>, StageError> {
-    let mut shards = BTreeMap::<(Table, Digest), Wanted>::new();
+/// The pairs of a dataset version, an item an image, in the order of (shard, row); their images are read as they are drawn.
+async fn dataset_pairs(
+    work: &Work,
+    mut input: RowStream,
+    side: usize,
+    (worker, config): (&TrainerWorkerConfig, &TrainConfig),
+) -> Result<TrainSet, StageError> {
+    // Of each shard: row → sample id and texts.
+    let mut shards = BTreeMap::<(Table, Digest), BTreeMap<u32, (String, Vec<PairText>)>>::new();
     while let Some(batch) = input.next().await {
         let batch = batch?;
         let text = |name: &str| column_of(&batch, name).map(|c| c.as_string::<i32>().clone());
@@ -127,25 +134,26 @@ async fn dataset_pairs(store: &Store, mut input: RowStream, side: usize) -> Resu
             entry.1.push(PairText { text: texts.value(i).to_owned(), origin });
         }
     }
-    let mut pairs = Vec::new();
-    for ((table, shard), mut wanted) in shards {
-        let mut row = 0;
-        for batch in store.read_shard(table, &shard, BATCH).await? {
-            let batch = batch?;
-            let here: Vec<(usize, (String, Vec<PairText>))> =
-                (0..batch.num_rows()).filter_map(|i| Some((i, wanted.remove(&(row + i as u32))?))).collect();
-            row += batch.num_rows() as u32;
-            if !here.is_empty() {
-                pairs.extend(tokio::task::block_in_place(|| decode(&batch, here, side))?);
-            }
+    let (mut entries, mut rows, mut places) = (Vec::new(), Vec::new(), Vec::new());
+    for (place, wanted) in shards {
+        for (row, (sample_id, texts)) in wanted {
+            entries.push(Entry { sample_id, texts, shard: places.len() });
+            rows.push(row);
         }
-        if let Some(beyond) = wanted.keys().next() {
-            return Err(StageError::Input(format!(
-                "the dataset names row {beyond} of the {table} shard {shard}, which has {row}"
-            )));
-        }
+        places.push(place);
     }
-    Ok(pairs)
+    let images = StoredImages {
+        store: work.store.clone(),
+        runtime: Handle::current(),
+        shards: places,
+        rows,
+        side,
+        memory: worker.memory_mib << 20,
+        // Those of both pools, and as many that are about to be left.
+        window: 4 * config.shuffle_shards,
+        kept: Mutex::default(),
+    };
+    Ok(TrainSet::stored(entries, images))
 }
 
 /// The held-out pairs with an image, in the order of their shards.

@@ -8,12 +8,14 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::device::Device;
 use capfilt_models::tokenizer::{MAX_WORDS, clean_caption, train_wordpiece};
-use capfilt_models::train::{Example, Losses, StepReport, Trainer};
+use capfilt_models::train::{Architecture, Losses, StepReport, Trainer};
 use serde::{Deserialize, Serialize};
 
+use crate::loader::Loader;
 use crate::sampler::Sampler;
-use crate::{Init, TrainConfig, TrainPair, TrainerError};
+use crate::{Init, TrainConfig, TrainSet, TrainerError};
 
 /// Name of the training log among the files of a model.
 const LOG: &str = "training_log.jsonl";
@@ -44,83 +46,89 @@ pub struct Progress<'a> {
     pub steps: u64,
     /// Pairs a second since this process took up the run. Not in the log, which holds only what is the same on every machine.
     pub pairs_per_second: f64,
+    /// Share of that time in which the model waited for pairs.
+    pub waited: f64,
 }
 
 /// Trains one model and returns its files, name → bytes: the checkpoint, the training log and the settings.
 ///
-/// The result depends on the pairs as a set, the settings and the parent alone. `resume_dir` takes the state of the unfinished run;
-/// called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may stop the run by
+/// The result depends on the pairs as a set, the settings, the parent and the kind of device alone. `resume_dir` takes the state of the
+/// unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may stop the run by
 /// [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (`model.image_size`, or the parent's).
 ///
 /// # Errors
 ///
 /// Settings that make no sense, no pairs, a failing model or file system, or [`TrainerError::Stopped`].
 pub fn train(
-    pairs: &[TrainPair],
+    set: &TrainSet,
     config: &TrainConfig,
     parent: Option<&Checkpoint>,
+    device: &Device,
     resume_dir: &Path,
     mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
     config.check()?;
-    let steps = config.total_steps(pairs.len());
-    let mut sampler = Sampler::new(pairs, config.human_weight, config.seed)?;
-    let mut trainer = start(pairs, config, parent, steps)?;
+    let steps = config.total_steps(set.len());
+    let sampler = Sampler::new(set, config.mixture(), config.shuffle_shards, config.seed)?;
+    let mut trainer = start(set, config, parent, steps, device)?;
     let state = resume_dir.join("state.safetensors");
     if state.exists() {
         trainer.load_state(&state)?;
     }
     let mut log = Log::open(resume_dir.join(LOG), trainer.steps())?;
 
-    let (began, first) = (Instant::now(), trainer.steps());
+    let (began, first, batch) = (Instant::now(), trainer.steps(), config.batch as u64);
     let mut window = Window::default();
-    while trainer.steps() < steps {
-        let step = trainer.steps();
-        let batch = config.batch as u64;
-        let examples: Vec<Example<'_>> = (step * batch..(step + 1) * batch)
-            .map(|number| {
-                let draw = sampler.draw(number, pairs);
-                let pair = &pairs[draw.pair];
-                let text = pair.texts[draw.text].text.as_str();
-                Example { sample_id: &pair.sample_id, epoch: draw.epoch, text, pixels: &pair.pixels }
-            })
-            .collect();
-        window.add(&trainer.step(&examples)?);
-        let done = trainer.steps();
-        if done % config.log_every == 0 || done == steps {
-            let line = std::mem::take(&mut window).line();
-            log.write(&line)?;
-            if config.checkpoint_every > 0 && done % config.save_every() == 0 && done < steps {
-                log.flush()?;
-                trainer.save_state(&state)?;
-            }
-            let pairs_per_second = ((done - first) * batch) as f64 / began.elapsed().as_secs_f64();
-            if progress(Progress { line: &line, steps, pairs_per_second }).is_break() {
-                return Err(TrainerError::Stopped { step: done });
+    std::thread::scope(|scope| {
+        let mut loader = Loader::start(scope, set, sampler, trainer.preparer(), first..steps, batch)?;
+        while trainer.steps() < steps {
+            window.add(&trainer.step(&loader.next()?)?);
+            let done = trainer.steps();
+            if done % config.log_every == 0 || done == steps {
+                let line = std::mem::take(&mut window).line();
+                log.write(&line)?;
+                if config.checkpoint_every > 0 && done % config.save_every() == 0 && done < steps {
+                    log.flush()?;
+                    trainer.save_state(&state)?;
+                }
+                let elapsed = began.elapsed().as_secs_f64();
+                let pairs_per_second = ((done - first) * batch) as f64 / elapsed;
+                let waited = loader.waited().as_secs_f64() / elapsed;
+                if progress(Progress { line: &line, steps, pairs_per_second, waited }).is_break() {
+                    return Err(TrainerError::Stopped { step: done });
+                }
             }
         }
-    }
+        Ok(())
+    })?;
     log.flush()?;
     let files = files(&trainer, config, &resume_dir.join("checkpoint"), &log.path)?;
     Ok(files)
 }
 
 /// A trainer at step 0.
-fn start(pairs: &[TrainPair], config: &TrainConfig, parent: Option<&Checkpoint>, steps: u64) -> Result<Trainer, TrainerError> {
-    let recipe = config.recipe(steps);
+fn start(
+    set: &TrainSet,
+    config: &TrainConfig,
+    parent: Option<&Checkpoint>,
+    steps: u64,
+    device: &Device,
+) -> Result<Trainer, TrainerError> {
+    let recipe = config.recipe(steps, set.len());
     match (config.init, parent) {
-        (Init::Parent, Some(parent)) => Ok(Trainer::from_checkpoint(parent, recipe)?),
+        (Init::Parent, Some(parent)) => Ok(Trainer::from_checkpoint(parent, recipe, device)?),
         (Init::Parent, None) => Err(TrainerError::Config("`init = \"parent\"` needs a parent model".to_owned())),
         (Init::Fresh, Some(parent)) => {
             let tokenizer = parent.tokenizer()?.json().to_owned();
             let parent = parent.config()?;
-            Ok(Trainer::fresh(&config.model.config(Some(parent), parent.text_config.vocab_size), tokenizer, recipe)?)
+            let model = config.model.config(Some(parent), parent.text_config.vocab_size);
+            Ok(Trainer::fresh(&Architecture::Med(model), tokenizer, recipe, device)?)
         }
         (Init::Fresh, None) => {
-            let texts = pairs.iter().flat_map(|pair| &pair.texts).map(|text| clean_caption(&text.text, MAX_WORDS));
-            let texts: Vec<String> = texts.chain([config.prompt.clone()]).collect();
-            let tokenizer = train_wordpiece(&texts, config.vocab_size)?;
-            Ok(Trainer::fresh(&config.model.config(None, config.vocab_size), tokenizer, recipe)?)
+            let texts = set.entries().iter().flat_map(|entry| &entry.texts);
+            let texts = texts.map(|text| clean_caption(&text.text, MAX_WORDS)).chain([config.prompt.clone()]);
+            let tokenizer = train_wordpiece(&texts.collect::<Vec<_>>(), config.vocab_size)?;
+            Ok(Trainer::fresh(&Architecture::Med(config.model.config(None, config.vocab_size)), tokenizer, recipe, device)?)
         }
     }
 }

@@ -59,7 +59,7 @@ fn prepare(batch: &RecordBatch, preprocessors: &[Preprocessor]) -> Result<Vec<Ro
 
 /// An image file, decoded once, as every model wants it; or why it cannot be.
 pub(crate) fn views(bytes: &[u8], preprocessors: &[Preprocessor]) -> Result<Views, String> {
-    let image = decode(bytes).map_err(|e| e.to_string())?.into_rgb8();
+    let image = decode(bytes).map_err(|e| e.to_string().trim_end().to_owned())?.into_rgb8();
     preprocessors.iter().map(|preprocessor| preprocessor.prepare(&image).map_err(|e| e.to_string())).collect()
 }
 

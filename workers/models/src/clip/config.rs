@@ -230,6 +230,34 @@ impl ClipConfig {
         }))
     }
 
+    /// OpenCLIP's `open_clip_config.json` for it, with images stretched to its size; nothing for one without a ResNet, which transformers
+    /// has a layout for.
+    pub(crate) fn to_open_clip(&self) -> Option<Value> {
+        let ClipVision::ResNet(vision) = &self.vision else { return None };
+        let text = &self.text;
+        Some(json!({
+            "model_cfg": {
+                "embed_dim": self.projection_dim,
+                "quick_gelu": text.hidden_act == Activation::QuickGelu,
+                "vision_cfg": {
+                    "image_size": vision.image_size,
+                    "layers": vision.layers,
+                    "width": vision.width,
+                    "head_width": 32 * vision.width / vision.heads,
+                },
+                "text_cfg": {
+                    "context_length": text.max_position_embeddings,
+                    "vocab_size": text.vocab_size,
+                    "width": text.hidden_size,
+                    "heads": text.num_attention_heads,
+                    "layers": text.num_hidden_layers,
+                    "mlp_ratio": text.intermediate_size as f64 / text.hidden_size as f64,
+                },
+            },
+            "preprocess_cfg": { "resize_mode": "squash" },
+        }))
+    }
+
     /// Side of the square input image in pixels.
     #[must_use]
     pub fn image_size(&self) -> usize {

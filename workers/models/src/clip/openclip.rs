@@ -1,6 +1,10 @@
 //! Names of OpenAI's CLIP and of OpenCLIP for those of Hugging Face (as `convert_clip_original_pytorch_to_hf.py`
 //! of transformers renames them).
 
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
 /// What a tensor of Hugging Face's layout is in OpenCLIP's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
@@ -55,6 +59,27 @@ pub fn source(name: &str, custom_text: bool) -> Source {
             whole(found.unwrap_or_else(|| name.to_owned()))
         }
     }
+}
+
+/// The tensors of Hugging Face's layout in OpenCLIP's.
+///
+/// # Errors
+/// The tensor library failed.
+pub(crate) fn arrange(tensors: &BTreeMap<String, Tensor>) -> candle_core::Result<BTreeMap<String, Tensor>> {
+    let mut arranged = BTreeMap::new();
+    let mut thirds = BTreeMap::<String, BTreeMap<usize, Tensor>>::new();
+    for (name, tensor) in tensors {
+        let Source { name, part } = source(name, false);
+        match part {
+            Part::Whole => drop(arranged.insert(name, tensor.clone())),
+            Part::Transposed => drop(arranged.insert(name, tensor.t()?.contiguous()?)),
+            Part::Third(third) => drop(thirds.entry(name).or_default().insert(third, tensor.clone())),
+        }
+    }
+    for (name, parts) in thirds {
+        arranged.insert(name, Tensor::cat(&parts.into_values().collect::<Vec<_>>(), 0)?);
+    }
+    Ok(arranged)
 }
 
 /// The name inside a block.

@@ -9,10 +9,12 @@ use candle_nn::VarBuilder;
 use super::config::ResNetConfig;
 use crate::block::attention_scale;
 use crate::layers::{INIT_WEIGHT, Linear};
-use crate::ops::{attention, wide};
+use crate::ops::{attention, linear, wide};
 
 /// Epsilon of every batch norm.
 const EPS: f64 = 1e-5;
+/// Share of a batch in the running mean and variance (the default of `torch.nn.BatchNorm2d`).
+const NORM_MOMENTUM: f64 = 0.1;
 /// A bottleneck's output has this many times the channels of its middle.
 const EXPANSION: usize = 4;
 
@@ -25,12 +27,31 @@ pub(super) struct ModifiedResNet {
     pool: AttentionPool,
 }
 
-/// A convolution with its batch norm folded in. A window of 3 is padded with 1.
+/// A convolution with its batch norm. A window of 3 is padded with 1.
 #[derive(Debug, Clone)]
 struct Convolution {
     window: usize,
     stride: usize,
-    product: Linear,
+    product: Product,
+}
+
+/// What a convolution makes of the channels of its window.
+#[derive(Debug, Clone)]
+enum Product {
+    /// With the batch norm folded in: of a frozen model.
+    Folded(Linear),
+    /// Of a model in training: the kernel `(outputs, inputs, window, window)` changes.
+    Normed { kernel: Tensor, norm: BatchNorm },
+}
+
+/// Batch normalisation in training (Ioffe and Szegedy 2015, arXiv 1502.03167): by the mean and the variance of the batch, which the running
+/// ones follow.
+#[derive(Debug, Clone)]
+struct BatchNorm {
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
 }
 
 #[derive(Debug, Clone)]
@@ -109,12 +130,24 @@ impl Convolution {
         let (dtype, wide) = (kernel.dtype(), wide(kernel.dtype()));
         let (kernel, norm) = (kernel.to_dtype(wide), norm.to_dtype(wide));
         let get = |name: &str, init| norm.get_with_hints(outputs, name, candle_nn::Init::Const(init));
-        let factor = (get("weight", 1.0)? / (get("running_var", 1.0)? + EPS)?.sqrt()?)?;
-        let bias = (get("bias", 0.0)? - (get("running_mean", 0.0)? * &factor)?)?;
+        let norm = BatchNorm {
+            weight: get("weight", 1.0)?,
+            bias: get("bias", 0.0)?,
+            running_mean: get("running_mean", 0.0)?,
+            running_var: get("running_var", 1.0)?,
+        };
         let kernel = kernel.get_with_hints((outputs, inputs, window, window), "weight", INIT_WEIGHT)?;
-        let kernel = kernel.permute((0, 2, 3, 1))?.reshape((outputs, window * window * inputs))?;
-        let kernel = kernel.broadcast_mul(&factor.unsqueeze(1)?)?;
-        Ok(Self { window, stride, product: Linear::new(kernel.to_dtype(dtype)?, bias.to_dtype(dtype)?)? })
+        let product = match kernel.track_op() {
+            true => Product::Normed { kernel, norm },
+            false => {
+                let kernel = by_window(&kernel)?;
+                let factor = (&norm.weight / (norm.running_var + EPS)?.sqrt()?)?;
+                let bias = (norm.bias - (norm.running_mean * &factor)?)?;
+                let kernel = kernel.broadcast_mul(&factor.unsqueeze(1)?)?;
+                Product::Folded(Linear::new(kernel.to_dtype(dtype)?, bias.to_dtype(dtype)?)?)
+            }
+        };
+        Ok(Self { window, stride, product })
     }
 
     /// `(b, h, w, inputs)` to `(b, h / stride, w / stride, outputs)`.
@@ -135,6 +168,40 @@ impl Convolution {
             }
         }
         self.product.forward(&Tensor::cat(&shifted, D::Minus1)?)
+    }
+}
+
+/// A kernel `(outputs, inputs, window, window)` as a matrix over the places of a window, each with its channels.
+fn by_window(kernel: &Tensor) -> Result<Tensor> {
+    kernel.permute((0, 2, 3, 1))?.flatten_from(1)
+}
+
+impl Product {
+    /// `(.., inputs)` to `(.., outputs)`.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Folded(product) => product.forward(x),
+            Self::Normed { kernel, norm } => norm.forward(&linear(x, &by_window(kernel)?, None)?),
+        }
+    }
+}
+
+impl BatchNorm {
+    /// Over all but the last dimension. Changes the running mean and variance.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let channels = x.dim(D::Minus1)?;
+        let rows = x.reshape(((), channels))?;
+        let count = rows.dim(0)?;
+        let mean = rows.mean_keepdim(0)?;
+        let centred = rows.broadcast_sub(&mean)?;
+        let variance = centred.sqr()?.mean_keepdim(0)?;
+        let unbiased = (variance.detach() * (count as f64 / count.saturating_sub(1).max(1) as f64))?;
+        for (running, new) in [(&self.running_mean, mean.detach()), (&self.running_var, unbiased)] {
+            let moved = ((running.detach() * (1.0 - NORM_MOMENTUM))? + (new.squeeze(0)? * NORM_MOMENTUM)?)?;
+            running.slice_set(&moved, 0, 0)?;
+        }
+        let normal = centred.broadcast_div(&(variance + EPS)?.sqrt()?)?;
+        normal.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)?.reshape(x.shape())
     }
 }
 

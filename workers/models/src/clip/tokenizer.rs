@@ -1,9 +1,14 @@
 //! Texts for CLIP: byte-pair ids with a first and a last token.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use tokenizers::Tokenizer;
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{
+    AddedToken, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer, Trainer,
+};
 
 use super::ClipFamily;
 use crate::error::{ModelError, Result};
@@ -12,6 +17,9 @@ use crate::files::read_text;
 /// What opens and ends a text in CLIP's vocabulary.
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
+
+/// What ends the last piece of a word.
+const END_OF_WORD: &str = "</w>";
 
 /// Words of CLIP's tokenizer: contractions, runs of letters, single digits, runs of anything else (OpenAI's `simple_tokenizer.py`).
 const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
@@ -103,10 +111,78 @@ impl ClipTokenizer {
                                "trim_offsets": false, "add_prefix_space": false},
             "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
             "model": {"type": "BPE", "dropout": null, "unk_token": END, "continuing_subword_prefix": "",
-                      "end_of_word_suffix": "</w>", "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+                      "end_of_word_suffix": END_OF_WORD, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
                       "vocab": vocab, "merges": merges},
         });
         Ok(tokenizer.to_string())
+    }
+
+    /// A vocabulary of at most `vocab_size` tokens by CLIP's rules, learnt from texts: the text of a `tokenizer.json`. Same texts, in any
+    /// order, same vocabulary.
+    ///
+    /// # Errors
+    /// `vocab_size` is too small for single bytes, or the tokenizer library fails.
+    pub fn train(texts: &[String], vocab_size: usize) -> Result<String> {
+        let fail = |what: &str, source| ModelError::Tokenizer { what: what.to_owned(), source };
+        // The rules without a vocabulary are those of one that holds nothing but the first and the last token.
+        let none = json!({START: 0, END: 1}).to_string();
+        let rules = Self::json_from_merges(&none, "", Path::new("vocab.json"))?;
+        let rules = Tokenizer::from_bytes(rules.as_bytes()).map_err(|e| fail("the rules do not parse", Some(e)))?;
+        // As in CLIP's own vocabulary the bytes come first, within words and at their ends. The trainer would number them in the order of a
+        // randomly seeded hash table, and breaks ties between merges by number.
+        let bytes: BTreeSet<char> = ByteLevel::alphabet().into_iter().collect();
+        let inside = bytes.iter().map(char::to_string);
+        let named = inside.chain(bytes.iter().map(|byte| format!("{byte}{END_OF_WORD}")));
+        let mut trainer = BpeTrainerBuilder::new()
+            .vocab_size(vocab_size.saturating_sub(2))
+            .special_tokens(named.map(|token| AddedToken::from(token, true)).collect())
+            .min_frequency(2)
+            .end_of_word_suffix(END_OF_WORD.to_owned())
+            .show_progress(false)
+            .build();
+        let words = |text: &str| -> tokenizers::Result<Vec<String>> {
+            let mut normal = NormalizedString::from(text);
+            if let Some(normalizer) = rules.get_normalizer() {
+                normalizer.normalize(&mut normal)?;
+            }
+            let mut split = PreTokenizedString::from(normal);
+            if let Some(splitter) = rules.get_pre_tokenizer() {
+                splitter.pre_tokenize(&mut split)?;
+            }
+            let pieces = split.get_splits(OffsetReferential::Normalized, OffsetType::Byte);
+            Ok(pieces.into_iter().map(|(word, ..)| word.to_owned()).collect())
+        };
+        trainer.feed(texts.iter(), |text| words(text)).map_err(|e| fail("texts cannot be split into words", Some(e)))?;
+        let mut model = BPE::default();
+        trainer.train(&mut model).map_err(|e| fail("no vocabulary can be learnt", Some(e)))?;
+        let learnt = serde_json::to_value(&model).map_err(|e| fail(&format!("the vocabulary cannot be written: {e}"), None))?;
+        // First and last token come last, as in CLIP's own vocabulary, so that the end has the highest id.
+        let Some(mut vocab) = learnt["vocab"].as_object().cloned() else {
+            return Err(fail("the vocabulary is empty", None));
+        };
+        let size = vocab.len();
+        if size + 2 > vocab_size {
+            return Err(fail(&format!("{vocab_size} tokens are too few: single bytes alone are {}", size + 2), None));
+        }
+        vocab.insert(START.to_owned(), size.into());
+        vocab.insert(END.to_owned(), (size + 1).into());
+        let merges: Vec<String> = learnt["merges"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|pair| Some(format!("{} {}", pair[0].as_str()?, pair[1].as_str()?)))
+            .collect();
+        Self::json_from_merges(&Value::Object(vocab).to_string(), &merges.join("\n"), Path::new("vocab.json"))
+    }
+
+    /// The text of its `tokenizer.json`.
+    ///
+    /// # Errors
+    /// The tokenizer library fails.
+    pub fn json(&self) -> Result<String> {
+        self.inner
+            .to_string(false)
+            .map_err(|e| ModelError::Tokenizer { what: "the tokenizer cannot be written".to_owned(), source: Some(e) })
     }
 
     /// Number of tokens.

@@ -14,8 +14,9 @@ pub struct Augmentation {
     pub min_area: f64,
     /// Whether half of the images are mirrored. Off by default: a mirrored image makes "to the left of" wrong.
     pub flip: bool,
-    /// Strength of the distortions, in `0..=1`; 0 never distorts. Two are drawn for each image (RandAugment, arXiv 1909.13719):
-    /// automatic contrast, histogram equalisation, brightness, shearing along an axis, rotation, or none. BLIP: 0.5.
+    /// Strength of the distortions, in `0..=1`; 0 never distorts. Two are drawn for each image from BLIP's list (RandAugment, arXiv
+    /// 1909.13719), and each is made with probability ½: automatic contrast, histogram equalisation, brightness, sharpness, shearing or
+    /// moving along an axis, rotation, or none. BLIP: 0.5.
     pub distort: f64,
 }
 
@@ -34,10 +35,15 @@ const MAX_RATIO: f64 = 4.0 / 3.0;
 /// Distortions of an image, as in BLIP.
 const DISTORTIONS: usize = 2;
 
-/// Full strength: pixels moved sideways per pixel, degrees, and change of brightness (`transform/randaugment.py` of BLIP).
+/// Probability that a drawn distortion is made.
+const DISTORTED: f64 = 0.5;
+
+/// Full strength: pixels moved sideways per pixel, share of the side that an image is moved by (10 of 224 pixels), degrees, and change of
+/// brightness and of sharpness (`transform/randaugment.py` of BLIP).
 const MAX_SHEAR: f64 = 0.3;
+const MAX_MOVE: f64 = 10.0 / 224.0;
 const MAX_DEGREES: f64 = 30.0;
-const MAX_BRIGHTNESS: f64 = 0.9;
+const MAX_CHANGE: f64 = 0.9;
 
 impl Augmentation {
     /// A random resized crop of `pixels`, RGB8 of `side × side`, row by row, perhaps mirrored and distorted; the result has the same size.
@@ -97,26 +103,50 @@ impl Augmentation {
     }
 }
 
-/// One distortion, drawn evenly, at `strength` of its range and in a drawn direction.
+/// One distortion, drawn evenly, at `strength` of its range and in a drawn direction; or none.
 fn distorted(mut pixels: Vec<u8>, side: usize, strength: f64, stream: &mut Stream) -> Vec<u8> {
-    let kind = (stream.uniform() * 7.0) as usize;
+    let kind = (stream.uniform() * 10.0) as usize;
     let strength = if stream.uniform() < 0.5 { strength } else { -strength };
+    if stream.uniform() >= DISTORTED {
+        return pixels;
+    }
+    let factor = 1.0 + MAX_CHANGE * strength;
+    let (shear, shift) = (MAX_SHEAR * strength, MAX_MOVE * side as f64 * strength);
     match kind {
         0 => per_channel(&mut pixels, autocontrast),
         1 => per_channel(&mut pixels, equalize),
-        2 => {
-            let factor = 1.0 + MAX_BRIGHTNESS * strength;
-            pixels.iter_mut().for_each(|value| *value = (f64::from(*value) * factor).round() as u8);
-        }
-        3 => return affine(&pixels, side, [1.0, MAX_SHEAR * strength, 0.0, 1.0]),
-        4 => return affine(&pixels, side, [1.0, 0.0, MAX_SHEAR * strength, 1.0]),
-        5 => {
+        2 => pixels.iter_mut().for_each(|value| *value = (f64::from(*value) * factor).round() as u8),
+        3 => return sharpened(&pixels, side, factor),
+        4 => return affine(&pixels, side, [1.0, shear, 0.0, 1.0], [0.0, 0.0]),
+        5 => return affine(&pixels, side, [1.0, 0.0, shear, 1.0], [0.0, 0.0]),
+        6 => return affine(&pixels, side, [1.0, 0.0, 0.0, 1.0], [shift, 0.0]),
+        7 => return affine(&pixels, side, [1.0, 0.0, 0.0, 1.0], [0.0, shift]),
+        8 => {
             let (sin, cos) = (MAX_DEGREES * strength).to_radians().sin_cos();
-            return affine(&pixels, side, [cos, -sin, sin, cos]);
+            return affine(&pixels, side, [cos, -sin, sin, cos], [0.0, 0.0]);
         }
         _ => {}
     }
     pixels
+}
+
+/// `factor · image + (1 − factor) · smoothed`, where a smoothed pixel is the mean of it and its eight neighbours, itself weighted by 5.
+/// The outermost pixels stay.
+fn sharpened(pixels: &[u8], side: usize, factor: f64) -> Vec<u8> {
+    let mut out = pixels.to_vec();
+    for row in 1..side.saturating_sub(1) {
+        for place in 3 * (row * side + 1)..3 * (row * side + side - 1) {
+            let sum: u32 = [place - 3 * side, place, place + 3 * side]
+                .iter()
+                .flat_map(|middle| [middle - 3, *middle, middle + 3])
+                .map(|place| u32::from(pixels[place]))
+                .sum();
+            let own = f64::from(pixels[place]);
+            let smoothed = (f64::from(sum) + 4.0 * own) / 13.0;
+            out[place] = (factor * own + (1.0 - factor) * smoothed).round() as u8;
+        }
+    }
+    out
 }
 
 /// Replaces the values of each colour by a table made from their histogram.
@@ -155,16 +185,16 @@ fn equalize(histogram: &[usize; 256]) -> [u8; 256] {
     })
 }
 
-/// The image seen through a linear map `[xx, xy, yx, yy]` about its centre, from places in the result to places in the source, with
-/// bilinear interpolation. Beyond its edge the image goes on in the colour of the edge.
-fn affine(pixels: &[u8], side: usize, [xx, xy, yx, yy]: [f64; 4]) -> Vec<u8> {
+/// The image seen through a linear map `[xx, xy, yx, yy]` about its centre and a shift `[x, y]` in pixels, from places in the result to places
+/// in the source, with bilinear interpolation. Beyond its edge the image goes on in the colour of the edge.
+fn affine(pixels: &[u8], side: usize, [xx, xy, yx, yy]: [f64; 4], shift: [f64; 2]) -> Vec<u8> {
     let centre = (side as f64 - 1.0) / 2.0;
     let mut out = Vec::with_capacity(pixels.len());
     for row in 0..side {
         for column in 0..side {
             let (x, y) = (column as f64 - centre, row as f64 - centre);
             let place = |value: f64| (value + centre).clamp(0.0, side as f64 - 1.0);
-            let (x, y) = (place(xx * x + xy * y), place(yx * x + yy * y));
+            let (x, y) = (place(xx * x + xy * y + shift[0]), place(yx * x + yy * y + shift[1]));
             let (left, top) = (x as usize, y as usize);
             let (right, bottom) = ((left + 1).min(side - 1), (top + 1).min(side - 1));
             let (dx, dy) = (x - left as f64, y - top as f64);
@@ -268,13 +298,23 @@ mod tests {
     fn distortions_are_what_their_names_say() {
         let image = gradient();
         // A quarter turn: what was red to the right is red downwards.
-        let turned = affine(&image, SIDE, [0.0, 1.0, -1.0, 0.0]);
+        let turned = affine(&image, SIDE, [0.0, 1.0, -1.0, 0.0], [0.0, 0.0]);
         let at = |image: &[u8], x: usize, y: usize| [image[3 * (y * SIDE + x)], image[3 * (y * SIDE + x) + 1]];
         assert_eq!(at(&turned, 3, 5), at(&image, 5, SIDE - 1 - 3));
         // Sheared along x: the middle stays, rows above and below move against each other, the edge goes on.
-        let sheared = affine(&image, SIDE, [1.0, 1.0, 0.0, 1.0]);
+        let sheared = affine(&image, SIDE, [1.0, 1.0, 0.0, 1.0], [0.0, 0.0]);
         assert_eq!(at(&sheared, 8, 15), [225, 225]);
         assert_eq!(at(&sheared, 7, 0), [0, 0]);
+        // Moved by two pixels: what was there two to the right.
+        let moved = affine(&image, SIDE, [1.0, 0.0, 0.0, 1.0], [2.0, 0.0]);
+        assert_eq!([at(&moved, 3, 5), at(&moved, 15, 5)], [at(&image, 5, 5), at(&image, 15, 5)]);
+        // A dot of 130 on black: 5 of 13 parts stay, 1 of 13 goes to each neighbour; and the other way.
+        let mut dot = vec![0; 3 * SIDE * SIDE];
+        dot[3 * (5 * SIDE + 5)] = 130;
+        let smooth = sharpened(&dot, SIDE, 0.0);
+        assert_eq!([at(&smooth, 5, 5)[0], at(&smooth, 4, 6)[0], at(&smooth, 7, 5)[0]], [50, 10, 0]);
+        assert_eq!(at(&sharpened(&dot, SIDE, 1.9), 5, 5)[0], 202);
+        assert_eq!(sharpened(&dot, SIDE, 1.0), dot);
         let mut histogram = [0; 256];
         (histogram[50], histogram[110], histogram[150]) = (300, 300, 300);
         let stretched = autocontrast(&histogram);

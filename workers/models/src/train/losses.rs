@@ -1,6 +1,7 @@
-//! The losses of BLIP (arXiv 2201.12086, section 3.2; `models/blip_pretrain.py`), with in-batch negatives.
+//! The losses of BLIP (arXiv 2201.12086, section 3.2; `models/blip_pretrain.py`) and of CLIP.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, Device, Tensor};
+use sha2::{Digest, Sha256};
 
 use crate::error::{ModelError, Result};
 use crate::ops::smoothed_cross_entropy;
@@ -38,68 +39,109 @@ pub fn lm_loss(logits: &Tensor, ids: &Tensor, mask: &Tensor, prompt: usize, smoo
     Ok(smoothed_cross_entropy(&logits.reshape((rows * tokens, vocab))?, targets, smoothing)?)
 }
 
-/// Which pairs of a batch belong together: the same image, or images with the very same text.
+/// What tells whether an image and a text belong together: hashes of the image's name and of the text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Key {
+    image: u64,
+    text: u64,
+}
+
+impl Key {
+    /// Of the name of an image and of a cleaned text.
+    #[must_use]
+    pub fn new(image: &str, text: &str) -> Self {
+        let hash = |part: &str| {
+            let digest: [u8; 32] = Sha256::digest(part.as_bytes()).into();
+            u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]])
+        };
+        Self { image: hash(image), text: hash(text) }
+    }
+
+    /// Of nothing: it belongs to no pair.
+    pub(super) const NONE: Self = Self { image: 0, text: 0 };
+
+    pub(super) fn to_numbers(self) -> [i64; 2] {
+        [self.image.cast_signed(), self.text.cast_signed()]
+    }
+
+    pub(super) fn from_numbers([image, text]: [i64; 2]) -> Self {
+        Self { image: image.cast_unsigned(), text: text.cast_unsigned() }
+    }
+
+    /// The same image, or the very same text.
+    fn matches(self, other: Self) -> bool {
+        self != Self::NONE && (self.image == other.image || self.text == other.text)
+    }
+}
+
+/// Which pairs belong together: the same image, or images with the very same text.
 ///
-/// Such pairs share the target of the contrastive loss and are never drawn as negatives.
+/// Such pairs share the target of the contrastive loss and are never drawn as negatives. BLIP does so by images when it fine-tunes
+/// (`models/blip_retrieval.py`); pictures of the web share texts too.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Matches {
-    size: usize,
+    rows: usize,
+    columns: usize,
     matching: Vec<bool>,
 }
 
 impl Matches {
-    /// From the image keys and texts of a batch, pair by pair.
+    /// Of each pair of a batch with each pair of `all`.
     #[must_use]
-    pub fn new(images: &[&str], texts: &[&str]) -> Self {
-        let size = images.len().min(texts.len());
-        let matching = (0..size * size)
-            .map(|cell| (cell / size, cell % size))
-            .map(|(i, j)| images[i] == images[j] || texts[i] == texts[j])
-            .collect();
-        Self { size, matching }
+    pub fn new(batch: &[Key], all: &[Key]) -> Self {
+        let matching = batch.iter().flat_map(|one| all.iter().map(|other| one.matches(*other))).collect();
+        Self { rows: batch.len(), columns: all.len(), matching }
     }
 
-    /// Whether image `i` and text `j` belong together.
+    /// Whether pair `row` of the batch and pair `column` of all belong together.
     #[must_use]
-    pub fn get(&self, i: usize, j: usize) -> bool {
-        self.matching[i * self.size + j]
+    pub fn get(&self, row: usize, column: usize) -> bool {
+        self.matching[row * self.columns + column]
     }
 
-    /// Rows of the relation, each with sum 1. The relation is symmetric, so they serve both directions.
-    fn targets(&self) -> Vec<f32> {
-        self.matching
-            .chunks(self.size.max(1))
-            .flat_map(|row| {
-                let share = 1.0 / row.iter().filter(|&&matching| matching).count().max(1) as f32;
-                row.iter().map(move |&matching| if matching { share } else { 0.0 })
-            })
-            .collect()
+    /// The relation as targets `(rows, columns)`, f32, each row with sum 1. It is symmetric, so it serves both directions.
+    ///
+    /// # Errors
+    ///
+    /// The device has no memory.
+    pub fn targets(&self, device: &Device) -> Result<Tensor> {
+        let shares = self.matching.chunks(self.columns.max(1)).flat_map(|row| {
+            let share = 1.0 / row.iter().filter(|matching| **matching).count().max(1) as f32;
+            row.iter().map(move |matching| if *matching { share } else { 0.0 })
+        });
+        Ok(Tensor::from_vec(shares.collect::<Vec<f32>>(), (self.rows, self.columns), device)?)
     }
 }
 
-/// Cosines over temperature `(b, b)` of image features and text features `(b, p)`, both of length 1: row = image, column = text.
+/// Cosines over temperature `(b, n)` of features `(b, p)` and `(n, p)`, all of length 1.
 ///
 /// # Errors
 ///
 /// Shapes that do not fit.
-pub fn similarities(image_features: &Tensor, text_features: &Tensor, temperature: &Tensor) -> Result<Tensor> {
-    Ok(image_features.matmul(&text_features.t()?)?.broadcast_div(temperature)?)
+pub fn similarities(of: &Tensor, with: &Tensor, temperature: &Tensor) -> Result<Tensor> {
+    Ok(of.matmul(&with.t()?)?.broadcast_div(temperature)?)
 }
 
-/// Image-text contrastive loss (symmetric `InfoNCE` with soft targets), a scalar: the mean of both directions.
+/// `alpha · softmax(teacher) + (1 − alpha) · targets`, all `(b, n)`: the targets of ALBEF and BLIP, in which a pair that the slow encoders find
+/// similar is no full negative.
 ///
 /// # Errors
 ///
-/// `similarities` is not `(b, b)` for the `b` pairs of `matches`.
-pub fn itc_loss(similarities: &Tensor, matches: &Matches) -> Result<Tensor> {
-    let size = matches.size;
-    let targets = Tensor::from_vec(matches.targets(), (size, size), similarities.device())?.to_dtype(similarities.dtype())?;
-    let direction = |scores: &Tensor| -> candle_core::Result<Tensor> {
-        let log_p = candle_nn::ops::log_softmax(scores, D::Minus1)?;
-        (log_p * &targets)?.sum_all()
-    };
-    let both = (direction(similarities)? + direction(&similarities.t()?.contiguous()?)?)?;
-    Ok((both * (-0.5 / size.max(1) as f64))?)
+/// Shapes that do not fit.
+pub fn soft_targets(teacher: &Tensor, targets: &Tensor, alpha: f64) -> Result<Tensor> {
+    let soft = candle_nn::ops::softmax(&teacher.detach(), D::Minus1)?;
+    Ok(((soft * alpha)? + (targets * (1.0 - alpha))?)?)
+}
+
+/// One direction of the image-text contrastive loss (`InfoNCE` with soft targets), a scalar: the mean cross-entropy of the rows of
+/// `similarities` `(b, n)` with the rows of `targets` `(b, n)`.
+///
+/// # Errors
+///
+/// Shapes that do not fit.
+pub fn contrastive_loss(similarities: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let log_p = candle_nn::ops::log_softmax(similarities, D::Minus1)?;
+    Ok(((log_p * targets)?.sum_all()? * (-1.0 / similarities.dim(0)?.max(1) as f64))?)
 }
 
 /// For each pair of a batch, a text that does not describe its image and an image that its text does not describe.
@@ -114,30 +156,32 @@ pub struct HardNegatives {
 }
 
 impl HardNegatives {
-    /// Draws by `softmax(similarities) + 1e-4` over the pairs that do not belong together. `similarities` is `(b, b)`, row = image.
+    /// Draws by `softmax(similarities) + 1e-4` over the pairs that do not belong together. The similarities are those of each image to
+    /// the `b` texts, and of each text to the `b` images, both `(b, b)`.
     ///
-    /// The draws are keyed by seed and step.
+    /// The draws are keyed by seed and number.
     ///
     /// # Errors
     ///
-    /// `similarities` is not `(b, b)` for the `b` pairs of `matches`.
-    pub fn draw(similarities: &Tensor, matches: &Matches, seed: u64, step: u64) -> Result<Self> {
-        let scores = similarities.to_vec2::<f32>()?;
-        let size = matches.size;
-        if scores.len() != size || scores.iter().any(|row| row.len() != size) {
-            return Err(ModelError::Input(format!("hard negatives: similarities {:?} for {size} pairs", similarities.dims())));
-        }
-        let mut stream = Stream::new("hard negatives", seed, &[&step.to_le_bytes()]);
-        let text_for_image = (0..size).map(|i| pick(size, |j| scores[i][j], |j| matches.get(i, j), stream.uniform())).collect();
-        let image_for_text = (0..size).map(|j| pick(size, |i| scores[i][j], |i| matches.get(i, j), stream.uniform())).collect();
-        Ok(Self { text_for_image, image_for_text })
+    /// Similarities of another shape than the batch of `matches` has.
+    pub fn draw(image_to_text: &Tensor, text_to_image: &Tensor, matches: &Matches, seed: u64, number: u64) -> Result<Self> {
+        let mut stream = Stream::new("hard negatives", seed, &[&number.to_le_bytes()]);
+        let mut side = |scores: &Tensor| -> Result<Vec<Option<usize>>> {
+            let scores = scores.to_vec2::<f32>()?;
+            let size = matches.rows;
+            if scores.len() != size || scores.iter().any(|row| row.len() != size) {
+                return Err(ModelError::Input(format!("hard negatives: {} rows of similarities for {size} pairs", scores.len())));
+            }
+            Ok(scores.iter().enumerate().map(|(i, row)| pick(row, |j| matches.get(i, j), stream.uniform())).collect())
+        };
+        Ok(Self { text_for_image: side(image_to_text)?, image_for_text: side(text_to_image)? })
     }
 }
 
 /// One multinomial draw by inversion.
-fn pick(size: usize, score: impl Fn(usize) -> f32, barred: impl Fn(usize) -> bool, uniform: f64) -> Option<usize> {
-    let max = (0..size).map(&score).fold(f32::NEG_INFINITY, f32::max);
-    let exponentials: Vec<f64> = (0..size).map(|k| f64::from(score(k) - max).exp()).collect();
+fn pick(scores: &[f32], barred: impl Fn(usize) -> bool, uniform: f64) -> Option<usize> {
+    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exponentials: Vec<f64> = scores.iter().map(|score| f64::from(score - max).exp()).collect();
     let total: f64 = exponentials.iter().sum();
     let weights: Vec<f64> =
         exponentials.iter().enumerate().map(|(k, e)| if barred(k) { 0.0 } else { e / total + NEGATIVE_FLOOR }).collect();
@@ -200,26 +244,45 @@ mod tests {
         assert!(lm_loss(&logits, &ids.narrow(1, 0, 3).unwrap(), &mask, 2, 0.0).is_err());
     }
 
-    #[test]
-    fn same_image_and_same_text_share_the_contrastive_target() {
-        let matches = Matches::new(&["a", "a", "b", "c"], &["x", "y", "z", "x"]);
-        assert!(matches.get(0, 1) && matches.get(0, 3) && !matches.get(1, 3) && !matches.get(2, 0));
-        let third = 1.0 / 3.0;
-        let expected = [third, third, 0.0, third, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.5, 0.0, 0.0, 0.5];
-        assert_eq!(matches.targets(), expected);
+    fn keys(images: &[&str], texts: &[&str]) -> Vec<Key> {
+        images.iter().zip(texts).map(|(image, text)| Key::new(image, text)).collect()
     }
 
     #[test]
-    fn itc_loss_is_the_mean_cross_entropy_of_both_directions() {
+    fn same_image_and_same_text_share_the_contrastive_target() {
+        let batch = keys(&["a", "a", "b", "c"], &["x", "y", "z", "x"]);
+        let all: Vec<Key> = batch.iter().copied().chain([Key::NONE, Key::new("b", "w")]).collect();
+        let matches = Matches::new(&batch, &all);
+        assert!(matches.get(0, 1) && matches.get(0, 3) && !matches.get(1, 3) && !matches.get(2, 0) && matches.get(2, 5));
+        let third = 1.0 / 3.0;
+        let expected = [
+            [third, third, 0.0, third, 0.0, 0.0],
+            [0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
+            [0.0, 0.0, 0.5, 0.0, 0.0, 0.5],
+            [0.5, 0.0, 0.0, 0.5, 0.0, 0.0],
+        ];
+        assert_eq!(matches.targets(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap(), expected);
+        assert!(!Matches::new(&[Key::NONE], &[Key::NONE]).get(0, 0));
+    }
+
+    #[test]
+    fn contrastive_loss_is_the_mean_cross_entropy_of_the_rows() {
         let device = &Device::Cpu;
-        let matches = Matches::new(&["a", "b"], &["x", "y"]);
-        let scores = Tensor::new(&[[2.0f32, 0.0], [1.0, 3.0]], device).unwrap();
-        let nll = |right: f32, wrong: f32| (1.0 + (wrong - right).exp()).ln();
-        let expected = (nll(2.0, 0.0) + nll(3.0, 1.0) + nll(2.0, 1.0) + nll(3.0, 0.0)) / 4.0;
-        assert!((scalar(&itc_loss(&scores, &matches).unwrap()) - expected).abs() < 1e-6);
-        // Uniform scores cost ln b, whatever the temperature did.
-        let flat = Tensor::zeros((2, 2), candle_core::DType::F32, device).unwrap();
-        assert!((scalar(&itc_loss(&flat, &matches).unwrap()) - 2f32.ln()).abs() < 1e-6);
+        let scores = Tensor::new(&[[2.0f32, 0.0, 0.0], [1.0, 3.0, 0.0]], device).unwrap();
+        let targets = Tensor::new(&[[1.0f32, 0.0, 0.0], [0.25, 0.75, 0.0]], device).unwrap();
+        let log_sum = |row: [f32; 3]| row.iter().map(|x| x.exp()).sum::<f32>().ln();
+        let (first, second) = (log_sum([2.0, 0.0, 0.0]), log_sum([1.0, 3.0, 0.0]));
+        let expected = ((first - 2.0) + 0.25 * (second - 1.0) + 0.75 * (second - 3.0)) / 2.0;
+        assert!((scalar(&contrastive_loss(&scores, &targets).unwrap()) - expected).abs() < 1e-6);
+    }
+
+    #[test]
+    fn soft_targets_lie_between_the_teacher_and_the_truth() {
+        let device = &Device::Cpu;
+        let teacher = Tensor::new(&[[0.0f32, 3f32.ln()]], device).unwrap();
+        let truth = Tensor::new(&[[1.0f32, 0.0]], device).unwrap();
+        let mixed = soft_targets(&teacher, &truth, 0.4).unwrap().to_vec2::<f32>().unwrap();
+        assert!((mixed[0][0] - (0.4 * 0.25 + 0.6)).abs() < 1e-6 && (mixed[0][1] - 0.4 * 0.75).abs() < 1e-6, "{mixed:?}");
     }
 
     #[test]
@@ -227,32 +290,34 @@ mod tests {
         let device = &Device::Cpu;
         let images: Vec<String> = (0..8).map(|i| format!("{}", i / 2)).collect();
         let texts: Vec<String> = (0..8).map(|i| format!("t{}", if i == 7 { 0 } else { i })).collect();
-        let images: Vec<&str> = images.iter().map(String::as_str).collect();
-        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-        let matches = Matches::new(&images, &texts);
+        let batch: Vec<Key> = images.iter().zip(&texts).map(|(image, text)| Key::new(image, text)).collect();
+        let matches = Matches::new(&batch, &batch);
         // Image 4 looks most like text 0 (and like its own).
         let mut scores = vec![0.0f32; 64];
         scores[4 * 8] = 6.0;
         scores[4 * 8 + 4] = 9.0;
         let scores = Tensor::from_vec(scores, (8, 8), device).unwrap();
-        let mut hard = 0;
+        let draw = |seed, number| HardNegatives::draw(&scores, &scores.t().unwrap(), &matches, seed, number).unwrap();
+        let mut hard = [0, 0];
         for step in 0..200 {
-            let drawn = HardNegatives::draw(&scores, &matches, 1, step).unwrap();
-            assert_eq!(drawn, HardNegatives::draw(&scores, &matches, 1, step).unwrap());
+            let drawn = draw(1, step);
+            assert_eq!(drawn, draw(1, step));
             for i in 0..8 {
                 assert!(!matches.get(i, drawn.text_for_image[i].unwrap()));
                 assert!(!matches.get(drawn.image_for_text[i].unwrap(), i));
             }
-            hard += usize::from(drawn.text_for_image[4] == Some(0));
+            hard[0] += usize::from(drawn.text_for_image[4] == Some(0));
+            hard[1] += usize::from(drawn.image_for_text[0] == Some(4));
         }
-        assert!(hard > 150, "the hard text was drawn {hard} times of 200");
-        assert_ne!(HardNegatives::draw(&scores, &matches, 1, 0).unwrap(), HardNegatives::draw(&scores, &matches, 2, 0).unwrap());
+        assert!(hard[0] > 150 && hard[1] > 150, "the hard pair was drawn {hard:?} times of 200");
+        assert_ne!(draw(1, 0), draw(2, 0));
     }
 
     #[test]
     fn a_batch_of_one_image_has_no_negatives() {
         let scores = Tensor::zeros((2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
-        let drawn = HardNegatives::draw(&scores, &Matches::new(&["a", "a"], &["x", "y"]), 0, 0).unwrap();
+        let batch = keys(&["a", "a"], &["x", "y"]);
+        let drawn = HardNegatives::draw(&scores, &scores, &Matches::new(&batch, &batch), 0, 0).unwrap();
         assert_eq!(drawn.text_for_image, [None, None]);
         assert_eq!(drawn.image_for_text, [None, None]);
     }

@@ -1,12 +1,17 @@
-//! Training of a MED: the three losses of BLIP, an optimiser with public state, and steps that resume bit for bit.
+//! Training of a MED by the three losses of BLIP and of a CLIP by its own: an optimiser with public state, and steps that resume bit for bit.
 //!
-//! A [`Trainer`] takes batches of [`Example`]s and changes weights. It never knows where examples come from or how many there are.
-//! Every random choice (fresh weights, augmentation, hard negatives) is keyed by the seed and by what it is for, so a run depends on
+//! A [`Trainer`] takes batches of [`Example`]s, [`Prepared`], and changes weights. It never knows where examples come from or how many there
+//! are. Every random choice (fresh weights, augmentation, hard negatives) is keyed by the seed and by what it is for, so a run depends on
 //! its inputs alone, and a run that was stopped and resumed ends in the same bytes.
 
 pub mod augment;
+mod clip;
 pub mod losses;
+mod med;
+mod momentum;
 pub mod optimizer;
+mod prepare;
+mod recipe;
 pub mod schedule;
 mod state;
 #[cfg(test)]
@@ -15,5 +20,7 @@ mod trainer;
 
 pub use augment::{Augmentation, shrink};
 pub use optimizer::{AdamW, AdamWConfig};
+pub use prepare::{Example, Prepared, Preparer};
+pub use recipe::{Precision, Recipe, Role};
 pub use schedule::Schedule;
-pub use trainer::{Example, Losses, Precision, Recipe, Role, StepReport, Trainer};
+pub use trainer::{Architecture, Losses, StepReport, Trainer};

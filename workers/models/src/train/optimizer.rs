@@ -102,21 +102,28 @@ impl AdamW {
         Ok(())
     }
 
-    /// One update at learning rate `rate`; returns the norm of the gradients before clipping.
+    /// The gradients of all variables, in the order of their names.
     ///
     /// # Errors
     ///
-    /// [`ModelError::Training`] when a variable has no gradient or the norm is not finite: nothing is changed then.
-    pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<f64> {
-        let mut of_slots = Vec::with_capacity(self.slots.len());
+    /// [`ModelError::Training`] when a variable has no gradient.
+    pub fn gradients(&self, found: &GradStore) -> Result<Vec<Tensor>> {
+        let of_slot = |(name, slot): (&String, &Slot)| match found.get(slot.variable.as_tensor()) {
+            Some(gradient) => Ok(gradient.contiguous()?),
+            None => Err(ModelError::Training { step: self.steps, reason: format!("{name} has no gradient") }),
+        };
+        self.slots.iter().map(of_slot).collect()
+    }
+
+    /// One update by [`Self::gradients`] at learning rate `rate`; returns the norm of the gradients before clipping.
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError::Training`] when the norm is not finite: nothing is changed then.
+    pub fn step(&mut self, gradients: &[Tensor], rate: f64) -> Result<f64> {
         let mut squares = 0.0;
-        for (name, slot) in &self.slots {
-            let gradient = gradients
-                .get(slot.variable.as_tensor())
-                .ok_or_else(|| ModelError::Training { step: self.steps, reason: format!("{name} has no gradient") })?;
-            let gradient = gradient.contiguous()?;
+        for gradient in gradients {
             squares += f64::from(gradient.sqr()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?);
-            of_slots.push(gradient);
         }
         let norm = squares.sqrt();
         if !norm.is_finite() {
@@ -130,27 +137,55 @@ impl AdamW {
         self.steps += 1;
         let t = self.steps.min(i32::MAX as u64) as i32;
         let (correction1, correction2) = (1.0 - beta1.powi(t), 1.0 - beta2.powi(t));
-        for (slot, gradient) in self.slots.values_mut().zip(&of_slots) {
+        for (slot, gradient) in self.slots.values_mut().zip(gradients) {
             let decay = if slot.variable.rank() > 1 { weight_decay } else { 0.0 };
-            slot.first.inplace_op2(gradient, &Moment { beta: beta1 as f32, scale: scale as f32, square: false })?;
-            slot.second.inplace_op2(gradient, &Moment { beta: beta2 as f32, scale: scale as f32, square: true })?;
-            let update = Update {
-                keep: (1.0 - rate * decay) as f32,
-                rate: (rate / correction1) as f32,
-                correction: (1.0 / correction2) as f32,
-                eps: eps as f32,
-            };
-            slot.variable.as_tensor().inplace_op3(&slot.first, &slot.second, &update)?;
+            let moments = [(&mut slot.first, beta1, false), (&mut slot.second, beta2, true)];
+            for (moment, beta, square) in moments {
+                Moment { beta, scale, square }.update(moment, gradient)?;
+            }
+            Update { keep: 1.0 - rate * decay, rate: rate / correction1, correction: 1.0 / correction2, eps }.apply(
+                &slot.variable,
+                &slot.first,
+                &slot.second,
+            )?;
         }
         Ok(norm)
     }
 }
 
+/// Moves `slow` towards `new`: `decay · slow + (1 − decay) · new`.
+pub(super) fn average(slow: &Var, new: &Tensor, decay: f64) -> Result<()> {
+    let mut moved = slow.as_tensor().clone();
+    Moment { beta: decay, scale: 1.0, square: false }.update(&mut moved, new)?;
+    if !in_place(slow.as_tensor()) {
+        slow.set(&moved)?;
+    }
+    Ok(())
+}
+
+/// Whether the one-pass updates are there for a tensor.
+fn in_place(tensor: &Tensor) -> bool {
+    tensor.device().is_cpu() && tensor.dtype() == DType::F32
+}
+
 /// `moment = beta · moment + (1 − beta) · g` with `g` the scaled gradient, or its square.
 struct Moment {
-    beta: f32,
-    scale: f32,
+    beta: f64,
+    scale: f64,
     square: bool,
+}
+
+impl Moment {
+    /// In place on a CPU, else by a new tensor.
+    fn update(self, moment: &mut Tensor, gradient: &Tensor) -> Result<()> {
+        if in_place(moment) {
+            return Ok(moment.inplace_op2(gradient, &self)?);
+        }
+        let gradient = (gradient * self.scale)?;
+        let gradient = if self.square { gradient.sqr()? } else { gradient };
+        *moment = ((&*moment * self.beta)? + (gradient * (1.0 - self.beta))?)?;
+        Ok(())
+    }
 }
 
 impl InplaceOp2 for Moment {
@@ -160,10 +195,10 @@ impl InplaceOp2 for Moment {
 
     fn cpu_fwd(&self, moment: &mut CpuStorage, at: &Layout, gradient: &CpuStorage, g_at: &Layout) -> candle_core::Result<()> {
         let gradient = range(gradient, g_at)?;
-        let rest = 1.0 - self.beta;
+        let (beta, rest, scale) = (self.beta as f32, 1.0 - self.beta as f32, self.scale as f32);
         for (moment, gradient) in range_mut(moment, at)?.iter_mut().zip(gradient) {
-            let g = gradient * self.scale;
-            *moment = self.beta * *moment + rest * if self.square { g * g } else { g };
+            let g = gradient * scale;
+            *moment = beta * *moment + rest * if self.square { g * g } else { g };
         }
         Ok(())
     }
@@ -171,10 +206,22 @@ impl InplaceOp2 for Moment {
 
 /// `weight = keep · weight − rate · first / (√(second · correction) + eps)`.
 struct Update {
-    keep: f32,
-    rate: f32,
-    correction: f32,
-    eps: f32,
+    keep: f64,
+    rate: f64,
+    correction: f64,
+    eps: f64,
+}
+
+impl Update {
+    fn apply(self, variable: &Var, first: &Tensor, second: &Tensor) -> Result<()> {
+        let weight = variable.as_tensor();
+        if in_place(weight) {
+            return Ok(weight.inplace_op3(first, second, &self)?);
+        }
+        let spread = ((second * self.correction)?.sqrt()? + self.eps)?;
+        let moved = ((weight * self.keep)? - ((first * self.rate)? / spread)?)?;
+        Ok(variable.set(&moved.detach())?)
+    }
 }
 
 impl InplaceOp3 for Update {
@@ -192,8 +239,9 @@ impl InplaceOp3 for Update {
         second_at: &Layout,
     ) -> candle_core::Result<()> {
         let (first, second) = (range(first, first_at)?, range(second, second_at)?);
+        let [keep, rate, correction, eps] = [self.keep, self.rate, self.correction, self.eps].map(|x| x as f32);
         for ((weight, first), second) in range_mut(weight, at)?.iter_mut().zip(first).zip(second) {
-            *weight = self.keep * *weight - self.rate * first / ((second * self.correction).sqrt() + self.eps);
+            *weight = keep * *weight - rate * first / ((second * correction).sqrt() + eps);
         }
         Ok(())
     }
@@ -249,6 +297,11 @@ mod tests {
         loss.backward().unwrap()
     }
 
+    fn update(optimizer: &mut AdamW, variables: &BTreeMap<String, Var>, rate: f64) -> Result<f64> {
+        let gradients = optimizer.gradients(&gradients(variables))?;
+        optimizer.step(&gradients, rate)
+    }
+
     #[test]
     fn three_steps_equal_the_published_algorithm() {
         let config = AdamWConfig { betas: [0.9, 0.99], eps: 1e-6, weight_decay: 0.1, clip: 1.5 };
@@ -259,7 +312,7 @@ mod tests {
         for t in 1..=3 {
             let rate = 0.05 / f64::from(t);
             let norm: f64 = weights.iter().map(|w| w * w).sum::<f64>().sqrt();
-            let got = optimizer.step(&gradients(&vars), rate).unwrap();
+            let got = update(&mut optimizer, &vars, rate).unwrap();
             assert!((got - norm).abs() < 1e-5);
             let scale = (1.5 / norm).min(1.0);
             for i in 0..6 {
@@ -299,11 +352,11 @@ mod tests {
                     let mut resumed = AdamW::new(fresh.clone(), AdamWConfig::default()).unwrap();
                     resumed.restore(steps, &saved).unwrap();
                     for _ in step..6 {
-                        resumed.step(&gradients(&fresh), 0.1).unwrap();
+                        update(&mut resumed, &fresh, 0.1).unwrap();
                     }
                     return fresh.values().flat_map(|v| values(v.as_tensor())).collect::<Vec<f32>>();
                 }
-                optimizer.step(&gradients(&vars), 0.1).unwrap();
+                update(&mut optimizer, &vars, 0.1).unwrap();
             }
             vars.values().flat_map(|v| values(v.as_tensor())).collect()
         };
@@ -316,7 +369,7 @@ mod tests {
         let before = values(vars["matrix"].as_tensor());
         let mut optimizer = AdamW::new(vars.clone(), AdamWConfig::default()).unwrap();
         let partial = vars["matrix"].as_tensor().sum_all().unwrap().backward().unwrap();
-        let error = optimizer.step(&partial, 0.1).unwrap_err().to_string();
+        let error = optimizer.gradients(&partial).unwrap_err().to_string();
         assert!(error.contains("vector has no gradient"), "{error}");
 
         let infinite = vars
@@ -324,7 +377,8 @@ mod tests {
             .map(|v| (v.as_tensor().sum_all().unwrap() * f64::MAX).unwrap())
             .reduce(|a, b| (a + b).unwrap())
             .unwrap();
-        assert!(optimizer.step(&infinite.backward().unwrap(), 0.1).is_err());
+        let infinite = optimizer.gradients(&infinite.backward().unwrap()).unwrap();
+        assert!(optimizer.step(&infinite, 0.1).is_err());
         assert_eq!(values(vars["matrix"].as_tensor()), before);
         assert_eq!(optimizer.steps(), 0);
     }

@@ -1,13 +1,14 @@
-//! The whole state of a run in one file: weights, both moments and the step. All randomness is keyed, so there is no generator to save.
+//! The whole state of a run in one file: weights, both moments, the step, slow encoders and queues. All randomness is keyed, so there is no
+//! generator to save.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::DType;
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 
-use super::trainer::{Precision, TEMPERATURE, Trainer};
+use super::{Precision, Trainer};
 use crate::checkpoint::Checkpoint;
 use crate::error::{ModelError, Result};
 
@@ -28,6 +29,7 @@ impl Trainer {
             let all = [slot.variable.as_tensor(), &slot.first, &slot.second];
             KINDS.into_iter().zip(all).map(move |(kind, tensor)| (format!("{kind}{name}"), tensor.clone()))
         });
+        let tensors = tensors.chain(self.objective.state()?);
         // One entry only: several would be written in the order of a hash table, and so not always as the same bytes.
         let info = HashMap::from([(STATE.to_owned(), format!("{} {}", self.steps(), self.fingerprint()))]);
         let bytes = safetensors::serialize(tensors, Some(info)).map_err(|e| ModelError::no_safetensors(path, e))?;
@@ -55,7 +57,7 @@ impl Trainer {
                 path.display()
             )));
         }
-        let loaded = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
+        let loaded = candle_core::safetensors::load_buffer(&bytes, &self.device)?;
         let mut saved = BTreeMap::new();
         for name in loaded.keys().filter_map(|key| key.strip_prefix(KINDS[0])) {
             let part = |kind: &str| {
@@ -64,6 +66,7 @@ impl Trainer {
             };
             saved.insert(name.to_owned(), [part(KINDS[0])?, part(KINDS[1])?, part(KINDS[2])?]);
         }
+        self.objective.restore(&loaded)?;
         self.optimizer.restore(step, &saved)
     }
 
@@ -73,26 +76,18 @@ impl Trainer {
     ///
     /// As [`Checkpoint::save`].
     pub fn save_checkpoint(&self, dir: &Path, precision: Precision) -> Result<Checkpoint> {
-        let tensors: BTreeMap<String, Tensor> = self
-            .optimizer
-            .slots()
-            .iter()
-            .filter(|(name, _)| *name != TEMPERATURE)
-            .map(|(name, slot)| (name.clone(), slot.variable.as_tensor().clone()))
-            .collect();
         let dtype = match precision {
             Precision::F32 => DType::F32,
             Precision::F16 => DType::F16,
         };
-        Checkpoint::save(dir, &self.config, &tensors, dtype, self.tokenizer.json())
+        self.objective.save(dir, &self.variables(), dtype)
     }
 
     /// What must be the same for a state to fit: model, tokenizer and recipe.
     fn fingerprint(&self) -> String {
-        let config = format!("{:?}", self.config);
         let recipe = format!("{:?}", self.recipe);
         let mut hash = Sha256::new();
-        for part in [config.as_bytes(), recipe.as_bytes(), self.tokenizer.json().as_bytes()] {
+        for part in self.objective.fingerprint().iter().chain([&recipe]) {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
         }

@@ -1,101 +1,21 @@
 //! One model in training: batches in, changed weights out.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::VarBuilder;
-use image::RgbImage;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::augment::Augmentation;
-use super::losses::{HardNegatives, Matches, itc_loss, itm_loss, lm_loss, similarities};
-use super::optimizer::{AdamW, AdamWConfig};
-use super::schedule::Schedule;
+use super::clip::{self, ClipObjective};
+use super::med::{self, MedObjective};
+use super::optimizer::AdamW;
+use super::{Prepared, Preparer, Recipe, Role};
 use crate::checkpoint::Checkpoint;
+use crate::clip::ClipConfig;
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result};
-use crate::med::{Med, Parts};
-use crate::parameters::fresh_tensors;
 use crate::preprocess::{Pixels, Preprocessor};
-use crate::tokenizer::{FirstToken, MAX_WORDS, TextTokenizer, clean_caption};
-
-/// Name of the contrastive temperature among the trained variables. It is no part of a checkpoint.
-pub(super) const TEMPERATURE: &str = "temperature";
-
-/// Temperature of a run's first step, and the range that it is held in (`models/blip_pretrain.py`).
-const FIRST_TEMPERATURE: f32 = 0.07;
-const TEMPERATURE_RANGE: (f32, f32) = (0.001, 0.5);
-
-/// What a model is trained to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Writes captions: language-model loss.
-    Captioner,
-    /// Scores pairs: contrastive and matching loss.
-    Filter,
-    /// Both on one vision transformer: all three losses, unweighted, as in BLIP's pre-training.
-    Med,
-}
-
-impl Role {
-    /// The parts that a model of this role has.
-    #[must_use]
-    pub fn parts(self) -> Parts {
-        match self {
-            Self::Captioner => Parts::CAPTIONER,
-            Self::Filter => Parts::FILTER,
-            Self::Med => Parts::FULL,
-        }
-    }
-}
-
-/// How the weights of a finished model are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// 32 bits: what was trained.
-    F32,
-    /// 16 bits: half the size, rounded to 11 significant bits.
-    #[default]
-    F16,
-}
-
-/// Everything but the data that decides what a run ends in.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Recipe {
-    /// What the model becomes.
-    pub role: Role,
-    /// Keys all randomness.
-    pub seed: u64,
-    /// The learning rate over the run.
-    pub schedule: Schedule,
-    /// The optimiser.
-    pub optimizer: AdamWConfig,
-    /// Label smoothing of the language-model loss.
-    pub label_smoothing: f32,
-    /// Text that the captioner is given and need not write.
-    pub prompt: String,
-    /// Tokens of a text at most, first and last included; longer ones are cut.
-    pub max_tokens: usize,
-    /// Image augmentation.
-    pub augmentation: Augmentation,
-}
-
-/// One image with one of its texts.
-#[derive(Debug, Clone, Copy)]
-pub struct Example<'a> {
-    /// Name of the image; keys its augmentation, and examples of the same name are never each other's negatives.
-    pub sample_id: &'a str,
-    /// How often the image was seen before; keys its augmentation.
-    pub epoch: u64,
-    /// The text, as it is; it is cleaned as captions are for scoring.
-    pub text: &'a str,
-    /// RGB8 of the model's image size, row by row.
-    pub pixels: &'a [u8],
-}
 
 /// Losses of one step; those that the role does not have are `None`.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -108,12 +28,21 @@ pub struct Losses {
     pub itm: Option<f32>,
 }
 
+impl Losses {
+    /// Adds the losses of a batch, times its share.
+    fn add(&mut self, other: &Self, share: f32) {
+        for (sum, new) in [(&mut self.lm, other.lm), (&mut self.itc, other.itc), (&mut self.itm, other.itm)] {
+            *sum = new.map(|new| sum.unwrap_or(0.0) + share * new);
+        }
+    }
+}
+
 /// What one step did.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
     /// Number of the step, from 1.
     pub step: u64,
-    /// Losses of its batch, before the update.
+    /// Losses of its batches, before the update.
     pub losses: Losses,
     /// Learning rate.
     pub rate: f64,
@@ -123,38 +52,29 @@ pub struct StepReport {
     pub temperature: Option<f32>,
 }
 
-/// Width for which BERT's spread of fresh weights was chosen.
-const REFERENCE_WIDTH: f64 = 768.0;
-
-/// Fresh weights for every part of the role.
-///
-/// A spread of 0.02 suits a width of 768: a matrix then keeps about a third of its input's variance. In a narrow model the same spread
-/// lets signals die out from layer to layer (at width 128, cross-attention adds 5 % to a text's states, and matching does not start to
-/// learn), so weights are drawn wider by the root of the ratio of widths.
-fn drawn(config: &MedConfig, recipe: &Recipe) -> Result<BTreeMap<String, Tensor>> {
-    let mut tensors = fresh_tensors(config, recipe.role.parts(), recipe.seed, &Device::Cpu)?;
-    for (name, tensor) in &mut tensors {
-        let of_vision = name.starts_with("vision_model.");
-        let width = if of_vision { config.vision_config.hidden_size } else { config.text_config.hidden_size };
-        let factor = (REFERENCE_WIDTH / width as f64).sqrt();
-        if tensor.rank() > 1 && factor > 1.0 {
-            *tensor = (&*tensor * factor)?;
-        }
-    }
-    Ok(tensors)
-}
-
-/// A model in training on the CPU, in f32.
+/// A model in training.
 #[derive(Debug)]
 pub struct Trainer {
     pub(super) recipe: Recipe,
-    pub(super) config: MedConfig,
-    pub(super) tokenizer: TextTokenizer,
     pub(super) optimizer: AdamW,
-    med: Med,
-    preprocessor: Preprocessor,
-    /// Leading tokens that the language model need not write.
-    prompt_tokens: usize,
+    pub(super) objective: Objective,
+    pub(super) device: Device,
+}
+
+/// What is trained, and by which losses.
+#[derive(Debug)]
+pub(super) enum Objective {
+    Med(Box<MedObjective>),
+    Clip(Box<ClipObjective>),
+}
+
+/// The config of a fresh model.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Architecture {
+    /// A captioner, a filter, or both.
+    Med(MedConfig),
+    /// A CLIP.
+    Clip(ClipConfig),
 }
 
 impl Trainer {
@@ -163,76 +83,45 @@ impl Trainer {
     /// # Errors
     ///
     /// The config, the tokenizer or the recipe is unusable.
-    pub fn fresh(config: &MedConfig, tokenizer_json: String, recipe: Recipe) -> Result<Self> {
-        let config = config.clone().checked()?;
-        let tokenizer = TextTokenizer::from_json(tokenizer_json, &config.text_config, Path::new("tokenizer.json"))?;
-        let tensors = drawn(&config, &recipe)?;
-        let preprocessor = Preprocessor::new(config.vision_config.image_size);
-        Self::new(config, tensors, tokenizer, preprocessor, recipe)
+    pub fn fresh(config: &Architecture, tokenizer_json: String, recipe: Recipe, device: &Device) -> Result<Self> {
+        let (objective, variables) = match (config, recipe.role) {
+            (Architecture::Clip(config), Role::Clip) => {
+                Objective::clip(clip::Start::fresh(config, tokenizer_json, &recipe, device)?, device)?
+            }
+            (Architecture::Med(config), Role::Captioner | Role::Filter | Role::Med) => {
+                Objective::med(med::Start::fresh(config, tokenizer_json, &recipe, device)?, &recipe, device)?
+            }
+            (_, role) => return Err(ModelError::Config(format!("no model of this kind becomes a {role:?}"))),
+        };
+        Self::new(objective, variables, recipe, device)
     }
 
     /// Goes on from a checkpoint. Parts that the role does not need are left out; of those that the checkpoint lacks, a text transformer
     /// starts as a copy of the one that is there, and the rest is drawn afresh.
     ///
-    /// BLIP trains encoder and decoder as one transformer but for their self-attention. The copy brings a filter the cross-attention of a
-    /// captioner; from random weights, matching begins to learn only after hundreds of steps.
+    /// The copy brings a filter the cross-attention of a captioner; from random weights, matching begins to learn only after hundreds of
+    /// steps.
     ///
     /// # Errors
     ///
     /// The checkpoint or the recipe is unusable.
-    pub fn from_checkpoint(checkpoint: &Checkpoint, recipe: Recipe) -> Result<Self> {
-        const ENCODER: &str = "text_encoder.";
-        const DECODER: &str = "text_decoder.bert.";
-        let config = checkpoint.config()?.clone();
-        let stored = checkpoint.tensors(&Device::Cpu)?;
-        let copied = |name: &str| {
-            let twin = match name.strip_prefix(ENCODER) {
-                Some(rest) => format!("{DECODER}{rest}"),
-                None => format!("{ENCODER}{}", name.strip_prefix(DECODER)?),
-            };
-            stored.get(&twin).cloned()
-        };
-        let mut tensors = drawn(&config, &recipe)?;
-        for (name, tensor) in &mut tensors {
-            if let Some(known) = stored.get(name).cloned().or_else(|| copied(name)) {
-                *tensor = known;
+    pub fn from_checkpoint(checkpoint: &Checkpoint, recipe: Recipe, device: &Device) -> Result<Self> {
+        let (objective, variables) = match recipe.role {
+            Role::Clip => Objective::clip(clip::Start::from_checkpoint(checkpoint, device)?, device)?,
+            Role::Captioner | Role::Filter | Role::Med => {
+                Objective::med(med::Start::from_checkpoint(checkpoint, &recipe, device)?, &recipe, device)?
             }
-        }
-        // The untied weight of the language-model head is there only in files that have it.
-        if recipe.role.parts().decoder {
-            tensors.extend(stored.into_iter().filter(|(name, _)| name.starts_with("text_decoder.")));
-        }
-        Self::new(config, tensors, checkpoint.tokenizer()?, checkpoint.preprocessor()?, recipe)
+        };
+        Self::new(objective, variables, recipe, device)
     }
 
-    fn new(
-        config: MedConfig,
-        tensors: BTreeMap<String, Tensor>,
-        tokenizer: TextTokenizer,
-        preprocessor: Preprocessor,
-        recipe: Recipe,
-    ) -> Result<Self> {
+    fn new(objective: Objective, variables: BTreeMap<String, Var>, recipe: Recipe, device: &Device) -> Result<Self> {
         recipe.schedule.check()?;
-        let longest = config.text_config.max_position_embeddings;
-        let prompt_tokens = tokenizer.prompt(&recipe.prompt)?.len();
-        if recipe.max_tokens > longest || recipe.max_tokens < prompt_tokens + 2 {
-            return Err(ModelError::Config(format!(
-                "texts of {} tokens do not fit between the prompt of {prompt_tokens} tokens and the {longest} positions of the model",
-                recipe.max_tokens
-            )));
-        }
-        let mut variables = tensors
-            .into_iter()
-            .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
-            .collect::<Result<BTreeMap<_, _>>>()?;
-        let tensors: HashMap<String, Tensor> =
-            variables.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())).collect();
-        let med = Med::load(&config, VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu), recipe.role.parts())?;
-        if recipe.role.parts().encoder {
-            variables.insert(TEMPERATURE.to_owned(), Var::new(FIRST_TEMPERATURE, &Device::Cpu)?);
+        if recipe.accumulate == 0 {
+            return Err(ModelError::Config("a step is made of at least 1 batch".to_owned()));
         }
         let optimizer = AdamW::new(variables, recipe.optimizer)?;
-        Ok(Self { recipe, config, tokenizer, optimizer, med, preprocessor, prompt_tokens })
+        Ok(Self { recipe, optimizer, objective, device: device.clone() })
     }
 
     /// Steps made so far, those of earlier processes included.
@@ -241,122 +130,138 @@ impl Trainer {
         self.optimizer.steps()
     }
 
-    /// Side of the images that it takes.
+    /// Prepares examples for this model.
     #[must_use]
-    pub fn image_size(&self) -> usize {
-        self.config.vision_config.image_size
+    pub fn preparer(&self) -> Preparer {
+        Preparer {
+            seed: self.recipe.seed,
+            augmentation: self.recipe.augmentation,
+            preprocessor: self.objective.preprocessor().clone(),
+            // CLIP's tokenizer takes texts as they are.
+            clean: matches!(self.objective, Objective::Med(_)),
+        }
     }
 
-    /// One update on one batch.
+    /// One update. The examples are cut into as many batches as the recipe accumulates; the gradient is that of the mean of their losses.
     ///
     /// # Errors
     ///
-    /// The batch is empty, an image has another size than the model takes, or [`ModelError::Training`] when the loss is no longer
-    /// finite.
-    pub fn step(&mut self, examples: &[Example<'_>]) -> Result<StepReport> {
-        let (losses, total) = self.losses(examples)?;
+    /// There are fewer examples than batches, or [`ModelError::Training`] when the loss is no longer finite.
+    pub fn step(&mut self, examples: &Prepared) -> Result<StepReport> {
         let step = self.optimizer.steps();
+        let (batches, held) = (self.recipe.accumulate, examples.len());
+        if held < batches {
+            return Err(ModelError::Input(format!("a step of {batches} batches needs as many examples at least, got {held}")));
+        }
+        let variables = self.variables();
+        self.objective.follow(&variables)?;
+        let mut losses = Losses::default();
+        let mut gradients: Option<Vec<Tensor>> = None;
+        for batch in 0..batches {
+            let range = batch * held / batches..(batch + 1) * held / batches;
+            let (of_batch, total) = self.losses(examples, range, batch)?;
+            losses.add(&of_batch, 1.0 / batches as f32);
+            let found = self.optimizer.gradients(&(total * (1.0 / batches as f64))?.backward()?)?;
+            gradients = Some(match gradients {
+                None => found,
+                Some(sums) => sums.iter().zip(&found).map(|(sum, new)| Ok((sum + new)?)).collect::<Result<_>>()?,
+            });
+        }
         let rate = self.recipe.schedule.rate(step);
-        let gradients = total.backward()?;
-        let gradient_norm = self.optimizer.step(&gradients, rate)?;
-        let temperature = self.hold_temperature()?;
+        let gradient_norm = self.optimizer.step(&gradients.unwrap_or_default(), rate)?;
+        let temperature = self.objective.hold(&variables)?;
         Ok(StepReport { step: step + 1, losses, rate, gradient_norm, temperature })
     }
 
-    /// The losses of a batch and their sum.
-    pub(super) fn losses(&self, examples: &[Example<'_>]) -> Result<(Losses, Tensor)> {
-        if examples.is_empty() {
-            return Err(ModelError::Input("a batch needs at least one example".to_owned()));
-        }
-        let pixels = examples.par_iter().map(|example| self.pixels(example)).collect::<Result<Vec<_>>>()?;
-        let texts: Vec<String> = examples.iter().map(|example| clean_caption(example.text, MAX_WORDS)).collect();
-        let states = self.med.encode_images(&pixels)?;
-
-        let mut losses = Losses::default();
-        let mut terms = Vec::new();
-        if self.recipe.role.parts().decoder {
-            let lm = self.lm(&states, &texts)?;
-            losses.lm = Some(lm.to_scalar()?);
-            terms.push(lm);
-        }
-        if self.recipe.role.parts().encoder {
-            let images: Vec<&str> = examples.iter().map(|example| example.sample_id).collect();
-            let (itc, itm) = self.itc_itm(&states, &images, &texts)?;
-            (losses.itc, losses.itm) = (Some(itc.to_scalar()?), Some(itm.to_scalar()?));
-            terms.extend([itc, itm]);
-        }
-        let mut total = Tensor::zeros((), DType::F32, &Device::Cpu)?;
-        for term in &terms {
-            total = (total + term)?;
-        }
+    /// The losses of one batch of a step, and their sum. The queue takes its features.
+    pub(super) fn losses(&mut self, examples: &Prepared, range: Range<usize>, batch: usize) -> Result<(Losses, Tensor)> {
+        let step = self.optimizer.steps();
+        let number = step * self.recipe.accumulate as u64 + batch as u64;
+        let pixels = Pixels::stack(&examples.pixels[range.clone()], &self.device)?;
+        let (images, texts) = (&examples.images[range.clone()], &examples.texts[range]);
+        let (recipe, variables, pairs) = (&self.recipe, &self.variables(), (&pixels, images, texts));
+        let (losses, total) = match &mut self.objective {
+            Objective::Med(med) => med.losses(recipe, variables, pairs, (number, step))?,
+            Objective::Clip(clip) => clip.losses(recipe, variables, pairs)?,
+        };
         if !total.to_scalar::<f32>()?.is_finite() {
             let reason = format!("the loss is not finite ({losses:?}); lower the learning rate");
-            return Err(ModelError::Training { step: self.optimizer.steps(), reason });
+            return Err(ModelError::Training { step, reason });
         }
         Ok((losses, total))
     }
 
-    fn pixels(&self, example: &Example<'_>) -> Result<Pixels> {
-        let side = self.image_size();
-        let pixels = self.recipe.augmentation.apply(example.pixels, side, self.recipe.seed, example.sample_id, example.epoch)?;
-        let square = side as u32;
-        let image = RgbImage::from_raw(square, square, pixels)
-            .ok_or_else(|| ModelError::Input(format!("image {} is not {side}x{side}", example.sample_id)))?;
-        self.preprocessor.prepare(&image)
+    /// The variables by name: handles, not copies.
+    pub(super) fn variables(&self) -> BTreeMap<String, Var> {
+        self.optimizer.slots().iter().map(|(name, slot)| (name.clone(), slot.variable.clone())).collect()
+    }
+}
+
+type Made = (Objective, BTreeMap<String, Var>);
+
+impl Objective {
+    fn med(start: med::Start, recipe: &Recipe, device: &Device) -> Result<Made> {
+        let (objective, variables) = MedObjective::new(start, recipe, device)?;
+        Ok((Self::Med(Box::new(objective)), variables))
     }
 
-    fn lm(&self, states: &Tensor, texts: &[String]) -> Result<Tensor> {
-        let texts: Vec<String> = texts.iter().map(|text| format!("{}{text}", self.recipe.prompt)).collect();
-        let batch = self.tokenizer.encode_batch(&texts, FirstToken::Dec, self.recipe.max_tokens)?;
-        let (ids, mask) = batch.tensors(states.device())?;
-        let logits = self.med.lm_logits(&ids, &mask, states)?;
-        lm_loss(&logits, &ids, &mask, self.prompt_tokens, self.recipe.label_smoothing)
+    fn clip(start: clip::Start, device: &Device) -> Result<Made> {
+        let (objective, variables) = ClipObjective::new(start, device)?;
+        Ok((Self::Clip(Box::new(objective)), variables))
     }
 
-    /// Contrastive and matching loss.
-    fn itc_itm(&self, states: &Tensor, images: &[&str], texts: &[String]) -> Result<(Tensor, Tensor)> {
-        let device = states.device();
-        let matches = Matches::new(images, &texts.iter().map(String::as_str).collect::<Vec<_>>());
-        let (ids, mask) = self.tokenizer.encode_batch(texts, FirstToken::Cls, self.recipe.max_tokens)?.tensors(device)?;
-        let temperature = self.variable(TEMPERATURE)?;
-        let similarities =
-            similarities(&self.med.image_features(states)?, &self.med.text_features(&ids, &mask)?, temperature.as_tensor())?;
-        let itc = itc_loss(&similarities, &matches)?;
-
-        let negatives = HardNegatives::draw(&similarities.detach(), &matches, self.recipe.seed, self.optimizer.steps())?;
-        let size = texts.len();
-        let positives = (0..size).map(|i| (i, i, true));
-        let wrong_texts = negatives.text_for_image.iter().enumerate().filter_map(|(i, text)| Some((i, (*text)?, false)));
-        let wrong_images = negatives.image_for_text.iter().enumerate().filter_map(|(i, image)| Some(((*image)?, i, false)));
-        let rows: Vec<(usize, usize, bool)> = positives.chain(wrong_texts).chain(wrong_images).collect();
-        let column =
-            |pick: fn(&(usize, usize, bool)) -> usize| Tensor::from_iter(rows.iter().map(|row| pick(row) as u32), device);
-        let (of_images, of_texts) = (column(|row| row.0)?, column(|row| row.1)?);
-        let labels: Vec<bool> = rows.iter().map(|row| row.2).collect();
-        let (ids, mask) = self.tokenizer.encode_batch(texts, FirstToken::Enc, self.recipe.max_tokens)?.tensors(device)?;
-        let images = self.med.encoder_cross_cache(states)?.select(&of_images)?;
-        let logits = self.med.itm_logits_cached(&ids.index_select(&of_texts, 0)?, &mask.index_select(&of_texts, 0)?, &images)?;
-        Ok((itc, itm_loss(&logits, &labels)?))
-    }
-
-    fn variable(&self, name: &str) -> Result<&Var> {
-        match self.optimizer.slots().get(name) {
-            Some(slot) => Ok(&slot.variable),
-            None => Err(ModelError::Input(format!("this model does not train {name}"))),
+    fn preprocessor(&self) -> &Preprocessor {
+        match self {
+            Self::Med(med) => &med.preprocessor,
+            Self::Clip(clip) => &clip.preprocessor,
         }
     }
 
-    /// Keeps the temperature in its range and returns it.
-    fn hold_temperature(&self) -> Result<Option<f32>> {
-        if !self.recipe.role.parts().encoder {
-            return Ok(None);
+    /// Before a step.
+    fn follow(&mut self, variables: &BTreeMap<String, Var>) -> Result<()> {
+        match self {
+            Self::Med(med) => med.follow(variables),
+            Self::Clip(_) => Ok(()),
         }
-        let variable = self.variable(TEMPERATURE)?;
-        let value: f32 = variable.as_tensor().to_scalar()?;
-        let held = value.clamp(TEMPERATURE_RANGE.0, TEMPERATURE_RANGE.1);
-        if held != value {
-            variable.set(&Tensor::new(held, &Device::Cpu)?)?;
+    }
+
+    /// After an update.
+    fn hold(&self, variables: &BTreeMap<String, Var>) -> Result<Option<f32>> {
+        match self {
+            Self::Med(med) => med.hold(variables),
+            Self::Clip(clip) => clip.hold(variables),
         }
-        Ok(Some(held))
+    }
+
+    /// What the next step depends on beside variables, moments and its number.
+    pub(super) fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        match self {
+            Self::Med(med) => med.state(),
+            Self::Clip(clip) => Ok(clip.state()),
+        }
+    }
+
+    /// Goes on from [`Self::state`].
+    pub(super) fn restore(&mut self, saved: &HashMap<String, Tensor>) -> Result<()> {
+        match self {
+            Self::Med(med) => med.restore(saved),
+            Self::Clip(clip) => clip.restore(saved),
+        }
+    }
+
+    /// Writes the model as a checkpoint.
+    pub(super) fn save(&self, dir: &Path, variables: &BTreeMap<String, Var>, dtype: DType) -> Result<Checkpoint> {
+        match self {
+            Self::Med(med) => Checkpoint::save(dir, &med.config, &med.tensors(variables), dtype, med.tokenizer.json()),
+            Self::Clip(clip) => Checkpoint::save_clip(dir, &clip.config, &clip.tensors(variables), dtype, &clip.tokenizer_json),
+        }
+    }
+
+    /// What a state must have been written with.
+    pub(super) fn fingerprint(&self) -> [String; 2] {
+        match self {
+            Self::Med(med) => [format!("{:?}", med.config), med.tokenizer.json().to_owned()],
+            Self::Clip(clip) => [format!("{:?}", clip.config), clip.tokenizer_json.clone()],
+        }
     }
 }

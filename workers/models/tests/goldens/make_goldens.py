@@ -1,5 +1,5 @@
 """Writes the golden files of this folder with Hugging Face transformers and OpenCLIP: here small MEDs with random weights, inputs and
-outputs; `families.py` has every family, small and full-size, and `inputs.py` images and texts.
+outputs; `families.py` has every family, small and full-size, `inputs.py` images and texts, and `training.py` steps of training.
 
     pip install -r scripts/requirements-goldens.txt
     python make_goldens.py
@@ -14,6 +14,7 @@ import families
 import inputs
 import numpy as np
 import torch
+import training
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
@@ -220,3 +221,4 @@ if __name__ == "__main__":
     preprocessing()
     inputs.main()
     families.main()
+    training.main()

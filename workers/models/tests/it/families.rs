@@ -40,7 +40,7 @@ pub(crate) fn numbers(name: &str, count: usize) -> Vec<f32> {
 }
 
 /// The weight that the rule makes.
-fn weight(name: &str, shape: &Shape) -> candle_core::Result<Tensor> {
+pub(crate) fn weight(name: &str, shape: &Shape) -> candle_core::Result<Tensor> {
     let mut values = numbers(name, shape.elem_count());
     let (scale, shift) = if shape.rank() < 2 {
         (0.2, if name.ends_with(".weight") || name.ends_with("running_var") { 1.0 } else { 0.0 })

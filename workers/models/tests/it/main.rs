@@ -14,3 +14,4 @@ mod number_types;
 mod real;
 mod scoring;
 mod text;
+mod training;

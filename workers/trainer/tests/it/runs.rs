@@ -5,9 +5,12 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::device::Device;
 use capfilt_models::train::{Precision, Role};
 use capfilt_schemas::Origin;
-use capfilt_trainer::{EvaluateConfig, Init, ModelSize, PairText, TrainConfig, TrainPair, TrainerError, evaluate, train};
+use capfilt_trainer::{
+    EvaluateConfig, Init, ModelSize, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, evaluate, train,
+};
 
 const SIDE: usize = 16;
 const COLOURS: [(&str, [u8; 3]); 4] =
@@ -70,8 +73,12 @@ fn config(role: Role) -> TrainConfig {
 
 type Files = BTreeMap<String, Vec<u8>>;
 
+fn attempt(pairs: &[TrainPair], config: &TrainConfig, dir: &Path) -> Result<Files, TrainerError> {
+    train(&TrainSet::in_memory(pairs.to_vec()), config, None, &Device::Cpu, dir, |_| ControlFlow::Continue(()))
+}
+
 fn run(pairs: &[TrainPair], config: &TrainConfig, parent: Option<&Checkpoint>, dir: &Path) -> Files {
-    train(pairs, config, parent, dir, |_| ControlFlow::Continue(())).unwrap()
+    train(&TrainSet::in_memory(pairs.to_vec()), config, parent, &Device::Cpu, dir, |_| ControlFlow::Continue(())).unwrap()
 }
 
 fn open(files: &Files, dir: &Path) -> Checkpoint {
@@ -132,7 +139,7 @@ fn a_stopped_run_goes_on_to_the_same_files() {
         let halt = |p: capfilt_trainer::Progress<'_>| {
             if p.line.step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let error = train(&training, &config, None, &resumed, halt).unwrap_err();
+        let error = train(&TrainSet::in_memory(training.clone()), &config, None, &Device::Cpu, &resumed, halt).unwrap_err();
         assert!(matches!(error, TrainerError::Stopped { step } if step == stop) && error.is_retryable());
         let files = run(&training, &config, None, &resumed);
         assert!(files == straight, "stopped at {stop}: {:?}", files.keys().filter(|k| files[*k] != straight[*k]));
@@ -166,7 +173,7 @@ fn a_parent_gives_its_tokenizer_and_on_request_its_weights() {
     let (before, after) = (metrics(&parent, &held_out), metrics(&child, &held_out));
     assert!((before["filter/auroc"] - after["filter/auroc"]).abs() < 1e-3, "{before:?} {after:?}");
 
-    let orphan = train(&training, &onward, None, &folder("orphan"), |_| ControlFlow::Continue(()));
+    let orphan = attempt(&training, &onward, &folder("orphan"));
     assert!(orphan.unwrap_err().to_string().contains("needs a parent"));
 }
 
@@ -174,9 +181,7 @@ fn a_parent_gives_its_tokenizer_and_on_request_its_weights() {
 fn bad_settings_and_sets_are_refused_before_any_step() {
     let dir = tempfile::tempdir().unwrap();
     let training = pairs(0..1, Origin::Human);
-    let refused = |config: TrainConfig, pairs: &[TrainPair]| {
-        train(pairs, &config, None, dir.path(), |_| ControlFlow::Continue(())).unwrap_err().to_string()
-    };
+    let refused = |config: TrainConfig, pairs: &[TrainPair]| attempt(pairs, &config, dir.path()).unwrap_err().to_string();
     let base = config(Role::Filter);
     assert!(refused(TrainConfig { epochs: Some(1.0), ..base.clone() }, &training).contains("exactly one"));
     assert!(refused(TrainConfig { steps: None, ..base.clone() }, &training).contains("exactly one"));
@@ -185,7 +190,7 @@ fn bad_settings_and_sets_are_refused_before_any_step() {
     assert!(refused(base.clone(), &[]).contains("no pairs"));
     let mut misshapen = training;
     misshapen[0].pixels = vec![0; 12].into();
-    assert!(train(&misshapen, &base, None, dir.path(), |_| ControlFlow::Continue(())).is_err());
+    assert!(attempt(&misshapen, &base, dir.path()).is_err());
     let unknown = serde_json::from_str::<TrainConfig>(r#"{"role": "filter", "peak_learning_rate": 1}"#);
     assert!(unknown.unwrap_err().to_string().contains("peak_learning_rate"));
 }

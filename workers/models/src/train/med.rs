@@ -1,0 +1,299 @@
+//! The objectives of a MED: ITC, ITM and LM on one pass of the vision transformer (`forward` of `models/blip_pretrain.py`).
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
+
+use super::losses::{HardNegatives, Key, Matches, contrastive_loss, itm_loss, lm_loss, similarities, soft_targets};
+use super::momentum::{Momentum, SlowFeatures};
+use super::{Losses, Recipe};
+use crate::checkpoint::Checkpoint;
+use crate::config::MedConfig;
+use crate::error::{ModelError, Result};
+use crate::med::{Med, Parts};
+use crate::parameters::fresh_tensors;
+use crate::preprocess::Preprocessor;
+use crate::tokenizer::{FirstToken, TextBatch, TextTokenizer};
+
+/// Name of the contrastive temperature among the trained variables. It is no part of a checkpoint.
+pub(super) const TEMPERATURE: &str = "temperature";
+/// Temperature of a run's first step, and the range that it is held in (`models/blip_pretrain.py`).
+const FIRST_TEMPERATURE: f32 = 0.07;
+const TEMPERATURE_RANGE: (f32, f32) = (0.001, 0.5);
+
+/// Width for which BERT's spread of fresh weights was chosen.
+const REFERENCE_WIDTH: f64 = 768.0;
+
+const ENCODER: &str = "text_encoder.";
+const DECODER: &str = "text_decoder.bert.";
+
+/// The name of the encoder's tensor that a decoder's is the same as, in a MED that has both: all but self-attention
+/// (`tie_encoder_decoder_weights`).
+fn tied(name: &str) -> Option<String> {
+    let rest = name.strip_prefix(DECODER)?;
+    (!rest.contains(".attention.")).then(|| format!("{ENCODER}{rest}"))
+}
+
+/// Fresh weights for every part of the role.
+///
+/// A spread of 0.02 suits a width of 768: a matrix then keeps about a third of its input's variance. In a narrow model the same spread
+/// lets signals die out from layer to layer (at width 128, cross-attention adds 5 % to a text's states, and matching does not start to
+/// learn), so weights are drawn wider by the root of the ratio of widths.
+fn drawn(config: &MedConfig, recipe: &Recipe, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = fresh_tensors(config, recipe.role.parts(), recipe.seed, device)?;
+    for (name, tensor) in &mut tensors {
+        let of_vision = name.starts_with("vision_model.");
+        let width = if of_vision { config.vision_config.hidden_size } else { config.text_config.hidden_size };
+        let factor = (REFERENCE_WIDTH / width as f64).sqrt();
+        if tensor.rank() > 1 && factor > 1.0 {
+            *tensor = (&*tensor * factor)?;
+        }
+    }
+    Ok(tensors)
+}
+
+/// Where a MED in training starts.
+pub(super) struct Start {
+    pub(super) config: MedConfig,
+    pub(super) tokenizer: TextTokenizer,
+    pub(super) preprocessor: Preprocessor,
+    pub(super) tensors: BTreeMap<String, Tensor>,
+}
+
+impl Start {
+    pub(super) fn fresh(config: &MedConfig, tokenizer_json: String, recipe: &Recipe, device: &Device) -> Result<Self> {
+        let config = config.clone().checked()?;
+        Ok(Self {
+            tokenizer: TextTokenizer::from_json(tokenizer_json, &config.text_config, Path::new("tokenizer.json"))?,
+            preprocessor: Preprocessor::new(config.vision_config.image_size),
+            tensors: drawn(&config, recipe, device)?,
+            config,
+        })
+    }
+
+    /// Parts that the role does not need are left out; of those that the checkpoint lacks, a text transformer starts as a copy of the one
+    /// that is there, and the rest is drawn afresh.
+    pub(super) fn from_checkpoint(checkpoint: &Checkpoint, recipe: &Recipe, device: &Device) -> Result<Self> {
+        let config = checkpoint.config()?.clone();
+        let stored = checkpoint.tensors(device)?;
+        let copied = |name: &str| {
+            let twin = match name.strip_prefix(ENCODER) {
+                Some(rest) => format!("{DECODER}{rest}"),
+                None => format!("{ENCODER}{}", name.strip_prefix(DECODER)?),
+            };
+            stored.get(&twin).cloned()
+        };
+        let mut tensors = drawn(&config, recipe, device)?;
+        for (name, tensor) in &mut tensors {
+            if let Some(known) = stored.get(name).cloned().or_else(|| copied(name)) {
+                *tensor = known;
+            }
+        }
+        // The untied weight of the language-model head is there only in files that have it.
+        if recipe.role.parts().decoder {
+            tensors.extend(stored.into_iter().filter(|(name, _)| name.starts_with("text_decoder.")));
+        }
+        Ok(Self { config, tokenizer: checkpoint.tokenizer()?, preprocessor: checkpoint.preprocessor()?, tensors })
+    }
+}
+
+/// A MED in training.
+#[derive(Debug)]
+pub(super) struct MedObjective {
+    pub(super) config: MedConfig,
+    pub(super) tokenizer: TextTokenizer,
+    pub(super) preprocessor: Preprocessor,
+    parts: Parts,
+    /// In f32; of another number type it is made anew for each batch.
+    med: Med,
+    momentum: Option<Momentum>,
+    /// Leading tokens that the language model need not write.
+    prompt_tokens: usize,
+}
+
+impl MedObjective {
+    /// The model, and the variables that it is made of.
+    pub(super) fn new(start: Start, recipe: &Recipe, device: &Device) -> Result<(Self, BTreeMap<String, Var>)> {
+        let Start { config, tokenizer, preprocessor, tensors } = start;
+        let parts = recipe.role.parts();
+        let longest = config.text_config.max_position_embeddings;
+        let prompt_tokens = tokenizer.prompt(&recipe.prompt)?.len();
+        if recipe.max_tokens > longest || recipe.max_tokens < prompt_tokens + 2 {
+            return Err(ModelError::Config(format!(
+                "texts of {} tokens do not fit between the prompt of {prompt_tokens} tokens and the {longest} positions of the model",
+                recipe.max_tokens
+            )));
+        }
+        let both = parts == Parts::FULL;
+        let mut variables = tensors
+            .into_iter()
+            .filter(|(name, _)| !both || tied(name).is_none())
+            .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
+            .collect::<Result<BTreeMap<_, _>>>()?;
+        if parts.encoder {
+            variables.insert(TEMPERATURE.to_owned(), Var::from_tensor(&Tensor::new(FIRST_TEMPERATURE, device)?)?);
+        }
+        let med = load(&config, &variables, parts, DType::F32, device)?;
+        let momentum = match recipe.momentum > 0.0 && parts.encoder {
+            true => Some(Momentum::new(&config, &variables, recipe.momentum, recipe.queue, (recipe.seed, device))?),
+            false => None,
+        };
+        Ok((Self { config, tokenizer, preprocessor, parts, med, momentum, prompt_tokens }, variables))
+    }
+
+    /// Before a batch: the slow encoders follow.
+    pub(super) fn follow(&mut self, variables: &BTreeMap<String, Var>) -> Result<()> {
+        self.momentum.as_mut().map_or(Ok(()), |momentum| momentum.follow(variables))
+    }
+
+    /// The losses of a batch and their sum; `pixels` `(b, 3, s, s)`, `images` names them, `texts` are clean. `number` counts batches, `step`
+    /// updates.
+    pub(super) fn losses(
+        &mut self,
+        recipe: &Recipe,
+        variables: &BTreeMap<String, Var>,
+        (pixels, images, texts): (&Tensor, &[String], &[String]),
+        (number, step): (u64, u64),
+    ) -> Result<(Losses, Tensor)> {
+        let device = pixels.device();
+        let cast;
+        let med = match recipe.dtype {
+            DType::F32 => &self.med,
+            other => {
+                cast = load(&self.config, variables, self.parts, other, device)?;
+                &cast
+            }
+        };
+        let states = med.encode_image(pixels)?;
+        let mut losses = Losses::default();
+        let mut terms = Vec::new();
+        if self.parts.decoder {
+            let texts: Vec<String> = texts.iter().map(|text| format!("{}{text}", recipe.prompt)).collect();
+            let (ids, mask) = self.encode(&texts, FirstToken::Dec, recipe)?.tensors(device)?;
+            let logits = med.lm_logits(&ids, &mask, &states)?.to_dtype(DType::F32)?;
+            let lm = lm_loss(&logits, &ids, &mask, self.prompt_tokens, recipe.label_smoothing)?;
+            losses.lm = Some(lm.to_scalar()?);
+            terms.push(lm);
+        }
+        if self.parts.encoder {
+            let keys: Vec<Key> = images.iter().zip(texts).map(|(image, text)| Key::new(image, text)).collect();
+            let temperature = temperature(variables)?.as_tensor();
+            let (ids, mask) = self.encode(texts, FirstToken::Cls, recipe)?.tensors(device)?;
+            let (of_images, of_texts) = (med.image_features(&states)?, med.text_features(&ids, &mask)?);
+            let slow = match &self.momentum {
+                Some(momentum) => momentum.features(pixels, &ids, &mask, &keys)?,
+                None => SlowFeatures::of_batch(&of_images, &of_texts, &keys),
+            };
+            let matches = Matches::new(&keys, &slow.keys);
+            let image_to_text = similarities(&of_images, &slow.texts, temperature)?;
+            let text_to_image = similarities(&of_texts, &slow.images, temperature)?;
+            let truth = matches.targets(device)?;
+            let size = keys.len();
+            let (for_images, for_texts) = match (&self.momentum, recipe.alpha_at(step)) {
+                (Some(_), alpha) if alpha > 0.0 => {
+                    let slow_side = |features: &Tensor| Ok::<_, ModelError>(features.narrow(0, 0, size)?);
+                    let by_images = similarities(&slow_side(&slow.images)?, &slow.texts, temperature)?;
+                    let by_texts = similarities(&slow_side(&slow.texts)?, &slow.images, temperature)?;
+                    (soft_targets(&by_images, &truth, alpha)?, soft_targets(&by_texts, &truth, alpha)?)
+                }
+                _ => (truth.clone(), truth),
+            };
+            let both = (contrastive_loss(&image_to_text, &for_images)? + contrastive_loss(&text_to_image, &for_texts)?)?;
+            let itc = (both * 0.5)?;
+
+            let in_batch = |scores: &Tensor| Ok::<_, ModelError>(scores.detach().narrow(1, 0, size)?);
+            let negatives =
+                HardNegatives::draw(&in_batch(&image_to_text)?, &in_batch(&text_to_image)?, &matches, recipe.seed, number)?;
+            let itm = self.itm(med, &states, texts, &negatives, recipe)?;
+            (losses.itc, losses.itm) = (Some(itc.to_scalar()?), Some(itm.to_scalar()?));
+            terms.extend([itc, itm]);
+            if let Some(momentum) = &mut self.momentum {
+                momentum.enqueue(&slow)?;
+            }
+        }
+        let mut total = Tensor::zeros((), DType::F32, device)?;
+        for term in &terms {
+            total = (total + term)?;
+        }
+        Ok((losses, total))
+    }
+
+    /// Matching loss of each pair, of each image with a wrong text, and of each text with a wrong image.
+    fn itm(&self, med: &Med, states: &Tensor, texts: &[String], negatives: &HardNegatives, recipe: &Recipe) -> Result<Tensor> {
+        let device = states.device();
+        let positives = (0..texts.len()).map(|i| (i, i, true));
+        let wrong_texts = negatives.text_for_image.iter().enumerate().filter_map(|(i, text)| Some((i, (*text)?, false)));
+        let wrong_images = negatives.image_for_text.iter().enumerate().filter_map(|(i, image)| Some(((*image)?, i, false)));
+        let rows: Vec<(usize, usize, bool)> = positives.chain(wrong_texts).chain(wrong_images).collect();
+        let column =
+            |pick: fn(&(usize, usize, bool)) -> usize| Tensor::from_iter(rows.iter().map(|row| pick(row) as u32), device);
+        let (of_images, of_texts) = (column(|row| row.0)?, column(|row| row.1)?);
+        let labels: Vec<bool> = rows.iter().map(|row| row.2).collect();
+        let (ids, mask) = self.encode(texts, FirstToken::Enc, recipe)?.tensors(device)?;
+        let images = med.encoder_cross_cache(states)?.select(&of_images)?;
+        let logits = med.itm_logits_cached(&ids.index_select(&of_texts, 0)?, &mask.index_select(&of_texts, 0)?, &images)?;
+        itm_loss(&logits.to_dtype(DType::F32)?, &labels)
+    }
+
+    fn encode(&self, texts: &[String], first: FirstToken, recipe: &Recipe) -> Result<TextBatch> {
+        self.tokenizer.encode_batch(texts, first, recipe.max_tokens)
+    }
+
+    /// After an update: the temperature is kept in its range, and told.
+    pub(super) fn hold(&self, variables: &BTreeMap<String, Var>) -> Result<Option<f32>> {
+        if !self.parts.encoder {
+            return Ok(None);
+        }
+        let variable = temperature(variables)?;
+        let value: f32 = variable.as_tensor().to_scalar()?;
+        let held = value.clamp(TEMPERATURE_RANGE.0, TEMPERATURE_RANGE.1);
+        if held != value {
+            variable.set(&Tensor::new(held, variable.device())?)?;
+        }
+        Ok(Some(held))
+    }
+
+    /// What a state holds beside variables and moments.
+    pub(super) fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        self.momentum.as_ref().map_or(Ok(Vec::new()), Momentum::state)
+    }
+
+    /// Goes on from [`Self::state`].
+    pub(super) fn restore(&mut self, saved: &HashMap<String, Tensor>) -> Result<()> {
+        self.momentum.as_mut().map_or(Ok(()), |momentum| momentum.restore(saved))
+    }
+
+    /// The tensors of a checkpoint, in Hugging Face's layout: what is tied is there under both names.
+    pub(super) fn tensors(&self, variables: &BTreeMap<String, Var>) -> BTreeMap<String, Tensor> {
+        let mut tensors = named(variables, self.parts);
+        tensors.remove(TEMPERATURE);
+        tensors
+    }
+}
+
+fn temperature(variables: &BTreeMap<String, Var>) -> Result<&Var> {
+    variables.get(TEMPERATURE).ok_or_else(|| ModelError::Input("this model does not train a temperature".to_owned()))
+}
+
+/// The variables under all names that they have in a model with these parts.
+fn named(variables: &BTreeMap<String, Var>, parts: Parts) -> BTreeMap<String, Tensor> {
+    let mut tensors: BTreeMap<String, Tensor> =
+        variables.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())).collect();
+    if parts == Parts::FULL {
+        let twins = variables.iter().filter_map(|(name, variable)| {
+            let twin = format!("{DECODER}{}", name.strip_prefix(ENCODER)?);
+            tied(&twin).map(|_| (twin, variable.as_tensor().clone()))
+        });
+        tensors.extend(twins);
+    }
+    tensors
+}
+
+/// The model of these variables, in this number type: gradients go through the cast.
+fn load(config: &MedConfig, variables: &BTreeMap<String, Var>, parts: Parts, dtype: DType, device: &Device) -> Result<Med> {
+    let tensors = named(variables, parts).into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)));
+    let tensors = tensors.collect::<Result<HashMap<String, Tensor>>>()?;
+    Med::load(config, VarBuilder::from_tensors(tensors, dtype, device), parts)
+}
