@@ -47,6 +47,7 @@ pub mod column {
     pub const BYTES: &str = "bytes";
     pub const METRIC: &str = "metric";
     pub const VALUE: &str = "value";
+    pub const RESAMPLED: &str = "resampled";
 }
 
 /// Stands in the column `url` of a row whose pair was taken down and swept.
@@ -73,7 +74,7 @@ pub enum Table {
     Dataset,
     /// The files of one model, in parts of at most 64 MiB, in the order of (file, part).
     Models,
-    /// Metrics of a model on held-out pairs.
+    /// Metrics of a model on held-out pairs, and their values for those pairs drawn again.
     Evaluations,
 }
 
@@ -113,6 +114,7 @@ impl Table {
         match self {
             Self::Scores => &[column::WEB_CLIP, column::SYNTHETIC_CLIP],
             Self::Dataset => &[column::CLIP],
+            Self::Evaluations => &[column::RESAMPLED],
             _ => &[],
         }
     }
@@ -171,7 +173,11 @@ impl Table {
             Self::Models => {
                 vec![text(c::FILE), Field::new(c::PART, DataType::UInt32, false), Field::new(c::BYTES, DataType::Binary, false)]
             }
-            Self::Evaluations => vec![text(c::METRIC), Field::new(c::VALUE, DataType::Float64, false)],
+            Self::Evaluations => vec![
+                text(c::METRIC),
+                Field::new(c::VALUE, DataType::Float64, false),
+                list(c::RESAMPLED, DataType::Float64, true),
+            ],
         };
         Arc::new(Schema::new(fields))
     }

@@ -291,6 +291,9 @@ impl RunConfig {
             let what = "[retrain] is on, but there are no held-out pairs to compare models on; add [[heldout.sources]]";
             return Err(Failure::Usage(what.to_owned()));
         }
+        if !(0.0..=1.0).contains(&self.retrain.confidence) {
+            return Err(Failure::Usage(format!("retrain.confidence is {}; it is a share, 0 to 1", self.retrain.confidence)));
+        }
         if let Some(role) = self.retrain.metric.keys().find(|role| !capfilt_store::ROLES.contains(&role.as_str())) {
             let roles = capfilt_store::ROLES.join(" and ");
             return Err(Failure::Usage(format!("retrain.metric.{role}: the roles are {roles}")));

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::SqlConfig;
 use crate::balance::{BalanceConfig, HardCap};
 use crate::build::{BuildInputs, Triplet};
-use crate::retrain::{self, RetrainConfig};
+use crate::retrain::{self, Measured, RetrainConfig};
 
 /// The settings of every stage of a run, as JSON that only the stage's own crate reads, and the versions of the stages' code.
 #[derive(Clone, Debug, Default)]
@@ -72,7 +72,7 @@ pub struct Observation {
     /// Tasks that are done.
     pub commits: HashMap<TaskId, Commit>,
     /// Metrics by the evaluate task that worked them out.
-    pub metrics: HashMap<TaskId, BTreeMap<String, f64>>,
+    pub metrics: HashMap<TaskId, Measured>,
     /// Failed attempts of tasks: how many, and whether the last could be mended by a retry.
     pub failures: HashMap<TaskId, (u32, bool)>,
     /// The rounds that have started, first round first.
@@ -109,6 +109,8 @@ pub struct Finish {
     pub challenger_metrics: BTreeMap<String, f64>,
     /// Role → challenger, for the roles in which it is better.
     pub promoted: BTreeMap<String, Digest>,
+    /// Role → why its challenger won or lost.
+    pub reasons: BTreeMap<String, String>,
     /// The tasks that all this rests on, in order.
     pub rests_on: BTreeSet<TaskId>,
 }
@@ -357,14 +359,15 @@ impl<'a> Planner<'a> {
         let mut finish = Finish {
             record: record.clone(),
             build: built.task_id,
-            metrics,
+            metrics: metrics.values.clone(),
             challenger_metrics: BTreeMap::new(),
             promoted: BTreeMap::new(),
+            reasons: BTreeMap::new(),
             rests_on,
         };
         // A round that another has followed was decided then; its models stay what they were.
         let followed = self.seen.rounds.iter().any(|r| r.round > record.round);
-        if !followed && !self.challenge(&mut finish, built, heldout) {
+        if !followed && !self.challenge(&mut finish, &metrics, built, heldout) {
             return false;
         }
         let next = record.round + 1;
@@ -391,7 +394,7 @@ impl<'a> Planner<'a> {
 
     /// Trains on what was built, if that is wanted and it is large enough, and holds the result against the round's models. `false`
     /// while that goes on.
-    fn challenge(&mut self, finish: &mut Finish, built: &Commit, heldout: &Settled<'a>) -> bool {
+    fn challenge(&mut self, finish: &mut Finish, champion: &Measured, built: &Commit, heldout: &Settled<'a>) -> bool {
         let rows: u64 = built.outputs.iter().map(|o| o.rows).sum();
         if !self.config.retrain.wanted(rows) {
             return true;
@@ -422,9 +425,14 @@ impl<'a> Planner<'a> {
         let captioner = pick(retrain::CAPTIONER, finish.record.captioner);
         let filter = pick(retrain::FILTER, finish.record.filter);
         let Some(metrics) = self.evaluate(captioner, filter, heldout, &mut finish.rests_on) else { return false };
-        finish.promoted =
-            challengers.into_iter().filter(|(role, _)| self.config.retrain.is_better(role, &finish.metrics, &metrics)).collect();
-        finish.challenger_metrics = metrics;
+        for (role, model) in challengers {
+            let verdict = self.config.retrain.verdict(&role, champion, &metrics);
+            finish.reasons.insert(role.clone(), verdict.why);
+            if verdict.challenger_wins {
+                finish.promoted.insert(role, model);
+            }
+        }
+        finish.challenger_metrics = metrics.values;
         true
     }
 
@@ -435,12 +443,12 @@ impl<'a> Planner<'a> {
         filter: Digest,
         heldout: &Settled<'a>,
         rests_on: &mut BTreeSet<TaskId>,
-    ) -> Option<BTreeMap<String, f64>> {
+    ) -> Option<Measured> {
         if !heldout.all {
             return None;
         }
         let inputs: Vec<Input> = heldout.commits.iter().flat_map(|c| c.as_inputs()).collect();
-        let mut metrics = BTreeMap::new();
+        let mut metrics = Measured::default();
         let mut settled = true;
         for (role, model) in [(retrain::CAPTIONER, captioner), (retrain::FILTER, filter)] {
             if inputs.is_empty() {
@@ -452,8 +460,10 @@ impl<'a> Planner<'a> {
             let mut one = Settled::none();
             if let Some(commit) = self.settle(task, 0, &mut one) {
                 rests_on.insert(commit.task_id);
-                let known = self.seen.metrics.get(&commit.task_id);
-                metrics.extend(known.into_iter().flatten().map(|(name, value)| (name.clone(), *value)));
+                if let Some(known) = self.seen.metrics.get(&commit.task_id) {
+                    metrics.values.extend(known.values.clone());
+                    metrics.resampled.extend(known.resampled.clone());
+                }
             }
             settled &= one.all;
         }

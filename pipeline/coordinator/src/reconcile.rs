@@ -1,9 +1,9 @@
 //! The loop: observe → plan → act. It keeps nothing that a restart would miss; it may be killed and started again at any point.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use arrow::array::AsArray;
+use arrow::array::{Array, AsArray};
 use arrow::datatypes::Float64Type;
 use async_trait::async_trait;
 use capfilt_schemas::{
@@ -15,6 +15,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
 
 use crate::plan::{Action, Finish, Observation, Plan, PlanConfig, build_inputs, plan};
+use crate::retrain::Measured;
 use crate::{CoordinatorError, balance, build, external, retrain};
 
 /// How often the store is looked at while workers are busy.
@@ -89,14 +90,22 @@ impl Observer {
         Ok(&self.seen)
     }
 
-    async fn metrics(&self, outputs: &[Output]) -> Result<BTreeMap<String, f64>, CoordinatorError> {
-        let mut metrics = BTreeMap::new();
+    async fn metrics(&self, outputs: &[Output]) -> Result<Measured, CoordinatorError> {
+        let mut measured = Measured::default();
         for output in outputs {
             let rows = self.store.read_whole(Table::Evaluations, &output.digest).await?;
             let (names, values) = (rows.column(0).as_string::<i32>(), rows.column(1).as_primitive::<Float64Type>());
-            metrics.extend(names.iter().flatten().map(str::to_owned).zip(values.values().iter().copied()));
+            let resampled = rows.column(2).as_list::<i32>();
+            for (i, name) in names.iter().enumerate() {
+                let Some(name) = name else { continue };
+                measured.values.insert(name.to_owned(), values.value(i));
+                if resampled.is_valid(i) {
+                    let draws = resampled.value(i).as_primitive::<Float64Type>().values().to_vec();
+                    measured.resampled.insert(name.to_owned(), draws);
+                }
+            }
         }
-        Ok(metrics)
+        Ok(measured)
     }
 }
 
@@ -291,8 +300,11 @@ async fn finish_round(store: &Store, config: &PlanConfig, finish: &Finish, seen:
         rests_on: finish.rests_on.iter().copied().collect(),
         finished_at_ms: now_ms(),
     };
-    for (role, model) in &finish.promoted {
-        let why = config.retrain.reason(role, &finish.metrics, &finish.challenger_metrics);
+    for (role, why) in &finish.reasons {
+        let Some(model) = finish.promoted.get(role) else {
+            store.log_event(&config.run, &format!("round {round} keeps its {role}: {why}")).await?;
+            continue;
+        };
         let reason = format!("run {} round {round}: {why}", config.run);
         let key = format!("{}/{round}/{}", config.run, result.key());
         store.set_alias(role, *model, "promote", &reason, &key, finish.challenger_metrics.clone()).await?;

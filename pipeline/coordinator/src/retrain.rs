@@ -21,11 +21,30 @@ pub struct RetrainConfig {
     pub metric: BTreeMap<String, String>,
     /// How much larger the challenger's metric must be.
     pub min_gain: f64,
+    /// How sure of that a promotion must be: the share of draws of held-out images, with replacement, in which it is so. 0 looks at the
+    /// metrics alone.
+    pub confidence: f64,
+}
+
+/// Metrics of models on held-out pairs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Measured {
+    /// By name.
+    pub values: BTreeMap<String, f64>,
+    /// Of the same pairs drawn again; draw `i` is the same for all models.
+    pub resampled: BTreeMap<String, Vec<f64>>,
+}
+
+/// Who plays a role from now on, and why.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Verdict {
+    pub(crate) challenger_wins: bool,
+    pub(crate) why: String,
 }
 
 impl Default for RetrainConfig {
     fn default() -> Self {
-        Self { enabled: false, min_pairs: 1_000, metric: BTreeMap::new(), min_gain: 0.0 }
+        Self { enabled: false, min_pairs: 1_000, metric: BTreeMap::new(), min_gain: 0.0, confidence: 0.95 }
     }
 }
 
@@ -44,19 +63,26 @@ impl RetrainConfig {
     }
 
     /// Whether the challenger wins a role. A metric that is missing on either side, or not a number, never does.
-    pub(crate) fn is_better(&self, role: &str, champion: &BTreeMap<String, f64>, challenger: &BTreeMap<String, f64>) -> bool {
-        let Some(metric) = self.metric(role) else { return false };
-        match (champion.get(metric), challenger.get(metric)) {
-            (Some(now), Some(new)) => *new > now + self.min_gain,
-            _ => false,
+    pub(crate) fn verdict(&self, role: &str, champion: &Measured, challenger: &Measured) -> Verdict {
+        let lost = |why: String| Verdict { challenger_wins: false, why };
+        let Some(metric) = self.metric(role) else { return lost(format!("no metric decides for {role}")) };
+        let (Some(now), Some(new)) = (champion.values.get(metric), challenger.values.get(metric)) else {
+            return lost(format!("{metric} was not measured"));
+        };
+        let mut why = format!("{metric} {new:.4} instead of {now:.4}");
+        let gain = new - now;
+        if gain.is_nan() || gain <= self.min_gain {
+            return lost(why);
         }
-    }
-
-    /// Why a promotion was made, for the registry.
-    pub(crate) fn reason(&self, role: &str, champion: &BTreeMap<String, f64>, challenger: &BTreeMap<String, f64>) -> String {
-        let metric = self.metric(role).unwrap_or_default();
-        let value = |m: &BTreeMap<String, f64>| m.get(metric).copied().unwrap_or(f64::NAN);
-        format!("{metric} {:.4} instead of {:.4}", value(challenger), value(champion))
+        let draws = |measured: &Measured| measured.resampled.get(metric).cloned().unwrap_or_default();
+        let gains: Vec<f64> = draws(champion).iter().zip(draws(challenger)).map(|(now, new)| new - now).collect();
+        if self.confidence <= 0.0 || gains.is_empty() {
+            return Verdict { challenger_wins: true, why };
+        }
+        let share = gains.iter().filter(|gain| **gain > self.min_gain).count() as f64 / gains.len() as f64;
+        let gain = if self.min_gain > 0.0 { format!("a gain of {}", self.min_gain) } else { "a gain".to_owned() };
+        why = format!("{why}, {gain} in {:.1} % of {} draws of the held-out images", 100.0 * share, gains.len());
+        Verdict { challenger_wins: share >= self.confidence, why }
     }
 }
 
@@ -64,18 +90,41 @@ impl RetrainConfig {
 mod tests {
     use super::*;
 
+    fn measured(value: f64, resampled: &[f64]) -> Measured {
+        let name = "filter/auroc".to_owned();
+        Measured {
+            values: BTreeMap::from([(name.clone(), value)]),
+            resampled: BTreeMap::from([(name, resampled.to_vec())]),
+        }
+    }
+
     #[test]
     fn only_a_larger_known_metric_wins() {
         let config = RetrainConfig { min_gain: 0.01, ..RetrainConfig::default() };
-        let m = |v: f64| BTreeMap::from([("filter/auroc".to_owned(), v)]);
-        assert!(config.is_better(FILTER, &m(0.70), &m(0.72)));
-        assert!(!config.is_better(FILTER, &m(0.70), &m(0.705)));
-        assert!(!config.is_better(FILTER, &m(0.70), &m(f64::NAN)));
-        assert!(!config.is_better(FILTER, &m(0.70), &BTreeMap::new()));
-        assert!(!config.is_better(CAPTIONER, &m(0.1), &m(0.9)));
+        let m = |v: f64| measured(v, &[]);
+        let wins = |role: &str, now: &Measured, new: &Measured| config.verdict(role, now, new).challenger_wins;
+        assert!(wins(FILTER, &m(0.70), &m(0.72)));
+        assert!(!wins(FILTER, &m(0.70), &m(0.705)));
+        assert!(!wins(FILTER, &m(0.70), &m(f64::NAN)));
+        assert!(!wins(FILTER, &m(0.70), &Measured::default()));
+        assert!(!wins(CAPTIONER, &m(0.1), &m(0.9)));
         // One role's metric set leaves the other's as it was.
         let metric = BTreeMap::from([(CAPTIONER.to_owned(), "captioner/bleu_4".to_owned())]);
-        assert!(RetrainConfig { metric, ..RetrainConfig::default() }.is_better(FILTER, &m(0.70), &m(0.72)));
+        assert!(RetrainConfig { metric, ..RetrainConfig::default() }.verdict(FILTER, &m(0.70), &m(0.72)).challenger_wins);
         assert!(!RetrainConfig::default().wanted(5_000));
+    }
+
+    #[test]
+    fn a_gain_within_the_noise_does_not_win() {
+        let champion = measured(0.70, &[0.66, 0.70, 0.74, 0.70]);
+        // Paired: better in every draw, though the draws of both overlap.
+        let better = measured(0.72, &[0.67, 0.71, 0.75, 0.73]);
+        let luckier = measured(0.72, &[0.80, 0.69, 0.73, 0.75]);
+        let config = RetrainConfig::default();
+        assert!(config.verdict(FILTER, &champion, &better).challenger_wins);
+        let verdict = config.verdict(FILTER, &champion, &luckier);
+        assert!(!verdict.challenger_wins && verdict.why.contains("50.0 % of 4 draws"), "{}", verdict.why);
+        assert!(RetrainConfig { confidence: 0.5, ..config.clone() }.verdict(FILTER, &champion, &luckier).challenger_wins);
+        assert!(RetrainConfig { confidence: 0.0, ..config }.verdict(FILTER, &champion, &luckier).challenger_wins);
     }
 }

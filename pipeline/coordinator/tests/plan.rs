@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use capfilt_coordinator::SqlConfig;
 use capfilt_coordinator::plan::{Action, Observation, Plan, PlanConfig, StageParams, plan};
-use capfilt_coordinator::retrain::RetrainConfig;
+use capfilt_coordinator::retrain::{Measured, RetrainConfig};
 use capfilt_schemas::{
     Commit, DatasetRef, DatasetVersion, Digest, FetchStatus, Output, RetryRecord, RoundResult, RunId, StageKind, Takedown, Task,
     TaskId,
@@ -70,7 +70,8 @@ impl World {
                 "captioner" => ("captioner/cider_d", if first { 0.1 } else { 0.2 }),
                 _ => ("filter/auroc", if first { 0.8 } else { 0.7 }),
             };
-            self.seen.metrics.insert(id, BTreeMap::from([(metrics.0.to_owned(), metrics.1)]));
+            let values = BTreeMap::from([(metrics.0.to_owned(), metrics.1)]);
+            self.seen.metrics.insert(id, Measured { values, ..Measured::default() });
         }
         let commit = Commit {
             task_id: id,

@@ -19,7 +19,7 @@ use std::time::Instant;
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::device::Device;
 use capfilt_schemas::Origin;
-use capfilt_trainer::{EvaluateConfig, PairText, TrainConfig, TrainPair, TrainSet, evaluate, train};
+use capfilt_trainer::{EvaluateConfig, Metric, PairText, TrainConfig, TrainPair, TrainSet, evaluate, train};
 use serde::Deserialize;
 
 #[derive(Default, Deserialize)]
@@ -83,8 +83,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::fs::remove_dir_all(&unfinished)?;
 
     let began = Instant::now();
-    for (metric, value) in evaluate(&Checkpoint::open(out)?, &judged, &settings.evaluate)? {
-        println!("{metric} {value:.4}");
+    for Metric { name, value, .. } in evaluate(&Checkpoint::open(out)?, &judged, &settings.evaluate)? {
+        println!("{name} {value:.4}");
     }
     println!("judged in {:.1} s", began.elapsed().as_secs_f64());
     Ok(())

@@ -13,9 +13,10 @@ use capfilt_models::sampling::{Sampling, Strategy};
 use capfilt_models::score::{FilterScorer, ItmToken};
 use capfilt_models::tokenizer::{MAX_WORDS, TextTokenizer, clean_caption};
 use image::RgbImage;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::metrics::{CaptionCase, Confusion, Relevance, auroc, bleu, cider_d, recall, rouge_l};
+use crate::metrics::{CaptionCase, Confusion, Relevance, auroc, bleu, bleu_counts, cider_d, ranks, recall, rouge_l};
 use crate::sampler::below;
 use crate::{TrainPair, TrainerError};
 
@@ -33,14 +34,28 @@ pub struct EvaluateConfig {
     pub min_itm: f32,
     /// Best candidates by contrastive similarity that the matching head ranks again.
     pub rerank: usize,
-    /// Keys the choice of wrong captions.
+    /// How often the metrics are worked out again on held-out images that are drawn with replacement: what a promotion takes for noise.
+    pub resamples: usize,
+    /// Keys the choice of wrong captions and those draws.
     pub seed: u64,
 }
 
 impl Default for EvaluateConfig {
     fn default() -> Self {
-        Self { prompt: "a picture of ".to_owned(), max_length: 20, first_token: ItmToken::Enc, min_itm: 0.5, rerank: 32, seed: 0 }
+        Self { prompt: "a picture of ".to_owned(), max_length: 20, first_token: ItmToken::Enc, min_itm: 0.5, rerank: 32, resamples: 500, seed: 0 }
     }
+}
+
+/// A metric of a model on held-out pairs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Metric {
+    /// Its name, `filter/auroc`.
+    pub name: String,
+    /// Its value.
+    pub value: f64,
+    /// Its values when as many images are drawn from the held-out ones with replacement (the bootstrap of Efron, 1979). Draw `i` is the same
+    /// for all models, so that the difference of two models has its own spread.
+    pub resampled: Vec<f64>,
 }
 
 /// Metrics of a model on held-out pairs, in the order of their names: `captioner/…` if it has a decoder, `filter/…` if it has an
@@ -57,7 +72,7 @@ pub fn evaluate(
     checkpoint: &Checkpoint,
     pairs: &[TrainPair],
     config: &EvaluateConfig,
-) -> Result<Vec<(String, f64)>, TrainerError> {
+) -> Result<Vec<Metric>, TrainerError> {
     if pairs.is_empty() {
         return Err(TrainerError::NoPairs { purpose: "judge by", reason: "the held-out set is empty".to_owned() });
     }
@@ -76,7 +91,7 @@ pub fn evaluate(
         .collect::<Result<Vec<Pixels>, TrainerError>>()?;
     let set = HeldOut { pairs, pixels };
 
-    let mut metrics = BTreeMap::new();
+    let mut metrics = Metrics::new(pairs.len(), config);
     let parts = med.parts();
     if parts.decoder {
         set.judge_captioner(&med, &tokenizer, config, &mut metrics)?;
@@ -85,10 +100,42 @@ pub fn evaluate(
         set.judge_matching(&med, &tokenizer, config, &mut metrics)?;
         set.judge_retrieval(&med, &tokenizer, config, &mut metrics)?;
     }
-    Ok(metrics.into_iter().collect())
+    metrics.found.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(metrics.found)
 }
 
-type Metrics = BTreeMap<String, f64>;
+/// Metrics found so far, and how often each held-out image counts in each draw.
+struct Metrics {
+    found: Vec<Metric>,
+    draws: Vec<Vec<f64>>,
+    once: Vec<f64>,
+}
+
+impl Metrics {
+    fn new(images: usize, config: &EvaluateConfig) -> Self {
+        let draw = |number: usize| {
+            let mut stream = Stream::new("held-out images drawn again", config.seed, &[&(number as u64).to_le_bytes()]);
+            let mut counts = vec![0.0; images];
+            (0..images).for_each(|_| counts[below(&mut stream, images)] += 1.0);
+            counts
+        };
+        Self { found: Vec::new(), draws: (0..config.resamples).map(draw).collect(), once: vec![1.0; images] }
+    }
+
+    /// Adds a metric, a function of how often each image counts, unless it has no value.
+    fn add(&mut self, name: &str, of: impl Fn(&[f64]) -> Option<f64> + Sync) {
+        let Some(value) = of(&self.once) else { return };
+        // Where a draw gives none, it says nothing about the spread.
+        let resampled = self.draws.par_iter().map(|weights| of(weights).unwrap_or(value)).collect();
+        self.found.push(Metric { name: name.to_owned(), value, resampled });
+    }
+}
+
+/// The mean of values of which each counts as often as its weight says.
+fn mean(values: &[f64], weights: &[f64]) -> Option<f64> {
+    let all: f64 = weights.iter().sum();
+    (all > 0.0).then(|| values.iter().zip(weights).map(|(value, weight)| value * weight).sum::<f64>() / all)
+}
 
 struct HeldOut<'a> {
     pairs: &'a [TrainPair],
@@ -121,10 +168,10 @@ impl HeldOut<'_> {
                 CaptionCase::from_text(captions.first().map_or("", String::as_str), &references)
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let mean = |scores: Vec<f64>| scores.iter().sum::<f64>() / scores.len().max(1) as f64;
-        metrics.insert("captioner/bleu_4".to_owned(), bleu(&cases)[3]);
-        metrics.insert("captioner/cider_d".to_owned(), mean(cider_d(&cases)));
-        metrics.insert("captioner/rouge_l".to_owned(), mean(rouge_l(&cases)));
+        let (counts, cider, rouge) = (cases.iter().map(bleu_counts).collect::<Vec<_>>(), cider_d(&cases), rouge_l(&cases));
+        metrics.add("captioner/bleu_4", |weights| Some(bleu(&counts, weights)?[3]));
+        metrics.add("captioner/cider_d", |weights| mean(&cider, weights));
+        metrics.add("captioner/rouge_l", |weights| mean(&rouge, weights));
         Ok(())
     }
 
@@ -144,22 +191,21 @@ impl HeldOut<'_> {
             })
             .collect();
         let scored = scorer.score(&self.pixels, &texts)?;
-        let (mut itm, mut itc, mut right) = (Vec::new(), Vec::new(), Vec::new());
-        for (pair, scores) in self.pairs.iter().zip(scored) {
+        let (mut itm, mut itc, mut right, mut image_of) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (image, (pair, scores)) in self.pairs.iter().zip(scored).enumerate() {
             for (place, score) in scores.iter().enumerate() {
                 itm.push(score.itm);
                 itc.push(score.itc);
                 right.push(place < pair.texts.len());
+                image_of.push(image);
             }
         }
-        let kept = Confusion::at(config.min_itm, &itm, &right);
-        let found = [
-            ("filter/auroc", auroc(&itm, &right)),
-            ("filter/auroc_itc", auroc(&itc, &right)),
-            ("filter/precision", kept.precision()),
-            ("filter/recall", kept.recall()),
-        ];
-        metrics.extend(found.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+        let of_texts = |weights: &[f64]| image_of.iter().map(|&image| weights[image]).collect::<Vec<f64>>();
+        let kept = |weights: &[f64]| Confusion::at(config.min_itm, &itm, &right, &of_texts(weights));
+        metrics.add("filter/auroc", |weights| auroc(&itm, &right, &of_texts(weights)));
+        metrics.add("filter/auroc_itc", |weights| auroc(&itc, &right, &of_texts(weights)));
+        metrics.add("filter/precision", |weights| kept(weights).precision());
+        metrics.add("filter/recall", |weights| kept(weights).recall());
         Ok(())
     }
 
@@ -211,10 +257,10 @@ impl HeldOut<'_> {
         let relevance = Relevance::new(texts_of_image, numbers.len())?;
         let texts: Vec<&String> = numbers.keys().collect();
         let scores = retrieval_scores(med, tokenizer, &self.pixels, &texts, config.rerank)?;
-        let found = recall(&scores.texts_of_image, &scores.images_of_text, &relevance)?;
+        let ranks = ranks(&scores.texts_of_image, &scores.images_of_text, &relevance)?;
         for (place, k) in [1, 5, 10].into_iter().enumerate() {
-            metrics.insert(format!("filter/tr_at_{k}"), found.text_at[place]);
-            metrics.insert(format!("filter/ir_at_{k}"), found.image_at[place]);
+            metrics.add(&format!("filter/tr_at_{k}"), |weights| Some(recall(&ranks, &relevance, weights)?.text_at[place]));
+            metrics.add(&format!("filter/ir_at_{k}"), |weights| Some(recall(&ranks, &relevance, weights)?.image_at[place]));
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ mod train;
 
 pub use config::{Init, ModelSize, TrainConfig, TrainDType, TrainerWorkerConfig};
 pub use error::TrainerError;
-pub use evaluate::{EvaluateConfig, evaluate};
+pub use evaluate::{EvaluateConfig, Metric, evaluate};
 pub use pair::{PairText, TrainPair};
 pub use set::TrainSet;
 pub use stage::{EvaluateStage, STAGE_VERSION, TrainStage};

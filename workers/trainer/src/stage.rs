@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 
-use arrow::array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray};
-use arrow::datatypes::UInt32Type;
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Float64Builder, ListBuilder, RecordBatch, StringArray};
+use arrow::datatypes::{DataType, Field, UInt32Type};
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::device::device;
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_blocking, rows};
@@ -18,7 +18,7 @@ use tokio::runtime::Handle;
 
 use crate::set::{Entry, StoredImages};
 use crate::{
-    EvaluateConfig, Init, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig, evaluate, train,
+    EvaluateConfig, Init, Metric, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig, evaluate, train,
 };
 
 /// Raised whenever the same dataset and settings would give another model, or the same model other metrics.
@@ -91,9 +91,19 @@ impl Stage for EvaluateStage {
             let judge = move || evaluate(&checkpoint, &pairs, &config);
             let metrics = on_blocking(judge).await?.map_err(caused)?;
             // A checkpoint may hold both roles; only the one that is asked about counts.
-            let of_role = |name: &str| name.split('/').next() == Some(params.role.as_str());
-            let (names, values): (Vec<_>, Vec<_>) = metrics.into_iter().filter(|(name, _)| of_role(name)).unzip();
-            let columns: Vec<ArrayRef> = vec![Arc::new(StringArray::from(names)), Arc::new(Float64Array::from(values))];
+            let of_role = |metric: &&Metric| metric.name.split('/').next() == Some(params.role.as_str());
+            let metrics: Vec<&Metric> = metrics.iter().filter(of_role).collect();
+            let item = Field::new("item", DataType::Float64, false);
+            let mut resampled = ListBuilder::new(Float64Builder::new()).with_field(item);
+            for metric in &metrics {
+                resampled.values().append_slice(&metric.resampled);
+                resampled.append(!metric.resampled.is_empty());
+            }
+            let columns: Vec<ArrayRef> = vec![
+                Arc::new(metrics.iter().map(|metric| Some(metric.name.as_str())).collect::<StringArray>()),
+                Arc::new(metrics.iter().map(|metric| metric.value).collect::<Float64Array>()),
+                Arc::new(resampled.finish()),
+            ];
             Ok(RecordBatch::try_new(Table::Evaluations.schema(), columns)?)
         })
     }

@@ -1,63 +1,57 @@
 //! How well a score tells right pairs from wrong ones.
 
 /// Area under the ROC curve of `scores` for `labels` (true = should score high): the probability that a right pair outranks a wrong
-/// one, ties counting one half. `None` when one of the two classes is empty or a score is NaN.
+/// one, ties counting one half. Each pair counts as often as its weight says. `None` when one of the two classes is empty or a score is
+/// NaN.
 ///
 /// # Panics
 ///
-/// When the two slices differ in length.
-pub fn auroc(scores: &[f32], labels: &[bool]) -> Option<f64> {
-    assert_eq!(scores.len(), labels.len(), "one label for each score");
-    let positives = labels.iter().filter(|&&label| label).count();
-    let negatives = labels.len() - positives;
-    if positives == 0 || negatives == 0 || scores.iter().any(|score| score.is_nan()) {
+/// When the slices differ in length.
+pub fn auroc(scores: &[f32], labels: &[bool], weights: &[f64]) -> Option<f64> {
+    assert!(scores.len() == labels.len() && scores.len() == weights.len(), "one label and one weight for each score");
+    if scores.iter().any(|score| score.is_nan()) {
         return None;
     }
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
 
-    // Sum of the positives' ranks, where equal scores share the mean of their ranks (Mann-Whitney U).
-    let mut rank_sum = 0.0;
-    let mut start = 0;
-    while start < order.len() {
-        let mut end = start + 1;
-        while end < order.len() && scores[order[end]] == scores[order[start]] {
-            end += 1;
-        }
-        let mean_rank = (start + 1 + end) as f64 / 2.0;
-        let right = order[start..end].iter().filter(|&&index| labels[index]).count();
-        rank_sum += mean_rank * right as f64;
-        start = end;
+    // Wrong pairs below each right one, equal scores counting half (Mann-Whitney U).
+    let (mut won, mut rights, mut wrongs) = (0.0, 0.0, 0.0);
+    for equal in order.chunk_by(|&a, &b| scores[a] == scores[b]) {
+        let of = |label: bool| equal.iter().filter(|&&index| labels[index] == label).map(|&index| weights[index]).sum::<f64>();
+        let (right, wrong) = (of(true), of(false));
+        won += right * (wrongs + 0.5 * wrong);
+        rights += right;
+        wrongs += wrong;
     }
-    let (positives, negatives) = (positives as f64, negatives as f64);
-    Some((rank_sum - positives * (positives + 1.0) / 2.0) / (positives * negatives))
+    (rights > 0.0 && wrongs > 0.0).then(|| won / (rights * wrongs))
 }
 
 /// What a threshold does to right and wrong pairs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Confusion {
     /// Right pairs kept.
-    pub kept_right: usize,
+    pub kept_right: f64,
     /// Wrong pairs kept.
-    pub kept_wrong: usize,
+    pub kept_wrong: f64,
     /// Right pairs dropped.
-    pub dropped_right: usize,
+    pub dropped_right: f64,
     /// Wrong pairs dropped.
-    pub dropped_wrong: usize,
+    pub dropped_wrong: f64,
 }
 
 impl Confusion {
-    /// Counts the pairs with `score >= threshold` as kept.
-    pub fn at(threshold: f32, scores: &[f32], labels: &[bool]) -> Self {
+    /// Counts the pairs with `score >= threshold` as kept, each as often as its weight says.
+    pub fn at(threshold: f32, scores: &[f32], labels: &[bool], weights: &[f64]) -> Self {
         let mut counts = Self::default();
-        for (score, label) in scores.iter().zip(labels) {
+        for ((score, label), weight) in scores.iter().zip(labels).zip(weights) {
             let cell = match (*score >= threshold, *label) {
                 (true, true) => &mut counts.kept_right,
                 (true, false) => &mut counts.kept_wrong,
                 (false, true) => &mut counts.dropped_right,
                 (false, false) => &mut counts.dropped_wrong,
             };
-            *cell += 1;
+            *cell += weight;
         }
         counts
     }
@@ -73,13 +67,17 @@ impl Confusion {
     }
 }
 
-fn share(part: usize, whole: usize) -> Option<f64> {
-    (whole > 0).then(|| part as f64 / whole as f64)
+fn share(part: f64, whole: f64) -> Option<f64> {
+    (whole > 0.0).then(|| part / whole)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn auroc(scores: &[f32], labels: &[bool]) -> Option<f64> {
+        super::auroc(scores, labels, &vec![1.0; scores.len()])
+    }
 
     #[test]
     fn auroc_counts_ordered_pairs_and_halves_ties() {
@@ -121,11 +119,24 @@ mod tests {
     }
 
     #[test]
+    fn a_weight_counts_as_so_many_pairs() {
+        let (scores, labels, weights) = ([0.9, 0.4, 0.4, 0.7], [true, true, false, false], [2.0, 1.0, 3.0, 0.0]);
+        let (mut many, mut of_many) = (Vec::new(), Vec::new());
+        for (i, weight) in weights.iter().enumerate() {
+            many.extend(std::iter::repeat_n(scores[i], *weight as usize));
+            of_many.extend(std::iter::repeat_n(labels[i], *weight as usize));
+        }
+        assert_eq!(super::auroc(&scores, &labels, &weights), auroc(&many, &of_many));
+        let ones = vec![1.0; many.len()];
+        assert_eq!(Confusion::at(0.5, &scores, &labels, &weights), Confusion::at(0.5, &many, &of_many, &ones));
+    }
+
+    #[test]
     fn precision_and_recall_at_a_threshold() {
-        let counts = Confusion::at(0.5, &[0.9, 0.5, 0.4, 0.6, 0.1], &[true, true, true, false, false]);
+        let counts = Confusion::at(0.5, &[0.9, 0.5, 0.4, 0.6, 0.1], &[true, true, true, false, false], &[1.0; 5]);
         assert_eq!(counts.precision(), Some(2.0 / 3.0));
         assert_eq!(counts.recall(), Some(2.0 / 3.0));
-        assert_eq!(Confusion::at(2.0, &[0.9], &[true]).precision(), None);
-        assert_eq!(Confusion::at(0.5, &[0.9], &[false]).recall(), None);
+        assert_eq!(Confusion::at(2.0, &[0.9], &[true], &[1.0]).precision(), None);
+        assert_eq!(Confusion::at(0.5, &[0.9], &[false], &[1.0]).recall(), None);
     }
 }

@@ -12,9 +12,9 @@ mod ngrams;
 mod retrieval;
 mod rouge;
 
-pub use bleu::bleu;
+pub use bleu::{BleuCounts, bleu, bleu_counts};
 pub use caption::{CaptionCase, tokenize};
 pub use cider::cider_d;
 pub use classification::{Confusion, auroc};
-pub use retrieval::{Recall, Relevance, recall};
+pub use retrieval::{Ranks, Recall, Relevance, ranks, recall};
 pub use rouge::rouge_l;

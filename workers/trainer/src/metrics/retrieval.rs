@@ -55,7 +55,16 @@ pub struct Recall {
     pub image_at: [f64; 3],
 }
 
-/// Recall from scores of every pair: `text_scores` orders the texts of each image and `image_scores` the images of each text, both
+/// How many wrong answers come before the first right one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ranks {
+    /// Of each image, among texts.
+    pub of_images: Vec<usize>,
+    /// Of each text, among images.
+    pub of_texts: Vec<usize>,
+}
+
+/// Ranks from scores of every pair: `text_scores` orders the texts of each image and `image_scores` the images of each text, both
 /// row-major `(images, texts)`, higher is better. They are the same matrix unless re-ranking differs by direction.
 ///
 /// A wrong answer with an equal score counts as ahead, so a scorer that cannot tell pairs apart gets no credit; NaN counts as the
@@ -64,28 +73,32 @@ pub struct Recall {
 /// # Errors
 ///
 /// [`TrainerError::Retrieval`] when a matrix does not have `images × texts` entries or there is nothing to judge.
-pub fn recall(text_scores: &[f32], image_scores: &[f32], relevance: &Relevance) -> Result<Recall, TrainerError> {
+pub fn ranks(text_scores: &[f32], image_scores: &[f32], relevance: &Relevance) -> Result<Ranks, TrainerError> {
     let (images, texts) = (relevance.images(), relevance.texts());
     for scores in [text_scores, image_scores] {
         if images == 0 || scores.len() != images * texts {
             return Err(TrainerError::Retrieval(format!("{} scores for {images} images and {texts} texts", scores.len())));
         }
     }
-    let text_at = shares_at(
-        (0..images).map(|image| {
-            let row = &text_scores[image * texts..(image + 1) * texts];
-            first_right_rank(row.iter().copied(), &relevance.texts_of_image[image])
-        }),
-        images,
+    let of_images = (0..images).map(|image| {
+        let row = &text_scores[image * texts..(image + 1) * texts];
+        first_right_rank(row.iter().copied(), &relevance.texts_of_image[image])
+    });
+    let of_texts = (0..texts).map(|text| {
+        let column = (0..images).map(|image| image_scores[image * texts + text]);
+        first_right_rank(column, &relevance.images_of_text[text])
+    });
+    Ok(Ranks { of_images: of_images.collect(), of_texts: of_texts.collect() })
+}
+
+/// Recall from ranks. Each image counts as often as its weight says, each text as often as its images do; nothing if none counts.
+pub fn recall(ranks: &Ranks, relevance: &Relevance, weights: &[f64]) -> Option<Recall> {
+    let of_texts = relevance.images_of_text.iter().map(|images| images.iter().map(|&image| weights[image]).sum::<f64>());
+    let (text_at, image_at) = (
+        shares_at(ranks.of_images.iter().copied().zip(weights.iter().copied())),
+        shares_at(ranks.of_texts.iter().copied().zip(of_texts)),
     );
-    let image_at = shares_at(
-        (0..texts).map(|text| {
-            let column = (0..images).map(|image| image_scores[image * texts + text]);
-            first_right_rank(column, &relevance.images_of_text[text])
-        }),
-        texts,
-    );
-    Ok(Recall { text_at, image_at })
+    Some(Recall { text_at: text_at?, image_at: image_at? })
 }
 
 /// How many wrong answers come before the best right one.
@@ -100,14 +113,16 @@ fn first_right_rank(scores: impl Iterator<Item = f32> + Clone, right: &[usize]) 
     scores.enumerate().filter(|(index, score)| lowest(*score) >= best && !right.contains(index)).count()
 }
 
-fn shares_at(ranks: impl Iterator<Item = usize>, queries: usize) -> [f64; 3] {
-    let mut hits = [0usize; 3];
-    for rank in ranks {
+/// Shares of queries, given by rank and weight, whose rank is below 1, 5 and 10.
+fn shares_at(queries: impl Iterator<Item = (usize, f64)>) -> Option<[f64; 3]> {
+    let (mut hits, mut all) = ([0.0; 3], 0.0);
+    for (rank, weight) in queries {
+        all += weight;
         for (hit, k) in hits.iter_mut().zip([1, 5, 10]) {
-            *hit += usize::from(rank < k);
+            *hit += if rank < k { weight } else { 0.0 };
         }
     }
-    hits.map(|hit| hit as f64 / queries as f64)
+    (all > 0.0).then(|| hits.map(|hit| hit / all))
 }
 
 #[cfg(test)]
@@ -115,6 +130,12 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    /// Each image once; a text as often as it has images.
+    fn recall(text_scores: &[f32], image_scores: &[f32], relevance: &Relevance) -> Result<Recall, TrainerError> {
+        let ranks = ranks(text_scores, image_scores, relevance)?;
+        Ok(super::recall(&ranks, relevance, &vec![1.0; relevance.images()]).unwrap())
+    }
 
     #[test]
     fn several_texts_an_image_count_once_by_their_best() {
@@ -139,6 +160,16 @@ mod tests {
         let got = recall(&scores, &scores, &relevance).unwrap();
         assert_eq!(got.text_at, [1.0; 3]);
         assert_eq!(got.image_at, [1.0; 3]);
+    }
+
+    #[test]
+    fn weights_count_images_and_their_texts() {
+        let relevance = Relevance::new(vec![vec![0], vec![1], vec![1]], 2).unwrap();
+        let ranks = Ranks { of_images: vec![0, 3, 7], of_texts: vec![0, 2] };
+        let got = super::recall(&ranks, &relevance, &[2.0, 0.0, 1.0]).unwrap();
+        assert_eq!(got.text_at, [2.0 / 3.0, 2.0 / 3.0, 1.0]);
+        assert_eq!(got.image_at, [2.0 / 3.0, 1.0, 1.0]);
+        assert_eq!(super::recall(&ranks, &relevance, &[0.0; 3]), None);
     }
 
     #[test]

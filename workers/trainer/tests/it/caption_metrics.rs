@@ -1,6 +1,6 @@
 //! Caption metrics against pycocoevalcap's own figures (`tests/goldens/make_caption_goldens.py`), to 1e-6.
 
-use capfilt_trainer::metrics::{CaptionCase, bleu, cider_d, rouge_l};
+use capfilt_trainer::metrics::{CaptionCase, bleu, bleu_counts, cider_d, rouge_l};
 use serde::Deserialize;
 
 const TOLERANCE: f64 = 1e-6;
@@ -42,7 +42,12 @@ fn assert_close(name: &str, got: &[f64], expected: &[f64]) {
 #[test]
 fn bleu_equals_the_reference() {
     let (goldens, cases) = goldens();
-    assert_close("bleu", &bleu(&cases), &goldens.bleu);
+    let counts: Vec<_> = cases.iter().map(bleu_counts).collect();
+    assert_close("bleu", &bleu(&counts, &vec![1.0; counts.len()]).unwrap(), &goldens.bleu);
+    // A weight counts as so many captions.
+    let (twice, weights) = ([&counts[..], &counts[..1]].concat(), [vec![2.0], vec![1.0; counts.len() - 1]].concat());
+    let whole = bleu(&twice, &vec![1.0; twice.len()]).unwrap();
+    assert_close("weighted bleu", &bleu(&counts, &weights).unwrap(), &whole);
 }
 
 #[test]
@@ -63,7 +68,7 @@ fn rouge_l_equals_the_reference_for_every_caption() {
 
 #[test]
 fn an_empty_set_scores_nothing() {
-    assert_eq!(bleu(&[]), [0.0; 4]);
+    assert_eq!(bleu(&[], &[]), None);
     assert!(cider_d(&[]).is_empty());
     assert!(rouge_l(&[]).is_empty());
 }

@@ -91,7 +91,7 @@ fn open(files: &Files, dir: &Path) -> Checkpoint {
 
 fn metrics(checkpoint: &Checkpoint, pairs: &[TrainPair]) -> BTreeMap<String, f64> {
     let config = EvaluateConfig { prompt: String::new(), rerank: 6, ..EvaluateConfig::default() };
-    evaluate(checkpoint, pairs, &config).unwrap().into_iter().collect()
+    evaluate(checkpoint, pairs, &config).unwrap().into_iter().map(|metric| (metric.name, metric.value)).collect()
 }
 
 #[test]
