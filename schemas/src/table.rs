@@ -173,11 +173,9 @@ impl Table {
             Self::Models => {
                 vec![text(c::FILE), Field::new(c::PART, DataType::UInt32, false), Field::new(c::BYTES, DataType::Binary, false)]
             }
-            Self::Evaluations => vec![
-                text(c::METRIC),
-                Field::new(c::VALUE, DataType::Float64, false),
-                list(c::RESAMPLED, DataType::Float64, true),
-            ],
+            Self::Evaluations => {
+                vec![text(c::METRIC), Field::new(c::VALUE, DataType::Float64, false), list(c::RESAMPLED, DataType::Float64, true)]
+            }
         };
         Arc::new(Schema::new(fields))
     }

@@ -92,10 +92,7 @@ mod tests {
 
     fn measured(value: f64, resampled: &[f64]) -> Measured {
         let name = "filter/auroc".to_owned();
-        Measured {
-            values: BTreeMap::from([(name.clone(), value)]),
-            resampled: BTreeMap::from([(name, resampled.to_vec())]),
-        }
+        Measured { values: BTreeMap::from([(name.clone(), value)]), resampled: BTreeMap::from([(name, resampled.to_vec())]) }
     }
 
     #[test]

@@ -65,9 +65,8 @@ fn main() {
         let images: Vec<Vec<u8>> =
             (0..BATCH).map(|n| (0..3 * side * side).map(|i| ((n * 7919 + i * 104_729) % 256) as u8).collect()).collect();
         let names: Vec<String> = (0..BATCH).map(|i| i.to_string()).collect();
-        let examples: Vec<Example<'_>> = (0..BATCH)
-            .map(|i| Example { sample_id: &names[i], epoch: 0, text: &texts[i], pixels: &images[i] })
-            .collect();
+        let examples: Vec<Example<'_>> =
+            (0..BATCH).map(|i| Example { sample_id: &names[i], epoch: 0, text: &texts[i], pixels: &images[i] }).collect();
         let prepared = trainer.preparer().prepare(&examples).unwrap();
         let mut ours = || {
             let began = Instant::now();

@@ -42,7 +42,15 @@ pub struct EvaluateConfig {
 
 impl Default for EvaluateConfig {
     fn default() -> Self {
-        Self { prompt: "a picture of ".to_owned(), max_length: 20, first_token: ItmToken::Enc, min_itm: 0.5, rerank: 32, resamples: 500, seed: 0 }
+        Self {
+            prompt: "a picture of ".to_owned(),
+            max_length: 20,
+            first_token: ItmToken::Enc,
+            min_itm: 0.5,
+            rerank: 32,
+            resamples: 500,
+            seed: 0,
+        }
     }
 }
 
@@ -68,11 +76,7 @@ pub struct Metric {
 /// # Errors
 ///
 /// No pairs, an image without captions, or a failing model.
-pub fn evaluate(
-    checkpoint: &Checkpoint,
-    pairs: &[TrainPair],
-    config: &EvaluateConfig,
-) -> Result<Vec<Metric>, TrainerError> {
+pub fn evaluate(checkpoint: &Checkpoint, pairs: &[TrainPair], config: &EvaluateConfig) -> Result<Vec<Metric>, TrainerError> {
     if pairs.is_empty() {
         return Err(TrainerError::NoPairs { purpose: "judge by", reason: "the held-out set is empty".to_owned() });
     }

@@ -18,11 +18,8 @@ pub fn bleu_counts(case: &CaptionCase) -> BleuCounts {
     let candidate = case.candidate_tokens();
     let references = case.reference_tokens();
     let closest = references.iter().map(Vec::len).min_by_key(|&length| (length.abs_diff(candidate.len()), length)).unwrap_or(0);
-    let mut counted = BleuCounts {
-        candidate_length: candidate.len() as f64,
-        reference_length: closest as f64,
-        ..BleuCounts::default()
-    };
+    let mut counted =
+        BleuCounts { candidate_length: candidate.len() as f64, reference_length: closest as f64, ..BleuCounts::default() };
     let reference_counts: Vec<[Counts<'_>; MAX_N]> = references.iter().map(|tokens| counts(tokens)).collect();
     for (n, candidate_counts) in counts(&candidate).iter().enumerate() {
         counted.guessed[n] = candidate.len().saturating_sub(n) as f64;
