@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use arrow::array::{AsArray, Float64Array, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, new_null_array};
 use capfilt_runtime::{
     MemoryQueue, ModelThread, RowStream, Stage, StageError, Telemetry, Work, WorkQueue, Worker, WorkerConfig, on_rayon, rows,
 };
@@ -17,9 +17,13 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 fn metric(name: &str, value: f64) -> RecordBatch {
-    let columns: Vec<arrow::array::ArrayRef> =
-        vec![Arc::new(StringArray::from_iter_values([name])), Arc::new(Float64Array::from_iter_values([value]))];
-    RecordBatch::try_new(Table::Evaluations.schema(), columns).unwrap()
+    let schema = Table::Evaluations.schema();
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(StringArray::from_iter_values([name])),
+        Arc::new(Float64Array::from_iter_values([value])),
+        new_null_array(schema.field(2).data_type(), 1),
+    ];
+    RecordBatch::try_new(schema, columns).unwrap()
 }
 
 /// Sums the values of its input rows; fails as often as its parameters ask for.

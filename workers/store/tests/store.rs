@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{ArrayRef, BinaryArray, Float32Array, Float64Array, RecordBatch, StringArray, UInt32Array};
+use arrow::array::{ArrayRef, BinaryArray, Float32Array, Float64Array, RecordBatch, StringArray, UInt32Array, new_null_array};
 use capfilt_schemas::{Commit, FetchStatus, Output, Redaction, RunId, StageKind, Table, Task};
 use capfilt_store::{CommitResult, IMPORTED, ShardWriter, Store, StoreError, Targets};
 
@@ -23,7 +23,9 @@ async fn places() -> Vec<Place> {
 fn metrics(rows: &[(&str, f64)]) -> RecordBatch {
     let names = StringArray::from_iter_values(rows.iter().map(|r| r.0));
     let values = Float64Array::from_iter_values(rows.iter().map(|r| r.1));
-    RecordBatch::try_new(Table::Evaluations.schema(), vec![Arc::new(names), Arc::new(values)]).unwrap()
+    let schema = Table::Evaluations.schema();
+    let resampled = new_null_array(schema.field(2).data_type(), rows.len());
+    RecordBatch::try_new(schema, vec![Arc::new(names), Arc::new(values), resampled]).unwrap()
 }
 
 async fn shard(store: &Store, rows: &[(&str, f64)]) -> Output {

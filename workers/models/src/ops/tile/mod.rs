@@ -22,6 +22,7 @@ use std::sync::OnceLock;
 
 pub use layout::Precision;
 pub(crate) use ops::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};
+pub(crate) use product::{Inputs, Weights};
 
 use layout::{EDGE, Tile, Tiles};
 

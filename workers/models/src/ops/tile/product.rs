@@ -91,6 +91,15 @@ impl Weights {
         Some(Self::with(Instructions::best(precision)?, weight, bias, precision))
     }
 
+    /// From a matrix `(inputs, outputs)` as it lies, without a bias. `None` as above.
+    pub(crate) fn from_rows(matrix: &[f32], outputs: usize, precision: Precision) -> Option<Self> {
+        let instructions = Instructions::best(precision)?;
+        let inputs = matrix.len() / outputs.max(1);
+        let mut right = Tiles::default();
+        right.fill_rows(matrix, (inputs, outputs), outputs, precision);
+        Some(Self { right, bias: vec![0.0; outputs.next_multiple_of(COLUMNS)], inputs, outputs, precision, instructions })
+    }
+
     pub(super) fn with(instructions: Instructions, weight: &[f32], bias: &[f32], precision: Precision) -> Self {
         let inputs = weight.len() / bias.len().max(1);
         let mut right = Tiles::default();
