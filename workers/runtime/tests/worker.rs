@@ -184,12 +184,12 @@ async fn shards_of_several_tables_stand_side_by_side() {
             let values = arrow::array::ListArray::from_iter_primitive::<arrow::datatypes::Float32Type, _, _>(empty.clone());
             arrow::compute::cast(&values, field.data_type()).unwrap()
         };
-        let text = |s: &str| Arc::new(StringArray::from(vec![s; ids.len()])) as arrow::array::ArrayRef;
-        let none = arrow::array::new_null_array(&arrow::datatypes::DataType::Float32, ids.len());
-        let columns: Vec<arrow::array::ArrayRef> = vec![
+        let text = |s: &str| Arc::new(StringArray::from(vec![s; ids.len()])) as ArrayRef;
+        let none = new_null_array(&arrow::datatypes::DataType::Float32, ids.len());
+        let columns: Vec<ArrayRef> = vec![
             Arc::new(StringArray::from_iter_values(ids)),
             text("ok"),
-            arrow::array::new_null_array(&arrow::datatypes::DataType::Utf8, ids.len()),
+            new_null_array(&arrow::datatypes::DataType::Utf8, ids.len()),
             Arc::clone(&none),
             none,
             list(),
@@ -218,7 +218,7 @@ async fn shards_of_several_tables_stand_side_by_side() {
     queue.enqueue(&[task(json!({}), vec![a, b])]).await.unwrap();
     let names = seen.recv().await.unwrap();
     assert_eq!(names.first().map(String::as_str), Some("sample_id"));
-    assert_eq!(names[names.len() - 2..], ["metric", "value"]);
+    assert_eq!(names[names.len() - 3..], ["metric", "value", "resampled"]);
     let uneven = task(json!({}), vec![a, short]);
     queue.enqueue(std::slice::from_ref(&uneven)).await.unwrap();
     while store.failures(&uneven.id()).await.unwrap().is_empty() {
