@@ -327,7 +327,7 @@ impl Checkpoint {
         };
         empty_directory(dir)?;
         self.weights.write(&dir.join(WEIGHTS))?;
-        write_texts(dir, &format!("{config:#}"), &tokenizer, &preprocessor)?;
+        write_texts(dir, (CONFIG, &format!("{config:#}")), &tokenizer, &preprocessor)?;
         let settings = self.dir.join(TOKENIZER_CONFIG);
         if matches!(self.family, Family::Clip(_)) && settings.exists() {
             let path = dir.join(TOKENIZER_CONFIG);
@@ -363,7 +363,7 @@ impl Checkpoint {
         let text = serde_json::to_string_pretty(&config).map_err(json_error)?;
         empty_directory(dir)?;
         write_tensors(&dir.join(WEIGHTS), tensors, dtype)?;
-        write_texts(dir, &text, tokenizer_json, &Preprocessor::new(config.vision_config.image_size).to_json())?;
+        write_texts(dir, (CONFIG, &text), tokenizer_json, &Preprocessor::new(config.vision_config.image_size).to_json())?;
         Self::open(dir)
     }
 
@@ -384,15 +384,11 @@ impl Checkpoint {
         match config.to_open_clip() {
             Some(text) => {
                 write_tensors(&dir.join(WEIGHTS), &openclip::arrange(tensors)?, dtype)?;
-                let path = dir.join(OPEN_CLIP_CONFIG);
-                std::fs::write(&path, format!("{text:#}")).map_err(|source| ModelError::Io { path, source })?;
-                for (path, text) in [(tokenizer::file(dir), tokenizer_json), (preprocess::file(dir), preprocessor.as_str())] {
-                    std::fs::write(&path, text).map_err(|source| ModelError::Io { path, source })?;
-                }
+                write_texts(dir, (OPEN_CLIP_CONFIG, &format!("{text:#}")), tokenizer_json, &preprocessor)?;
             }
             None => {
                 write_tensors(&dir.join(WEIGHTS), tensors, dtype)?;
-                write_texts(dir, &format!("{:#}", config.to_hugging_face()?), tokenizer_json, &preprocessor)?;
+                write_texts(dir, (CONFIG, &format!("{:#}", config.to_hugging_face()?)), tokenizer_json, &preprocessor)?;
             }
         }
         Self::open(dir)
@@ -424,8 +420,8 @@ fn empty_directory(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn write_texts(dir: &Path, config: &str, tokenizer: &str, preprocessor: &str) -> Result<()> {
-    for (path, text) in [(dir.join(CONFIG), config), (tokenizer::file(dir), tokenizer), (preprocess::file(dir), preprocessor)] {
+fn write_texts(dir: &Path, (name, config): (&str, &str), tokenizer: &str, preprocessor: &str) -> Result<()> {
+    for (path, text) in [(dir.join(name), config), (tokenizer::file(dir), tokenizer), (preprocess::file(dir), preprocessor)] {
         std::fs::write(&path, text).map_err(|source| ModelError::Io { path, source })?;
     }
     Ok(())

@@ -64,8 +64,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let began = Instant::now();
     let files = train(&TrainSet::in_memory(pairs), &settings.train, parent.as_ref(), &Device::Cpu, &unfinished, |progress| {
         println!(
-            "{:.0} pairs/s, step {} of {}: {}",
+            "{:.0} pairs/s, {:.0} % of the time waiting for pairs, step {} of {}: {}",
             progress.pairs_per_second,
+            100.0 * progress.waited,
             progress.line.step,
             progress.steps,
             serde_json::to_string(&progress.line.losses).unwrap_or_default()

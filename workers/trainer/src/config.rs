@@ -268,6 +268,9 @@ impl TrainConfig {
         if self.steps == Some(0) || self.epochs.is_some_and(|epochs| !(epochs.is_finite() && epochs > 0.0)) {
             return fail("a run needs more than 0 `steps` or `epochs`".to_owned());
         }
+        if self.role == Role::Clip {
+            return fail("`role` is \"clip\"; runs train captioner, filter and med".to_owned());
+        }
         let contrasts = self.role != Role::Captioner;
         if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {
             return fail(format!("`accumulate` {} does not cut `batch` {} into equal batches", self.accumulate, self.batch));

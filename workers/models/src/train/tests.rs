@@ -100,6 +100,11 @@ fn step(trainer: &mut Trainer, images: &[Vec<u8>], epoch: u64) -> StepReport {
     trainer.step(&batch).unwrap()
 }
 
+fn losses(trainer: &mut Trainer, batch: &Prepared) -> crate::error::Result<(Losses, Tensor)> {
+    let variables = trainer.variables();
+    trainer.losses(batch, 0..batch.len(), &variables, 0)
+}
+
 fn weights(trainer: &Trainer) -> BTreeMap<String, Vec<u32>> {
     let bits = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect();
     trainer.optimizer.slots().iter().map(|(name, slot)| (name.clone(), bits(slot.variable.as_tensor()))).collect()
@@ -111,7 +116,7 @@ fn every_variable_gets_a_finite_gradient_that_is_not_zero() {
     for role in [Role::Captioner, Role::Filter, Role::Med, Role::Clip] {
         let mut trainer = trainer(recipe(role));
         let batch = batch(&trainer, &images, 0);
-        let (losses, total) = trainer.losses(&batch, 0..6, 0).unwrap();
+        let (losses, total) = losses(&mut trainer, &batch).unwrap();
         assert_eq!(losses.lm.is_some(), [Role::Captioner, Role::Med].contains(&role));
         assert_eq!(losses.itm.is_some(), [Role::Filter, Role::Med].contains(&role));
         let gradients = total.backward().unwrap();
@@ -126,12 +131,31 @@ fn every_variable_gets_a_finite_gradient_that_is_not_zero() {
 }
 
 #[test]
+fn passes_in_bf16_teach_weights_in_f32() {
+    let images = images();
+    for role in [Role::Med, Role::Clip] {
+        let of = |dtype| {
+            let mut trainer = trainer(Recipe { dtype, ..recipe(role) });
+            let batch = batch(&trainer, &images, 0);
+            let (_, total) = losses(&mut trainer, &batch).unwrap();
+            let gradients = trainer.optimizer.gradients(&total.backward().unwrap()).unwrap();
+            assert!(gradients.iter().all(|gradient| gradient.dtype() == DType::F32), "{role:?}");
+            let report = trainer.step(&batch).unwrap();
+            (total.to_scalar::<f32>().unwrap(), report.gradient_norm)
+        };
+        let ((exact, norm), (half, half_norm)) = (of(DType::F32), of(DType::BF16));
+        assert!((half - exact).abs() < 0.03 * exact, "{role:?}: {half} is not {exact}");
+        assert!((half_norm - norm).abs() < 0.1 * norm, "{role:?}: a gradient of {half_norm}, not {norm}");
+    }
+}
+
+#[test]
 fn the_gradient_is_the_slope_of_the_loss() {
     let images = images();
     // Without a queue a loss leaves nothing behind; soft targets would move with what they are targets of.
     let mut trainer = trainer(Recipe { queue: 0, alpha: 0.0, ..recipe(Role::Med) });
     let batch = batch(&trainer, &images, 0);
-    let (_, total) = trainer.losses(&batch, 0..6, 0).unwrap();
+    let (_, total) = losses(&mut trainer, &batch).unwrap();
     let gradients = total.backward().unwrap();
     // A step against the gradient of one variable at a time must lower the loss by rate · |gradient|².
     for name in [
@@ -152,7 +176,7 @@ fn the_gradient_is_the_slope_of_the_loss() {
             let moved = (gradient * (sign * rate)).and_then(|shift| &before + shift).unwrap();
             variable.set(&moved).unwrap();
             // Hard negatives are drawn by similarity; the draw is the same as long as the step is small.
-            trainer.losses(&batch, 0..6, 0).unwrap().1.to_scalar().unwrap()
+            losses(&mut trainer, &batch).unwrap().1.to_scalar().unwrap()
         };
         let slope = (loss_at(0.5) - loss_at(-0.5)) / 2e-3;
         variable.set(&before).unwrap();

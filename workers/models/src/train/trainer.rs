@@ -159,7 +159,7 @@ impl Trainer {
         let mut gradients: Option<Vec<Tensor>> = None;
         for batch in 0..batches {
             let range = batch * held / batches..(batch + 1) * held / batches;
-            let (of_batch, total) = self.losses(examples, range, batch)?;
+            let (of_batch, total) = self.losses(examples, range, &variables, batch)?;
             losses.add(&of_batch, 1.0 / batches as f32);
             let found = self.optimizer.gradients(&(total * (1.0 / batches as f64))?.backward()?)?;
             gradients = Some(match gradients {
@@ -174,12 +174,18 @@ impl Trainer {
     }
 
     /// The losses of one batch of a step, and their sum. The queue takes its features.
-    pub(super) fn losses(&mut self, examples: &Prepared, range: Range<usize>, batch: usize) -> Result<(Losses, Tensor)> {
+    pub(super) fn losses(
+        &mut self,
+        examples: &Prepared,
+        range: Range<usize>,
+        variables: &BTreeMap<String, Var>,
+        batch: usize,
+    ) -> Result<(Losses, Tensor)> {
         let step = self.optimizer.steps();
         let number = step * self.recipe.accumulate as u64 + batch as u64;
         let pixels = Pixels::stack(&examples.pixels[range.clone()], &self.device)?;
         let (images, texts) = (&examples.images[range.clone()], &examples.texts[range]);
-        let (recipe, variables, pairs) = (&self.recipe, &self.variables(), (&pixels, images, texts));
+        let (recipe, pairs) = (&self.recipe, (&pixels, images, texts));
         let (losses, total) = match &mut self.objective {
             Objective::Med(med) => med.losses(recipe, variables, pairs, (number, step))?,
             Objective::Clip(clip) => clip.losses(recipe, variables, pairs)?,

@@ -6,13 +6,13 @@ use std::path::Path;
 use candle_core::{DType, Device, Shape, Tensor};
 use capfilt_models::clip::openclip::{self, Part, Source};
 use capfilt_models::clip::{ClipConfig, ClipFamily, ClipTextConfig, ClipVision, ResNetConfig};
-use capfilt_models::config::{MedConfig, TextConfig, VisionConfig};
+use capfilt_models::config::{MedConfig, TextConfig};
 use capfilt_models::ops::Activation;
 use capfilt_models::train::{AdamWConfig, Architecture, Augmentation, Example, Recipe, Role, Schedule, StepReport, Trainer};
 use safetensors::SafeTensors;
 
 use crate::families::{numbers, weight};
-use crate::fixture::goldens;
+use crate::fixture::{config, goldens};
 
 const SIDE: usize = 32;
 const TEXTS: [[&str; 2]; 3] =
@@ -40,28 +40,8 @@ fn recipe() -> Recipe {
 }
 
 fn trainer(recipe: Recipe) -> Trainer {
-    let tiny = MedConfig::tiny(20);
-    let config = MedConfig {
-        vision_config: VisionConfig {
-            hidden_size: 48,
-            intermediate_size: 96,
-            num_hidden_layers: 2,
-            num_attention_heads: 3,
-            image_size: SIDE,
-            ..tiny.vision_config
-        },
-        text_config: TextConfig {
-            vocab_size: 19,
-            hidden_size: 32,
-            intermediate_size: 64,
-            num_hidden_layers: 2,
-            num_attention_heads: 4,
-            max_position_embeddings: 40,
-            ..tiny.text_config
-        },
-        image_text_hidden_size: 24,
-        ..tiny
-    };
+    let small = config();
+    let config = MedConfig { text_config: TextConfig { vocab_size: 19, ..small.text_config }, ..small };
     Trainer::fresh(&Architecture::Med(config), tokenizer("med"), recipe, &Device::Cpu).unwrap()
 }
 

@@ -186,6 +186,7 @@ fn bad_settings_and_sets_are_refused_before_any_step() {
     assert!(refused(TrainConfig { epochs: Some(1.0), ..base.clone() }, &training).contains("exactly one"));
     assert!(refused(TrainConfig { steps: None, ..base.clone() }, &training).contains("exactly one"));
     assert!(refused(TrainConfig { batch: 1, ..base.clone() }, &training).contains("`batch`"));
+    assert!(refused(TrainConfig { role: Role::Clip, ..base.clone() }, &training).contains("`role`"));
     assert!(refused(TrainConfig { clip: f64::NAN, ..base.clone() }, &training).contains("`clip`"));
     assert!(refused(base.clone(), &[]).contains("no pairs"));
     let mut misshapen = training;
