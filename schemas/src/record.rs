@@ -198,10 +198,12 @@ pub struct Lineage {
     pub build: TaskId,
     /// The shards read.
     pub inputs: Vec<Input>,
-    /// The captioner that wrote the synthetic texts.
-    pub captioner: Digest,
-    /// The filter that scored.
-    pub filter: Digest,
+    /// The captioner that wrote the synthetic texts; none before the first round.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub captioner: Option<Digest>,
+    /// The filter that scored; none before the first round.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<Digest>,
 }
 
 /// `datasets/<name>/<n>.json`: one version of a dataset, a list of kept pairs.
@@ -215,7 +217,7 @@ pub struct DatasetVersion {
     pub digest: Digest,
     /// The run and round that built it.
     pub run: RunId,
-    /// The round.
+    /// The round; 0 for the one that a run without models first trains on.
     pub round: u32,
     /// The `dataset` objects, in order.
     pub shards: Vec<Output>,

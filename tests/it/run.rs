@@ -109,6 +109,40 @@ fn without_rounds_it_gathers_and_needs_no_models() {
 }
 
 #[test]
+fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
+    let world = World::new(20);
+    let config = std::fs::read_to_string(world.path("run.toml")).unwrap();
+    let (before, rest) = config.split_once("[models]").unwrap();
+    let (_, build) = rest.split_once("[build]").unwrap();
+    let (build, _) = build.split_once("[train.captioner]").unwrap();
+    let (_, worker) = rest.split_once("[report]").unwrap();
+    let fine_tuned = "init = 'med'\nsteps = 3\nbatch = 8\nweb_weight = 0.0\nsynthetic_weight = 0.0\nmomentum = 0.0\n";
+    let train = format!(
+        "[train.med]\nsteps = 4\nbatch = 8\nqueue = 16\nvocab_size = 120\n[train.med.model]\nimage_size = 32\npatch_size = 16\nwidth = 32\n\
+         heads = 2\nvision_layers = 1\ntext_layers = 1\nprojection = 16\n[train.captioner]\n{fine_tuned}[train.filter]\n{fine_tuned}"
+    );
+    std::fs::write(world.path("run.toml"), format!("{before}[build]{build}{train}[report]{worker}")).unwrap();
+    let one = ["run.rounds=1", "build.min_itm=0.0"];
+    let run = world.run(&one);
+    assert_eq!((&run["complete"], &run["tasks_given_up"]), (&Value::from(true), &Value::from(0)));
+    let versions = world.json(&["dataset", "list", "--store", "store", "--json"]);
+    let rounds: Vec<_> = versions.as_array().unwrap().iter().map(|v| (v["round"].clone(), v["counts"].clone())).collect();
+    assert_eq!((&rounds[0].0, &rounds[1].0, rounds.len()), (&Value::from(0), &Value::from(1), 2), "{versions}");
+    assert!(rounds[0].1["web"].as_u64() > Some(0) && rounds[0].1["human"] == 30 && rounds[0].1["synthetic"] == 0, "{versions}");
+    assert!(rounds[1].1["synthetic"].as_u64() > Some(0), "{versions}");
+    let status = world.json(&["status", "run.toml", "--json"]);
+    assert_ne!(status["rounds"][0]["captioner"], status["rounds"][0]["filter"]);
+    assert_eq!(run["results"][0]["promoted"].as_array().unwrap().len(), 2);
+    assert_eq!(world.run(&one)["tasks_done"], 0);
+    assert_eq!(world.json(&["store", "check", "--store", "store", "--json"])["findings"].as_array().unwrap().len(), 0);
+
+    let (code, said) = world.refuse(&["run", "run.toml", "--set", "models.captioner=promoted"]);
+    assert!(code == 2 && said.contains("name both, or neither"), "{said}");
+    let (code, said) = world.refuse(&["run", "run.toml", "--set", "retrain.enabled=false"]);
+    assert!(code == 2 && said.contains("[train.captioner]"), "{said}");
+}
+
+#[test]
 fn a_surplus_is_downloaded_and_the_cap_holds_all_the_same() {
     let world = World::new(40);
     let small = ["retrain.enabled=false", "run.rounds=1", "balance.per_query=3"];

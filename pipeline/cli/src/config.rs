@@ -46,8 +46,9 @@ pub(crate) struct RunConfig {
     /// Pairs on which models are judged and which never get into a dataset.
     #[serde(default)]
     pub(crate) heldout: AnnotateConfig,
-    /// The models of the first round; a run without rounds needs none.
-    pub(crate) models: Option<ModelsSection>,
+    /// The models of the first round. A run without them trains its first ones on what it finds.
+    #[serde(default)]
+    pub(crate) models: ModelsSection,
     #[serde(default)]
     pub(crate) caption: CaptionConfig,
     #[serde(default)]
@@ -96,14 +97,14 @@ pub(crate) struct QueriesSection {
     pub(crate) path: PathBuf,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ModelsSection {
     /// A checkpoint folder, a repository of the Hugging Face hub (`owner/name`, `owner/name@revision`), the first characters of the
     /// digest of a model in the store, or `promoted` for the one that plays the role there.
-    pub(crate) captioner: String,
-    /// As `captioner`.
-    pub(crate) filter: String,
+    pub(crate) captioner: Option<String>,
+    /// As `captioner`; there are both or neither.
+    pub(crate) filter: Option<String>,
     /// As `captioner`, of a CLIP, whose cosines stand beside the filter's scores.
     pub(crate) clip: Option<String>,
 }
@@ -177,10 +178,11 @@ pub(crate) struct Inputs {
     pub(crate) heldout: Vec<AnnotateParams>,
 }
 
-/// The models of the first round.
+/// The models that a run is given.
+#[derive(Default)]
 pub(crate) struct Models {
-    pub(crate) captioner: Digest,
-    pub(crate) filter: Digest,
+    /// The captioner and the filter of the first round.
+    pub(crate) first: Option<(Digest, Digest)>,
     /// That of all rounds.
     pub(crate) clip: Option<Digest>,
 }
@@ -232,11 +234,8 @@ impl RunConfig {
         if !self.run.store.contains(':') {
             text(&mut self.run.store);
         }
-        let models = self
-            .models
-            .iter_mut()
-            .flat_map(|models| [&mut models.captioner, &mut models.filter].into_iter().chain(&mut models.clip));
-        for model in models {
+        let ModelsSection { captioner, filter, clip } = &mut self.models;
+        for model in [captioner, filter, clip].into_iter().flatten() {
             if let Source::Folder(_) = Source::of_config(model, folder)? {
                 text(model);
             }
@@ -274,11 +273,16 @@ impl RunConfig {
         if self.discover.sources.is_empty() && self.annotated.sources.is_empty() {
             return Err(Failure::Usage("nothing says where pairs come from; add [[discover.sources]]".to_owned()));
         }
-        if self.models.is_none() && self.run.rounds > 0 {
-            let what = "[models] with `captioner` and `filter` is missing; to gather only, set `run.rounds = 0`";
+        let ModelsSection { captioner, filter, clip } = &self.models;
+        if captioner.is_some() != filter.is_some() {
+            return Err(Failure::Usage("[models] has a `captioner` or a `filter` alone; name both, or neither".to_owned()));
+        }
+        let trained = |role: &str| self.retrain.enabled && self.train.contains_key(role);
+        if self.run.rounds > 0 && captioner.is_none() && !capfilt_store::ROLES.iter().all(|role| trained(role)) {
+            let what = "there is no model to begin with; name a `captioner` and a `filter` in [models], have them trained ([retrain], \
+                        [train.captioner], [train.filter]), or set `run.rounds = 0` to gather only";
             return Err(Failure::Usage(what.to_owned()));
         }
-        let clip = self.models.as_ref().and_then(|models| models.clip.as_ref());
         if self.build.policy == Policy::Rank && self.build.rank_by == Score::Clip && clip.is_none() {
             let what = "build.rank_by is \"clip\", but no CLIP scores the texts; name one in `models.clip`, or rank by \"itc\" or \"itm\"";
             return Err(Failure::Usage(what.to_owned()));
@@ -298,12 +302,15 @@ impl RunConfig {
             let roles = capfilt_store::ROLES.join(" and ");
             return Err(Failure::Usage(format!("retrain.metric.{role}: the roles are {roles}")));
         }
-        for role in self.train.keys() {
-            if !capfilt_store::ROLES.contains(&role.as_str()) {
-                return Err(Failure::Usage(format!("[train.{role}]: the roles are {}", capfilt_store::ROLES.join(" and "))));
-            }
+        let (med, roles) = (capfilt_coordinator::retrain::MED, capfilt_store::ROLES);
+        if let Some(role) = self.train.keys().find(|role| *role != med && !roles.contains(&role.as_str())) {
+            return Err(Failure::Usage(format!("[train.{role}]: there are {}, and {med} before them", roles.join(" and "))));
         }
-        self.train_params().map(|_| ())
+        let params = self.train_params()?;
+        if let Some(role) = params.keys().find(|role| params[*role]["init"] == med && !params.contains_key(med)) {
+            return Err(Failure::Usage(format!("train.{role}.init is \"{med}\", but there is no [train.{med}]")));
+        }
+        Ok(())
     }
 
     /// The name under which dataset versions are kept.
@@ -348,7 +355,7 @@ impl RunConfig {
     }
 
     /// What the planner needs.
-    pub(crate) fn plan(&self, inputs: &Inputs, models: Option<&Models>) -> Result<PlanConfig, Failure> {
+    pub(crate) fn plan(&self, inputs: &Inputs, models: &Models) -> Result<PlanConfig, Failure> {
         let stages = StageParams {
             discover: inputs.discover.iter().map(json).collect::<Result<_, _>>()?,
             balance: json(&self.balance)?,
@@ -356,7 +363,7 @@ impl RunConfig {
             annotated: inputs.annotated.iter().map(json).collect::<Result<_, _>>()?,
             heldout: inputs.heldout.iter().map(json).collect::<Result<_, _>>()?,
             caption: json(&self.caption.params(&self.worker.vision))?,
-            score: json(&self.score.params(&self.worker.vision, models.and_then(|m| m.clip)))?,
+            score: json(&self.score.params(&self.worker.vision, models.clip))?,
             build: json(&self.build)?,
             train: self.train_params()?,
             evaluate: json(&self.evaluate)?,
@@ -376,7 +383,7 @@ impl RunConfig {
             run: self.run.name.clone(),
             dataset: self.dataset(),
             rounds: self.run.rounds,
-            models: models.map(|m| (m.captioner, m.filter)),
+            models: models.first,
             stages,
             retrain: self.retrain.clone(),
             max_attempts: self.worker.runtime.max_attempts,
@@ -506,7 +513,7 @@ mod tests {
         let refused = demo(&rank).unwrap_err();
         assert!(refused.contains("models.clip"), "{refused}");
         let config = demo(&[rank[0], rank[1], "models.clip=some/more/clip"]).unwrap();
-        let clip = config.models.unwrap().clip.unwrap();
+        let clip = config.models.clip.unwrap();
         assert!(clip.ends_with("configs/some/more/clip") && Path::new(&clip).is_absolute(), "{clip}");
     }
 

@@ -96,8 +96,8 @@ fn show(v: &DatasetVersion, left_out: u64) -> String {
         || "no texts were judged".to_owned(),
         |n| format!("noise ratio {:.1}% of the judged texts were removed", n * 100.0),
     ));
-    lines.push(format!("captioner  {}", v.lineage.captioner));
-    lines.push(format!("filter     {}", v.lineage.filter));
+    lines.extend(v.lineage.captioner.map(|model| format!("captioner  {model}")));
+    lines.extend(v.lineage.filter.map(|model| format!("filter     {model}")));
     lines.push(format!("built from {} shards by task {}", v.lineage.inputs.len(), v.lineage.build));
     lines.push(format!("settings   {}", v.settings));
     if v.takedowns > 0 || left_out > 0 {

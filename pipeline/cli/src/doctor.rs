@@ -10,7 +10,7 @@ use serde::Serialize;
 use url::{Host, Url};
 
 use crate::args::DoctorArgs;
-use crate::config::{Inputs, RunConfig};
+use crate::config::{Inputs, Models, RunConfig};
 use crate::machine::{self, Disk};
 use crate::models;
 use crate::output::{Failure, say, say_json};
@@ -65,7 +65,7 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
         Ok(config) => {
             findings.note("config", Ok(format!("run `{}`, {} rounds", config.run.name, config.run.rounds)));
             findings.note("threads", Ok(std::thread::available_parallelism().map_or(1, usize::from).to_string()));
-            if config.models.is_some() {
+            if config.run.rounds > 0 {
                 let device = &config.worker.vision.device;
                 findings.note("device", config.check_machine().map(|()| device.clone()).map_err(|e| e.text()));
             }
@@ -95,12 +95,13 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
                         disk("store's disk", &folder, &mut findings);
                     }
                     let models = models::of_run(&config, &store, false).await;
-                    let says = models.map(|m| match m {
-                        Some(m) => {
-                            let clip = m.clip.map_or_else(String::new, |clip| format!(", CLIP {}", clip.short()));
-                            format!("captioner {}, filter {}{clip}", m.captioner.short(), m.filter.short())
+                    let says = models.map(|Models { first, clip }| match first {
+                        Some((captioner, filter)) => {
+                            let clip = clip.map_or_else(String::new, |clip| format!(", CLIP {}", clip.short()));
+                            format!("captioner {}, filter {}{clip}", captioner.short(), filter.short())
                         }
-                        None => "none are needed without rounds".to_owned(),
+                        None if config.run.rounds == 0 => "none are needed without rounds".to_owned(),
+                        None => "the first ones are trained on what is found".to_owned(),
                     });
                     findings.note("models", says.map_err(|e| e.text()));
                 }

@@ -66,8 +66,8 @@ impl Job {
 
     async fn open(config: RunConfig, store: Store, inputs: Inputs, alone: Option<File>) -> Result<Self, Failure> {
         let models = models::of_run(&config, &store, alone.is_some()).await?;
-        models::same_as_begun(&config, &store, models.as_ref()).await?;
-        let planned = config.plan(&inputs, models.as_ref())?;
+        models::same_as_begun(&config, &store, &models).await?;
+        let planned = config.plan(&inputs, &models)?;
         Ok(Self { config, store, planned, inputs, began: Instant::now(), _alone: alone })
     }
 

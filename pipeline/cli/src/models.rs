@@ -13,7 +13,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::args::ModelVerb;
-use crate::config::{Models, RunConfig};
+use crate::config::{Models, ModelsSection, RunConfig};
 use crate::hub::{Hub, HubName};
 use crate::output::{Failure, bytes, moment, say, say_json, table};
 use crate::store::{open, open_or_make};
@@ -198,9 +198,12 @@ pub(crate) async fn checkpoint(source: &Source, store: Option<&Store>) -> Result
     }
 }
 
-/// The models of the first round: checkpoints, put into the store if `write`, or what is there already. None if the run has no rounds.
-pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Result<Option<Models>, Failure> {
-    let Some(named) = config.models.as_ref().filter(|_| config.run.rounds > 0) else { return Ok(None) };
+/// The models that a run is given: checkpoints, put into the store if `write`, or what is there already. None if the run has no rounds.
+pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Result<Models, Failure> {
+    let named = &config.models;
+    if config.run.rounds == 0 {
+        return Ok(Models::default());
+    }
     let digest = async |what: &str, model: &str| -> Result<Digest, Failure> {
         let source = Source::of_config(model, Path::new(""))?;
         match &source {
@@ -220,30 +223,32 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
             }
         }
     };
-    let captioner = digest(ROLES[0], &named.captioner).await?;
-    let filter = digest(ROLES[1], &named.filter).await?;
+    let first = match named.captioner.as_ref().zip(named.filter.as_ref()) {
+        Some((captioner, filter)) => Some((digest(ROLES[0], captioner).await?, digest(ROLES[1], filter).await?)),
+        None => None,
+    };
     let clip = match &named.clip {
         Some(model) => Some(digest("clip", model).await?),
         None => None,
     };
-    for (role, digest) in ROLES.iter().zip([captioner, filter]) {
+    for (role, digest) in ROLES.iter().zip(first.into_iter().flat_map(|(captioner, filter)| [captioner, filter])) {
         if write && store.model_in_role(role).await?.is_none() {
             let reason = format!("first model of run {}", config.run.name);
             store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
         }
     }
-    Ok(Some(Models { captioner, filter, clip }))
+    Ok(Models { first, clip })
 }
 
 /// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
-pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: Option<&Models>) -> Result<(), Failure> {
-    let (Some(named), Some(models)) = (&config.models, models) else { return Ok(()) };
+pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: &Models) -> Result<(), Failure> {
+    let Some((captioner, filter)) = models.first else { return Ok(()) };
     let rounds = store.rounds(&config.run.name).await?;
     let Some(first) = rounds.iter().find(|record| record.round == 1) else { return Ok(()) };
-    let pairs =
-        [(&named.captioner, models.captioner, first.captioner, ROLES[0]), (&named.filter, models.filter, first.filter, ROLES[1])];
+    let ModelsSection { captioner: named_captioner, filter: named_filter, .. } = &config.models;
+    let pairs = [(named_captioner, captioner, first.captioner, ROLES[0]), (named_filter, filter, first.filter, ROLES[1])];
     for (named, now, then, role) in pairs {
-        if named != "promoted" && now != then {
+        if named.as_deref() != Some("promoted") && now != then {
             let (run, now, then) = (&config.run.name, now.short(), then.short());
             let what = format!("run `{run}` began with the {role} {then}, but models.{role} is {now} now");
             return Err(Failure::Usage(format!("{what}; give a run with other models another `run.name`")));

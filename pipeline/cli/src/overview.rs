@@ -63,7 +63,7 @@ pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
     let run = &config.run.name;
     let (rounds, results, events) = (store.rounds(run).await?, store.round_results(run).await?, store.events(run).await?);
     let failures: Vec<_> = store.all_failures().await?.into_iter().filter(|f| f.run == *run).collect();
-    let planned = config.plan(&config.inputs()?, models::of_run(&config, &store, false).await?.as_ref())?;
+    let planned = config.plan(&config.inputs()?, &models::of_run(&config, &store, false).await?)?;
     let now = make_plan(&planned, Observer::new(store.clone()).observe(&planned).await?);
     if args.json {
         say_json(&json!({

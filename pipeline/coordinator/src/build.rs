@@ -51,6 +51,8 @@ pub struct BuildInputs {
     pub selected: u64,
     /// The web pairs.
     pub triplets: Vec<Triplet>,
+    /// In place of those, `samples` shards that no model has judged: every text is kept.
+    pub unjudged: Vec<Digest>,
     /// The cap on what was fetched for each query, if more was selected than may stay; see
     /// [`BalanceConfig::expected_success`](crate::balance::BalanceConfig::expected_success).
     pub cap: Option<HardCap>,
@@ -102,7 +104,8 @@ pub async fn build(store: &Store, sql: &SqlConfig, config: &BuildConfig, inputs:
     triplets.dedup();
     let annotated = if config.human { sorted(inputs.annotated) } else { Vec::new() };
     let heldout = sorted(inputs.heldout);
-    let job = Job { store, sql: Sql::new(sql)?, config, triplets, annotated, heldout, taken_down: inputs.taken_down };
+    let unjudged = if triplets.is_empty() { sorted(inputs.unjudged) } else { Vec::new() };
+    let job = Job { store, sql: Sql::new(sql)?, config, triplets, unjudged, annotated, heldout, taken_down: inputs.taken_down };
     let mut images = job.images().await?;
     // The cap comes last: a query whose images were lost, small or known already makes up for them with others that it has.
     if let Some(cap) = inputs.cap {
@@ -122,7 +125,7 @@ pub async fn build(store: &Store, sql: &SqlConfig, config: &BuildConfig, inputs:
     ];
     steps.extend(inputs.cap.map(|_| ("within per_query", within)));
     steps.extend([
-        ("texts judged", texts.judged()),
+        ("texts judged", texts.judged(&[Origin::Web, Origin::Synthetic])),
         ("kept web", texts.kept(Origin::Web)),
         ("kept synthetic", texts.kept(Origin::Synthetic)),
         ("added human", texts.kept(Origin::Human)),
@@ -158,6 +161,7 @@ struct Job<'a> {
     sql: Sql,
     config: &'a BuildConfig,
     triplets: Vec<Triplet>,
+    unjudged: Vec<Digest>,
     annotated: Vec<Digest>,
     heldout: Vec<Digest>,
     taken_down: Arc<TakenDown>,
@@ -166,7 +170,7 @@ struct Job<'a> {
 impl Job<'_> {
     /// The `samples` shards: the parts of the web tables.
     fn samples(&self) -> Vec<Digest> {
-        self.triplets.iter().map(|t| t.samples).collect()
+        self.triplets.iter().map(|t| t.samples).chain(self.unjudged.iter().copied()).collect()
     }
 }
 

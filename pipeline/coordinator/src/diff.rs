@@ -187,8 +187,9 @@ fn changes(from: &DatasetVersion, to: &DatasetVersion) -> Vec<SettingChange> {
     let flat = |v: &DatasetVersion| {
         let mut all = BTreeMap::new();
         flatten("", &v.settings, &mut all);
-        all.insert("captioner".to_owned(), Value::from(v.lineage.captioner.to_string()));
-        all.insert("filter".to_owned(), Value::from(v.lineage.filter.to_string()));
+        for (role, model) in [("captioner", v.lineage.captioner), ("filter", v.lineage.filter)] {
+            all.extend(model.map(|model| (role.to_owned(), Value::from(model.to_string()))));
+        }
         all
     };
     let (before, after) = (flat(from), flat(to));

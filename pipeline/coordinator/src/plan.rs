@@ -52,7 +52,7 @@ pub struct PlanConfig {
     pub dataset: String,
     /// Rounds of caption, score, build and retrain. Without any the run ends with the download.
     pub rounds: u32,
-    /// The captioner and the filter of the first round; a run without rounds needs none.
+    /// The captioner and the filter of the first round. A run with rounds and without these trains its first ones on what it found.
     pub models: Option<(Digest, Digest)>,
     /// Stage settings.
     pub stages: StageParams,
@@ -156,7 +156,7 @@ pub struct Plan {
     pub dead: Vec<TaskId>,
     /// How far the downloads are.
     pub downloads: Downloads,
-    /// The round at work; 0 before the first.
+    /// The round at work; 0 before the first, and while the first models are trained.
     pub round: u32,
     /// The newest build task that is done.
     pub last_build: Option<TaskId>,
@@ -243,8 +243,10 @@ impl<'a> Planner<'a> {
             self.plan.round = round;
             let Some(record) = self.seen.rounds.iter().find(|r| r.round == round) else {
                 // Later rounds are started by the end of the one before.
+                let cold = round == 1 && self.config.models.is_none();
+                let first = if cold { self.cold_start(&samples, &annotated, &heldout) } else { self.config.models };
                 if round == 1
-                    && let Some((captioner, filter)) = self.config.models
+                    && let Some((captioner, filter)) = first
                 {
                     self.plan.actions.push(Action::StartRound(RoundRecord { round, captioner, filter }));
                 }
@@ -307,6 +309,43 @@ impl<'a> Planner<'a> {
         samples
     }
 
+    /// The first models of a run that is given none: trained on all texts that were found and on the clean ones. `None` until they are there.
+    fn cold_start(&mut self, samples: &Settled<'a>, annotated: &Settled<'a>, heldout: &Settled<'a>) -> Option<(Digest, Digest)> {
+        self.plan.round = 0;
+        if !(samples.all && annotated.all && heldout.all) {
+            return None;
+        }
+        let built = self.build(samples.commits.iter().flat_map(|c| c.as_inputs()).collect(), annotated, heldout)?;
+        self.plan.last_build = Some(built.task_id);
+        let trained = self.train(None, built, &mut BTreeSet::new())?;
+        let models = trained.get(retrain::CAPTIONER).copied().zip(trained.get(retrain::FILTER).copied());
+        if models.is_none() {
+            self.plan.stuck = Some("no first captioner and filter could be trained".to_owned());
+        }
+        models
+    }
+
+    /// The build of a dataset version from what is given of the web, and from the clean pairs.
+    fn build(&mut self, mut inputs: Vec<Input>, annotated: &Settled<'a>, heldout: &Settled<'a>) -> Option<&'a Commit> {
+        let stages = &self.config.stages;
+        inputs.extend(annotated.commits.iter().flat_map(|c| c.as_inputs()));
+        let mut params = json!({ "settings": stages.build.clone() });
+        // Where more was selected than may stay, the build depends on how much may; elsewhere its name says nothing of it.
+        if let Some(cap) = BalanceConfig::deserialize(&stages.balance).ok().and_then(|b| b.cap_after_fetch()) {
+            params["cap"] = json!(cap);
+        }
+        // Held-out shards are inputs as well, told from the clean ones by their digests.
+        let held: Vec<Input> = heldout.commits.iter().flat_map(|c| c.as_inputs()).collect();
+        params["heldout"] = held.iter().map(|i| Value::from(i.digest.to_string())).collect();
+        inputs.extend(held);
+        let taken_down = TakenDown::of(&self.seen.takedowns);
+        if !taken_down.is_empty() {
+            params["taken_down"] = taken_down.digest().to_string().into();
+        }
+        let build = self.task(StageKind::Build, params, None, inputs);
+        self.own(build)
+    }
+
     /// Whether the round is over.
     fn round(&mut self, record: &RoundRecord, samples: &Settled<'a>, annotated: &Settled<'a>, heldout: &Settled<'a>) -> bool {
         let stages = &self.config.stages;
@@ -335,24 +374,7 @@ impl<'a> Planner<'a> {
             self.plan.stuck = Some(format!("of round {}, every caption or score task was given up", record.round));
             return false;
         }
-        let clean = annotated.commits.iter().flat_map(|c| c.as_inputs());
-        build_inputs.extend(clean);
-        let mut params = json!({ "settings": stages.build.clone() });
-        // Where more was selected than may stay, the build depends on how much may; elsewhere its name says nothing of it.
-        if let Some(cap) = BalanceConfig::deserialize(&stages.balance).ok().and_then(|b| b.cap_after_fetch()) {
-            params["cap"] = json!(cap);
-        }
-        // Held-out shards are inputs as well, told from the clean ones by their digests.
-        let held: Vec<Input> = heldout.commits.iter().flat_map(|c| c.as_inputs()).collect();
-        params["heldout"] = held.iter().map(|i| Value::from(i.digest.to_string())).collect();
-        build_inputs.extend(held);
-        let taken_down = TakenDown::of(&self.seen.takedowns);
-        if !taken_down.is_empty() {
-            params["taken_down"] = taken_down.digest().to_string().into();
-        }
-        let build = self.task(StageKind::Build, params, None, build_inputs);
-        let Some(built) = self.own(build) else { return false };
-
+        let Some(built) = self.build(build_inputs, annotated, heldout) else { return false };
         self.plan.last_build = Some(built.task_id);
         let Some(metrics) = metrics else { return false };
         rests_on.insert(built.task_id);
@@ -399,25 +421,7 @@ impl<'a> Planner<'a> {
         if !self.config.retrain.wanted(rows) {
             return true;
         }
-        let inputs: Vec<Input> = built.as_inputs().collect();
-        let mut challengers = BTreeMap::new();
-        let mut settled = true;
-        let roles = [(retrain::CAPTIONER, finish.record.captioner), (retrain::FILTER, finish.record.filter)];
-        for (role, champion) in roles {
-            let Some(params) = self.config.stages.train.get(role) else { continue };
-            let train = self.task(StageKind::Train, params.clone(), Some(champion), inputs.clone());
-            let mut one = Settled::none();
-            let external = params.get("command").is_some_and(|c| c.as_array().is_some_and(|c| !c.is_empty()));
-            let trained = if external { self.own(train) } else { self.settle(train, 0, &mut one) };
-            settled &= one.all && (!external || trained.is_some());
-            if let Some((trained, model)) = trained.and_then(|c| Some((c.task_id, c.outputs.first()?))) {
-                finish.rests_on.insert(trained);
-                challengers.insert(role.to_owned(), model.digest);
-            }
-        }
-        if !settled {
-            return false;
-        }
+        let Some(challengers) = self.train(Some(&finish.record), built, &mut finish.rests_on) else { return false };
         if challengers.is_empty() {
             return true;
         }
@@ -434,6 +438,52 @@ impl<'a> Planner<'a> {
         }
         finish.challenger_metrics = metrics.values;
         true
+    }
+
+    /// The captioner and the filter that are trained on what was built, without those that were given up; `None` while that goes on. Where a
+    /// MED is pre-trained, it comes first, and is what those start from that ask for it. Tells which tasks that took.
+    fn train(
+        &mut self,
+        in_service: Option<&RoundRecord>,
+        built: &Commit,
+        rests_on: &mut BTreeSet<TaskId>,
+    ) -> Option<BTreeMap<String, Digest>> {
+        let inputs: Vec<Input> = built.as_inputs().collect();
+        let stages = &self.config.stages;
+        let mut one = |planner: &mut Self, role: &str, model: Option<Digest>| {
+            let Some(params) = stages.train.get(role) else { return Some(None) };
+            let train = planner.task(StageKind::Train, params.clone(), model, inputs.clone());
+            let mut settled = Settled::none();
+            let external = params.get("command").is_some_and(|c| c.as_array().is_some_and(|c| !c.is_empty()));
+            let trained = if external { planner.own(train) } else { planner.settle(train, 0, &mut settled) };
+            if !settled.all || (external && trained.is_none()) {
+                return None;
+            }
+            let model = trained.and_then(|c| Some((c.task_id, c.outputs.first()?.digest)));
+            Some(model.map(|(task, model)| {
+                rests_on.insert(task);
+                model
+            }))
+        };
+        // Its weights are fresh; the vocabulary is that of the models in service.
+        let med = one(self, retrain::MED, in_service.map(|record| record.captioner))?;
+        let mut trained = BTreeMap::new();
+        let mut all = true;
+        let roles = [
+            (retrain::CAPTIONER, in_service.map(|record| record.captioner)),
+            (retrain::FILTER, in_service.map(|record| record.filter)),
+        ];
+        for (role, champion) in roles {
+            let from_med = stages.train.get(role).is_some_and(|params| params["init"] == retrain::MED);
+            if from_med && med.is_none() {
+                continue;
+            }
+            match one(self, role, if from_med { med } else { champion }) {
+                None => all = false,
+                Some(model) => trained.extend(model.map(|model| (role.to_owned(), model))),
+            }
+        }
+        all.then_some(trained)
     }
 
     /// The metrics of two models on the held-out pairs; `None` while they are worked out. Tells which tasks they come from.
@@ -537,9 +587,10 @@ pub(crate) fn build_inputs(task: &Task, candidates: u64, selected: u64, taken_do
     let held: Vec<Digest> = held.into_iter().flatten().filter_map(|d| d.as_str()?.parse().ok()).collect();
     let column = |table| task.inputs_of(table).collect::<Vec<_>>();
     let (samples, captions, scores) = (column(Table::Samples), column(Table::Captions), column(Table::Scores));
+    let unjudged = if captions.is_empty() { samples.clone() } else { Vec::new() };
     let beside = samples.into_iter().zip(captions).zip(scores);
     let triplets = beside.map(|((samples, captions), scores)| Triplet { samples, captions, scores }).collect();
     let (heldout, annotated) = column(Table::Annotated).into_iter().partition(|d| held.contains(d));
     let cap = task.params.get("cap").and_then(|cap| HardCap::deserialize(cap).ok());
-    BuildInputs { candidates, selected, triplets, cap, annotated, heldout, taken_down: Arc::new(taken_down) }
+    BuildInputs { candidates, selected, triplets, unjudged, cap, annotated, heldout, taken_down: Arc::new(taken_down) }
 }

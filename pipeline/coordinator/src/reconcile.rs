@@ -1,6 +1,6 @@
 //! The loop: observe → plan → act. It keeps nothing that a restart would miss; it may be killed and started again at any point.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use arrow::array::{Array, AsArray};
@@ -159,6 +159,9 @@ async fn act(
     match action {
         Action::StartRound(record) => {
             let record = &in_service(store, record, seen).await?;
+            if config.models.is_none() && record.round == 1 {
+                first_models(store, config, record).await?;
+            }
             store.start_round(&config.run, record.clone()).await?;
             let models = format!("captioner {}, filter {}", record.captioner.short(), record.filter.short());
             store.log_event(&config.run, &format!("round {} started with {models}", record.round)).await?;
@@ -176,6 +179,17 @@ async fn act(
                 tokio::time::sleep(TICK).await;
             }
         },
+    }
+    Ok(())
+}
+
+/// Models that a run without any has trained play the roles that no other does.
+async fn first_models(store: &Store, config: &PlanConfig, record: &RoundRecord) -> Result<(), CoordinatorError> {
+    for (role, model) in [(retrain::CAPTIONER, record.captioner), (retrain::FILTER, record.filter)] {
+        if store.model_in_role(role).await?.is_none() {
+            let reason = format!("run {} trained it on what was found", config.run);
+            store.set_alias(role, model, "promote", &reason, &format!("{}/0/{model}", config.run), BTreeMap::new()).await?;
+        }
     }
     Ok(())
 }
@@ -256,13 +270,12 @@ async fn publish(
     seen: &Observation,
 ) -> Result<DatasetVersion, CoordinatorError> {
     let record = seen.rounds.iter().find(|r| r.round == round);
-    let record = record.ok_or_else(|| CoordinatorError::Task(format!("round {round} has not been started")))?;
     let version = DatasetVersion {
         name: config.dataset.clone(),
         version: 0,
         digest: DatasetVersion::digest_of(&build.outputs),
         run: config.run.clone(),
-        round: record.round,
+        round,
         shards: build.outputs.clone(),
         counts: build.counts.clone(),
         noise_ratio: build.facts["noise_ratio"].as_f64(),
@@ -272,16 +285,15 @@ async fn publish(
         lineage: Lineage {
             build: build.task_id,
             inputs: build.task.inputs.clone(),
-            captioner: record.captioner,
-            filter: record.filter,
+            captioner: record.map(|r| r.captioner),
+            filter: record.map(|r| r.filter),
         },
         created_at_ms: now_ms(),
     };
     let before = store.dataset_versions(&config.dataset).await?.len();
     let there = store.append_dataset(&version).await?;
     if there.version > before as u64 {
-        let message =
-            format!("round {} built version {} of `{}`, {}", record.round, there.version, there.name, there.digest.short());
+        let message = format!("round {round} built version {} of `{}`, {}", there.version, there.name, there.digest.short());
         store.log_event(&config.run, &message).await?;
     }
     Ok(there)

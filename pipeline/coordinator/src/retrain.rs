@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub const CAPTIONER: &str = "captioner";
 /// The role that judges texts.
 pub const FILTER: &str = "filter";
+/// What a model is trained as that captioner and filter can both start from.
+pub const MED: &str = "med";
 
 /// `[retrain]`: whether a new dataset version leads to new models.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]

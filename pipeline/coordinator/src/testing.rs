@@ -275,8 +275,8 @@ pub(crate) async fn version(
     let lineage = Lineage {
         build: TaskId(Digest::of(&number.to_be_bytes())),
         inputs: inputs.annotated.iter().map(|digest| Input { table: Table::Annotated, digest: *digest }).collect(),
-        captioner: Digest::of(b"captioner"),
-        filter: Digest::of(b"filter"),
+        captioner: Some(Digest::of(b"captioner")),
+        filter: Some(Digest::of(b"filter")),
     };
     let done = build(store, &SqlConfig { memory_mib: 64, ..SqlConfig::default() }, config, inputs).await.unwrap();
     DatasetVersion {

@@ -7,8 +7,8 @@ use capfilt_coordinator::SqlConfig;
 use capfilt_coordinator::plan::{Action, Observation, Plan, PlanConfig, StageParams, plan};
 use capfilt_coordinator::retrain::{Measured, RetrainConfig};
 use capfilt_schemas::{
-    Commit, DatasetRef, DatasetVersion, Digest, FetchStatus, Output, RetryRecord, RoundResult, RunId, StageKind, Takedown, Task,
-    TaskId,
+    Commit, DatasetRef, DatasetVersion, Digest, FetchStatus, Output, RetryRecord, RoundResult, RunId, StageKind, Table, Takedown,
+    Task, TaskId,
 };
 use proptest::prelude::*;
 use serde_json::json;
@@ -235,6 +235,54 @@ fn a_further_round_goes_on_from_the_last() {
     assert_eq!(world.worked.len(), worked);
     assert!(world.worked.values().all(|n| *n == 1));
     assert_eq!(world.seen.rounds.len(), 3);
+}
+
+#[test]
+fn a_run_without_models_trains_its_first_ones_on_what_it_found() {
+    let (mut config, mut world) = (config(), World::default());
+    config.models = None;
+    let train = |role: &str, init: &str| (role.to_owned(), json!({ "role": role, "init": init }));
+    config.stages.train = BTreeMap::from([train("med", "fresh"), train("captioner", "med"), train("filter", "med")]);
+    let end = world.run(&config, || true);
+    assert!(end.complete);
+    assert!(world.worked.values().all(|n| *n == 1));
+    let trained = |role: &str| -> Vec<Task> {
+        let commits = world.seen.commits.values().filter(|c| c.task.stage == StageKind::Train && c.task.params["role"] == role);
+        commits.map(|c| c.task.clone()).collect()
+    };
+    // Before the first round and in both of them; the first MED has no vocabulary to keep.
+    let (meds, captioners) = (trained("med"), trained("captioner"));
+    assert_eq!((meds.len(), captioners.len(), trained("filter").len()), (3, 3, 3));
+    assert_eq!(meds.iter().filter(|task| task.model.is_none()).count(), 1);
+    let made: BTreeSet<Digest> = meds.iter().map(|task| world.seen.commits[&task.id()].outputs[0].digest).collect();
+    assert!(captioners.iter().all(|task| made.contains(&task.model.unwrap())));
+    let first = captioners.iter().find(|task| world.seen.commits[&task.id()].outputs[0].digest == world.seen.rounds[0].captioner);
+    let built_of = |task: &Task| {
+        world.seen.commits.values().find(|c| c.task.stage == StageKind::Build && c.as_inputs().eq(task.inputs.iter().copied()))
+    };
+    assert!(built_of(first.unwrap()).unwrap().task.inputs_of(Table::Captions).next().is_none());
+    assert_eq!(world.of_stage(StageKind::Build).len(), 3);
+}
+
+#[test]
+fn a_run_whose_first_models_cannot_be_trained_says_so() {
+    let (mut config, mut world) = (config(), World::default());
+    config.models = None;
+    loop {
+        let now = plan(&config, &world.seen);
+        if let Some(why) = now.stuck {
+            assert!(why.contains("no first captioner and filter"), "{why}");
+            break;
+        }
+        for task in &now.tasks {
+            match task.stage {
+                StageKind::Train => _ = world.seen.failures.insert(task.id(), (1, false)),
+                _ => world.work(task),
+            }
+        }
+        now.actions.iter().for_each(|action| world.act(action));
+    }
+    assert!(world.seen.rounds.is_empty());
 }
 
 #[test]

@@ -16,11 +16,11 @@ mod gpu;
 use candle_nn::{VarBuilder, VarMap};
 use capfilt_models::clip::{Clip, ClipConfig};
 use capfilt_models::config::MedConfig;
-use capfilt_models::device::{DType, Device};
+use capfilt_models::device::{DType, Device, share_threads};
 use capfilt_models::generate::Captioner;
 use capfilt_models::layers::Linear;
 use capfilt_models::med::{Med, Parts};
-use capfilt_models::ops::{Precision, has_bf16, has_fast_bf16};
+use capfilt_models::ops::{Precision, has_bf16, is_fast};
 use capfilt_models::parameters::fresh_tensors;
 use capfilt_models::preprocess::Pixels;
 use capfilt_models::sampling::Sampling;
@@ -41,9 +41,14 @@ const TEXTS: [&str; 2] = ["a grey heron standing in the water of a picture", "a 
 /// Of a caption of 20 new tokens by BLIP-base at 384 px, in 10^9: the image 111, keys and values 16.3, the tokens 6.
 const CAPTION_GFLOP: f64 = 133.3;
 
-/// How numbers are multiplied: our setting and its name, and the peer's number type.
-const NUMBERS: [(Precision, &str, &str); 3] =
-    [(Precision::Bf16x3, "bf16x3", "float32"), (Precision::Bf16, "bf16", "bfloat16"), (Precision::F32, "f32", "float32")];
+/// How numbers are multiplied: our setting and its name, and the peer's number type. Where the processor has no fast bf16, f32 is ours for both
+/// of the peer's.
+const NUMBERS: [(Precision, &str, &str); 4] = [
+    (Precision::Bf16x3, "bf16x3", "float32"),
+    (Precision::Bf16, "bf16", "bfloat16"),
+    (Precision::F32, "f32", "bfloat16"),
+    (Precision::F32, "f32", "float32"),
+];
 
 fn med(config: &MedConfig, parts: Parts, dtype: DType, device: &Device) -> (Med, TextTokenizer) {
     let mut config = config.clone();
@@ -179,6 +184,7 @@ fn large_product(precision: Precision) -> f64 {
 }
 
 fn main() {
+    share_threads();
     // Arguments choose among the works and the numbers: `capfilt bf16`.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     if let Some((_, wanted)) = wanted.split_first().filter(|(first, _)| *first == "gpu") {
@@ -196,9 +202,9 @@ fn main() {
 
     for (precision, ours, theirs) in NUMBERS {
         let made = match precision {
-            Precision::F32 => true,
+            Precision::F32 => theirs == "float32" || !is_fast(Precision::Bf16),
             Precision::Bf16 => has_bf16(),
-            Precision::Bf16x3 => has_fast_bf16(),
+            Precision::Bf16x3 => is_fast(Precision::Bf16x3),
         };
         if !made || !among(&["f32", "bf16x3", "bf16"], ours) {
             continue;

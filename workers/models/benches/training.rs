@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use capfilt_models::config::MedConfig;
-use capfilt_models::device::{DType, Device};
+use capfilt_models::device::{DType, Device, share_threads};
 use capfilt_models::tokenizer::train_wordpiece;
 use capfilt_models::train::{AdamWConfig, Architecture, Augmentation, Example, Recipe, Role, Schedule, Trainer};
 use capfilt_tests::Figures;
@@ -37,7 +37,10 @@ fn config((width, blocks, heads, side): (usize, usize, usize, usize)) -> MedConf
 }
 
 fn main() {
-    for size in SIZES {
+    share_threads();
+    // Arguments choose among the widths.
+    let wanted: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
+    for size in SIZES.into_iter().filter(|size| wanted.is_empty() || wanted.contains(&size.0)) {
         let words: Vec<String> = (0..400).map(|i| format!("w{i}")).collect();
         let texts: Vec<String> = (0..BATCH)
             .map(|i| (0..WORDS).map(|j| words[(i * 37 + j * 101) % words.len()].as_str()).collect::<Vec<_>>().join(" "))

@@ -172,7 +172,7 @@ impl Mlp {
     /// # Errors
     /// Shapes do not fit.
     pub(crate) fn forward_add(&self, x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
-        mlp((&self.fc1, &self.fc2), x, Some(norm), self.activation, x)
+        mlp((&self.fc1, &self.fc2), x, Some(norm), self.activation)
     }
 
     /// See [`Linear::pack`].

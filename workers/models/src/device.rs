@@ -4,6 +4,17 @@ pub use candle_core::{DType, Device};
 
 use crate::error::{ModelError, Result};
 
+/// Leaves all work on the CPU to one pool of threads, rayon's. candle would divide additions and the like among threads of its own, which go on
+/// spinning while the others work. Only before any other thread has started.
+#[allow(unsafe_code, reason = "the environment is where candle looks for it")]
+pub fn share_threads() {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(THREADS).is_none() {
+        // SAFETY: no other thread is there to read the environment at the same time.
+        unsafe { std::env::set_var(THREADS, "1") };
+    }
+}
+
 /// The device named `cpu`, `cuda` or `cuda:N`.
 ///
 /// # Errors

@@ -8,7 +8,7 @@
 use candle_core::{D, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use crate::ops::{Activation, PackedLinear, Precision, layer_norm, linear, wide};
+use crate::ops::{self, Activation, PackedLinear, Precision, dense, layer_norm, linear, wide};
 
 /// Spread of freshly initialised weights (BLIP and BERT: normal, 0.02).
 const INIT_STD: f64 = 0.02;
@@ -112,6 +112,10 @@ impl Linear {
             Weights::Packed(packed) => return packed.forward(x, norm, activation, added),
             Weights::Tensors { weight, bias } => (weight, bias),
         };
+        let layer_norm = norm.map(LayerNorm::parts);
+        if let Some(made) = dense(x, &[(weight, bias)], layer_norm, activation, added)? {
+            return Ok(made);
+        }
         let y = match norm {
             Some(norm) => linear(&norm.forward(x)?, weight, Some(bias))?,
             None => linear(x, weight, Some(bias))?,
@@ -137,7 +141,7 @@ impl<'a> Around<'a> {
     }
 }
 
-/// `second(activation(first(norm(x)))) + added`, the MLP of a transformer; in `MED`'s post-norm blocks without `norm`.
+/// `x + second(activation(first(norm(x))))`, the MLP of a transformer; in `MED`'s post-norm blocks without `norm`.
 ///
 /// # Errors
 /// Shapes do not fit.
@@ -146,13 +150,17 @@ pub(crate) fn mlp(
     x: &Tensor,
     norm: Option<&LayerNorm>,
     activation: Activation,
-    added: &Tensor,
 ) -> Result<Tensor> {
     if let (Weights::Packed(first), Weights::Packed(second)) = (&first.0, &second.0) {
-        return first.mlp(second, x, norm, activation, Some(added));
+        return first.mlp(second, x, norm, activation, Some(x));
+    }
+    if let (Some(first), Some(second)) = (first.tensors(), second.tensors())
+        && let Some(made) = ops::mlp(x, norm.map(LayerNorm::parts), (first, activation, second))?
+    {
+        return Ok(made);
     }
     let hidden = first.forward_with(x, Around { norm, activation: Some(activation), added: None })?;
-    second.forward_with(&hidden, Around::added(added))
+    second.forward_with(&hidden, Around::added(x))
 }
 
 /// Layer normalisation over the last dimension, with weight and bias.
@@ -175,6 +183,10 @@ impl LayerNorm {
             bias: vb.get_with_hints(size, "bias", Init::Const(0.0))?,
             eps,
         })
+    }
+
+    fn parts(&self) -> (&Tensor, &Tensor, f64) {
+        (&self.weight, &self.bias, self.eps)
     }
 
     pub(crate) fn weight(&self) -> &Tensor {

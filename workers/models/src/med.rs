@@ -206,11 +206,18 @@ impl Med {
     /// # Errors
     /// There is no decoder part, or shapes do not fit.
     pub fn lm_logits(&self, ids: &Tensor, mask: &Tensor, image_states: &Tensor) -> Result<Tensor> {
+        self.lm_logits_cached(ids, mask, &self.decoder_cross_cache(image_states)?)
+    }
+
+    /// [`Self::lm_logits`] with the cache of the images already there.
+    ///
+    /// # Errors
+    /// There is no decoder part, or shapes do not fit.
+    pub fn lm_logits_cached(&self, ids: &Tensor, mask: &Tensor, images: &CrossCache) -> Result<Tensor> {
         let decoder = self.decoder("a language model")?;
         let causal = causal_mask(ids.dim(1)?, self.dtype, ids.device())?;
         let mask = padding_mask(mask, self.dtype)?.broadcast_add(&causal)?;
-        let cross = decoder.bert.cross_cache(image_states)?;
-        let states = decoder.bert.forward(ids, Some(&mask), Some(&cross))?;
+        let states = decoder.bert.forward(ids, Some(&mask), Some(images))?;
         Ok(decoder.logits(&states)?)
     }
 

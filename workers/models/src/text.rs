@@ -6,6 +6,8 @@
 //! | image-grounded encoder | bidirectional | to the image states |
 //! | image-grounded decoder | causal | to the image states |
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
@@ -13,7 +15,10 @@ use rayon::prelude::*;
 use crate::block::attention_scale;
 use crate::config::TextConfig;
 use crate::layers::{Around, Embedding, LayerNorm, Linear, mlp};
-use crate::ops::{Activation, PackedCrossAttention, PackedStates, Precision, attention, attention_split, on_cpu, split_heads};
+use crate::ops::{
+    Activation, PackedCrossAttention, PackedStates, Precision, attention, attention_kv, attention_qkv, attention_split, dense,
+    on_cpu, split_heads,
+};
 
 /// Added to the score of a position that must not be seen (the value of BLIP).
 const MASKED: f32 = -10_000.0;
@@ -42,6 +47,8 @@ pub struct CrossCache {
 enum KeysValues {
     /// `(images, states, d)` each.
     Tensors(Tensor, Tensor),
+    /// In training: side by side, `(images, states, 2 d)`, and the images that are asked, in order.
+    Joined(Tensor, Arc<[u32]>),
     /// `(images, heads, states, width)` each: so products on a GPU read them as they are, step for step.
     Split(Tensor, Tensor),
     /// The states themselves, the same for all layers.
@@ -124,6 +131,13 @@ impl TextModel {
             return Ok(CrossCache { layers: self.layers.iter().map(|_| KeysValues::Packed(states.clone())).collect() });
         }
         let layers = self.layers.iter().map(|layer| {
+            if let Sources::Projected { key, value } = &layer.cross.sources
+                && let (Some(key), Some(value)) = (key.tensors(), value.tensors())
+                && let Some(joined) = dense(image_states, &[key, value], None, None, None)?
+            {
+                let all = (0..joined.dim(0)? as u32).collect();
+                return Ok(KeysValues::Joined(joined, all));
+            }
             let (k, v) = layer.cross.keys_values(image_states)?;
             Ok(match on_cpu(&[&k, &v]) {
                 true => KeysValues::Tensors(k, v),
@@ -143,8 +157,8 @@ impl TextModel {
     pub fn forward(&self, ids: &Tensor, mask: Option<&Tensor>, cross: Option<&CrossCache>) -> Result<Tensor> {
         let mut x = self.embed(ids, 0)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            let (k, v) = layer.attention.keys_values(&x)?;
-            x = layer.forward(&x, (&k, &v), mask, cross.map(|cache| &cache.layers[i]))?;
+            let attended = layer.attention.forward(&x, mask)?;
+            x = layer.forward_attended(attended, cross.map(|cache| &cache.layers[i]))?;
         }
         Ok(x)
     }
@@ -179,7 +193,7 @@ impl TextModel {
             kept.0.slice_set(&k, 1, start)?;
             kept.1.slice_set(&v, 1, start)?;
             let (k, v) = (kept.0.narrow(1, 0, end)?, kept.1.narrow(1, 0, end)?);
-            x = layer.forward(&x, (&k, &v), mask.as_ref(), Some(image))?;
+            x = layer.forward_attended(layer.attention.ask(&x, &k, &v, mask.as_ref())?, Some(image))?;
         }
         cache.length = end;
         Ok(x)
@@ -208,18 +222,12 @@ impl Layer {
         })
     }
 
-    fn forward(
-        &self,
-        x: &Tensor,
-        (k, v): (&Tensor, &Tensor),
-        mask: Option<&Tensor>,
-        images: Option<&KeysValues>,
-    ) -> Result<Tensor> {
-        let mut x = self.attention.forward(x, k, v, mask)?;
+    /// What becomes of states that have attended to each other.
+    fn forward_attended(&self, mut x: Tensor, images: Option<&KeysValues>) -> Result<Tensor> {
         if let Some(images) = images {
             x = self.cross.forward_images(&x, images)?;
         }
-        let x = mlp((&self.intermediate, &self.output), &x, None, Activation::Gelu, &x)?;
+        let x = mlp((&self.intermediate, &self.output), &x, None, Activation::Gelu)?;
         self.layer_norm.forward(&x)
     }
 
@@ -277,7 +285,20 @@ impl Attention {
         Ok(())
     }
 
-    fn forward(&self, x: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    /// States `(b, n, d)` attend to each other.
+    fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        if let Sources::Projected { key, value } = &self.sources
+            && let (Some(query), Some(key), Some(value)) = (self.query.tensors(), key.tensors(), value.tensors())
+            && let Some(qkv) = dense(x, &[query, key, value], None, None, None)?
+        {
+            return self.output(x, &attention_qkv(&qkv, self.heads, self.scale, mask)?);
+        }
+        let (k, v) = self.keys_values(x)?;
+        self.ask(x, &k, &v, mask)
+    }
+
+    /// States `(b, n, d)` ask for keys and values `(b, k, d)`.
+    fn ask(&self, x: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         let q = self.query.forward(x)?;
         self.output(x, &attention(&q, k, v, self.heads, self.scale, mask)?)
     }
@@ -293,6 +314,7 @@ impl Attention {
         let q = self.query.forward(x)?.reshape((count, rows / count * t, d))?;
         let context = match images {
             KeysValues::Tensors(k, v) => attention(&q, k, v, self.heads, self.scale, None)?,
+            KeysValues::Joined(kv, of) => attention_kv(&q, kv, of, self.heads, self.scale)?,
             KeysValues::Split(k, v) => attention_split(&q, k, v, self.scale)?,
             KeysValues::Packed(states) => match &self.sources {
                 Sources::Absorbed(absorbed) => absorbed.attend(&q, states)?,
@@ -366,6 +388,7 @@ impl KeysValues {
     fn len(&self) -> Result<usize> {
         match self {
             Self::Tensors(k, _) | Self::Split(k, _) => k.dim(0),
+            Self::Joined(_, of) => Ok(of.len()),
             Self::Packed(packed) => Ok(packed.len()),
         }
     }
@@ -374,6 +397,10 @@ impl KeysValues {
     fn keep(&mut self, images: &[usize]) -> Result<()> {
         match self {
             Self::Tensors(k, v) | Self::Split(k, v) => keep_rows(k, images).and_then(|()| keep_rows(v, images)),
+            Self::Joined(_, of) => {
+                *of = images.iter().map(|&image| of[image]).collect();
+                Ok(())
+            }
             Self::Packed(packed) => {
                 *packed = packed.select(images);
                 Ok(())
@@ -385,12 +412,15 @@ impl KeysValues {
         Ok(match self {
             Self::Tensors(k, v) => Self::Tensors(k.index_select(images, 0)?, v.index_select(images, 0)?),
             Self::Split(k, v) => Self::Split(k.index_select(images, 0)?, v.index_select(images, 0)?),
-            Self::Packed(packed) => {
+            Self::Joined(..) | Self::Packed(_) => {
                 let images: Vec<usize> = images.to_vec1::<u32>()?.into_iter().map(|image| image as usize).collect();
-                if images.iter().any(|&image| image >= packed.len()) {
-                    candle_core::bail!("{images:?} are not all among {} images", packed.len());
+                let known = self.len()?;
+                if images.iter().any(|&image| image >= known) {
+                    candle_core::bail!("{images:?} are not all among {known} images");
                 }
-                Self::Packed(packed.select(&images))
+                let mut chosen = self.clone();
+                chosen.keep(&images)?;
+                chosen
             }
         })
     }

@@ -18,6 +18,8 @@ pub enum Init {
     Fresh,
     /// The weights of the parent model; parts that it lacks are drawn afresh.
     Parent,
+    /// The same, where the parent is the MED that was pre-trained on the same pairs.
+    Med,
 }
 
 /// The number type of the passes through a model in training.
@@ -147,7 +149,7 @@ impl ModelSize {
 pub struct TrainConfig {
     /// `captioner` (LM loss), `filter` (ITC and ITM losses) or `med` (all three).
     pub role: Role,
-    /// `fresh` or `parent`.
+    /// `fresh`, `parent` or `med`.
     pub init: Init,
     /// Size of a fresh model.
     pub model: ModelSize,
@@ -267,6 +269,9 @@ impl TrainConfig {
         }
         if self.steps == Some(0) || self.epochs.is_some_and(|epochs| !(epochs.is_finite() && epochs > 0.0)) {
             return fail("a run needs more than 0 `steps` or `epochs`".to_owned());
+        }
+        if self.role == Role::Med && self.init == Init::Med {
+            return fail("`init` is \"med\" for the MED itself; use \"fresh\" or \"parent\"".to_owned());
         }
         if self.role == Role::Clip {
             return fail("`role` is \"clip\"; runs train captioner, filter and med".to_owned());

@@ -86,6 +86,11 @@ impl Sampler {
         Ok(Self { seed, mixture, human: pool("human", human), other: pool("other", other), human_share: weight / total })
     }
 
+    /// Pairs that may be drawn.
+    pub(crate) fn pairs(&self) -> usize {
+        (self.human.size + self.other.size) as usize
+    }
+
     /// Draw `number`, counted from 0.
     pub(crate) fn draw(&mut self, number: u64, set: &TrainSet) -> Draw {
         let human_before = |draws: u64| (draws as f64 * self.human_share).floor() as u64;

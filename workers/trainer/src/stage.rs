@@ -53,7 +53,7 @@ impl Stage for TrainStage {
                 None => None,
             };
             let side = match &parent {
-                Some(parent) if config.init == Init::Parent => parent.config().map_err(fail)?.vision_config.image_size,
+                Some(parent) if config.init != Init::Fresh => parent.config().map_err(fail)?.vision_config.image_size,
                 _ => config.model.image_size,
             };
             let pairs = dataset_pairs(&work, input, side, (&worker, &config)).await?;

@@ -10,7 +10,7 @@ use std::time::Instant;
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::device::Device;
 use capfilt_models::tokenizer::{MAX_WORDS, clean_caption, train_wordpiece};
-use capfilt_models::train::{Architecture, Losses, StepReport, Trainer};
+use capfilt_models::train::{Architecture, Losses, Recipe, StepReport, Trainer};
 use serde::{Deserialize, Serialize};
 
 use crate::loader::Loader;
@@ -68,9 +68,9 @@ pub fn train(
     mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
     config.check()?;
-    let steps = config.total_steps(set.len());
     let sampler = Sampler::new(set, config.mixture(), config.shuffle_shards, config.seed)?;
-    let mut trainer = start(set, config, parent, steps, device)?;
+    let steps = config.total_steps(sampler.pairs());
+    let mut trainer = start(set, config, parent, config.recipe(steps, sampler.pairs()), device)?;
     let state = resume_dir.join("state.safetensors");
     if state.exists() {
         trainer.load_state(&state)?;
@@ -111,13 +111,12 @@ fn start(
     set: &TrainSet,
     config: &TrainConfig,
     parent: Option<&Checkpoint>,
-    steps: u64,
+    recipe: Recipe,
     device: &Device,
 ) -> Result<Trainer, TrainerError> {
-    let recipe = config.recipe(steps, set.len());
     match (config.init, parent) {
-        (Init::Parent, Some(parent)) => Ok(Trainer::from_checkpoint(parent, recipe, device)?),
-        (Init::Parent, None) => Err(TrainerError::Config("`init = \"parent\"` needs a parent model".to_owned())),
+        (Init::Parent | Init::Med, Some(parent)) => Ok(Trainer::from_checkpoint(parent, recipe, device)?),
+        (Init::Parent | Init::Med, None) => Err(TrainerError::Config("`init` needs a model to start from".to_owned())),
         (Init::Fresh, Some(parent)) => {
             let tokenizer = parent.tokenizer()?.json().to_owned();
             let parent = parent.config()?;

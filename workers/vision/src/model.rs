@@ -9,7 +9,7 @@ use capfilt_models::clip::ClipScorer;
 use capfilt_models::device::{DType, Device, built_for, check_name, device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::{Med, Parts};
-use capfilt_models::ops::{Precision, has_bf16, has_fast_bf16};
+use capfilt_models::ops::{Precision, has_bf16, is_fast};
 use capfilt_models::preprocess::Preprocessor;
 use capfilt_models::sampling::Sampling;
 use capfilt_models::score::{FilterScorer, ItmToken};
@@ -79,7 +79,7 @@ impl NumberType {
     /// it was from tasks when there was no choice.
     pub(crate) fn settle(named: Option<Self>, worker: &VisionWorkerConfig) -> Option<Self> {
         let usual = match worker.device.as_str() {
-            "cpu" if has_fast_bf16() => Self::Bf16x3,
+            "cpu" if is_fast(Precision::Bf16x3) => Self::Bf16x3,
             "cpu" => Self::F32,
             _ => Self::Bf16,
         };

@@ -36,6 +36,20 @@ async fn run(
     build(store, &sql(), config, inputs).await.unwrap()
 }
 
+#[tokio::test]
+async fn what_no_model_has_judged_is_kept_whole() {
+    let store = memory().await;
+    let samples = [sample(1, "a", 0.1), sample(2, "b", 0.9)];
+    let triplet = triplet(&store, &samples).await;
+    let human = annotated(&store, &[people(3, &["three"])]).await;
+    let inputs = BuildInputs { unjudged: vec![triplet.samples], annotated: vec![human], ..BuildInputs::default() };
+    let done = build(&store, &sql(), &BuildConfig::default(), inputs).await.unwrap();
+    let rows = kept(&store, &done.shards).await;
+    assert_eq!((says(&rows, "web").len(), says(&rows, "synthetic").len(), says(&rows, "human")), (2, 0, vec!["three"]));
+    assert!(rows.iter().all(|row| row.itm.is_none()));
+    assert_eq!((step(&done, "texts judged"), step(&done, "kept web"), done.noise_ratio), (0, 2, None));
+}
+
 fn people(n: u64, captions: &[&'static str]) -> Annotated {
     Annotated { url: format!("people://{n}"), captions: captions.to_vec(), image: image(n) }
 }

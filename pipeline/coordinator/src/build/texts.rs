@@ -21,6 +21,8 @@ use crate::shards::Shards;
 #[derive(Debug, Default)]
 pub(super) struct Texts {
     pub(super) shards: Vec<Output>,
+    /// Whether a model has judged them.
+    judged: bool,
     tallies: BTreeMap<&'static str, Tally>,
     /// Judged texts by origin and ITM bin.
     pub(super) histograms: BTreeMap<&'static str, Vec<u64>>,
@@ -42,20 +44,22 @@ impl Texts {
         self.tally(origin).kept
     }
 
-    pub(super) fn judged(&self) -> u64 {
-        [Origin::Web, Origin::Synthetic].map(|o| self.tally(o)).iter().map(|t| t.kept + t.rejected).sum()
+    /// Texts of these origins that were judged.
+    pub(super) fn judged(&self, origins: &[Origin]) -> u64 {
+        let texts = |origin: &Origin| self.tally(*origin).kept + self.tally(*origin).rejected;
+        if self.judged { origins.iter().map(texts).sum() } else { 0 }
     }
 
     pub(super) fn noise_ratio(&self, origins: &[Origin]) -> Option<f64> {
         let rejected: u64 = origins.iter().map(|o| self.tally(*o).rejected).sum();
-        let judged: u64 = rejected + origins.iter().map(|o| self.tally(*o).kept).sum::<u64>();
+        let judged = self.judged(origins);
         (judged > 0).then(|| rejected as f64 / judged as f64)
     }
 
     pub(super) fn facts(&self, origin: Origin) -> Value {
         let t = self.tally(origin);
         json!({
-            "judged": t.kept + t.rejected,
+            "judged": self.judged(&[origin]),
             "kept": t.kept,
             "unjudged": t.unjudged,
             "noise_ratio": self.noise_ratio(&[origin]),
@@ -65,6 +69,9 @@ impl Texts {
 
 /// BLIP's policy. A text without a score is neither kept nor rejected: `kept` is null.
 const ITM: &str = "SELECT *, itm >= $min_itm AS kept FROM texts";
+
+/// Where no model has judged yet.
+const ALL: &str = "SELECT *, TRUE AS kept FROM texts";
 
 /// BLIP-2's policy, by one of the scores. Of equal scores the web text wins, then the caption written first.
 fn rank(score: &str) -> String {
@@ -99,14 +106,16 @@ impl Job<'_> {
         let keep = ("keep", ScalarValue::UInt64(Some(self.config.keep)));
         // Scores are single precision, and so must be what they are held against.
         let min_itm = ("min_itm", ScalarValue::Float32(Some(self.config.min_itm as f32)));
+        let judged = self.unjudged.is_empty();
         let (policy, parameter) = match (self.config.policy, self.config.rank_by) {
-            (Policy::Itm, _) => (ITM.to_owned(), min_itm),
-            (Policy::Rank, Score::Itc) => (rank(column::ITC), keep),
-            (Policy::Rank, Score::Itm) => (rank(column::ITM), keep),
-            (Policy::Rank, Score::Clip) => (rank(column::CLIP), keep),
+            _ if !judged => (ALL.to_owned(), None),
+            (Policy::Itm, _) => (ITM.to_owned(), Some(min_itm)),
+            (Policy::Rank, Score::Itc) => (rank(column::ITC), Some(keep)),
+            (Policy::Rank, Score::Itm) => (rank(column::ITM), Some(keep)),
+            (Policy::Rank, Score::Clip) => (rank(column::CLIP), Some(keep)),
         };
-        self.sql.define("judged", &policy, &[parameter]).await?;
-        let mut texts = Texts::default();
+        self.sql.define("judged", &policy, parameter.as_slice()).await?;
+        let mut texts = Texts { judged, ..Texts::default() };
         self.tally(&mut texts).await?;
         self.write(&mut texts).await?;
         Ok(texts)
@@ -118,10 +127,12 @@ impl Job<'_> {
             shards: self.triplets.iter().map(shard).collect(),
             columns,
         };
-        let scan = Scan {
-            store: self.store.clone(),
-            sources: vec![
-                source(Table::Samples, |t| t.samples, &[column::SAMPLE_ID, column::URL, column::TEXT, column::SHA256]),
+        const SAMPLES: &[&str] = &[column::SAMPLE_ID, column::URL, column::TEXT, column::SHA256];
+        let samples = Source { table: Table::Samples, shards: self.samples(), columns: SAMPLES };
+        let sources = match self.unjudged.is_empty() {
+            false => vec![samples],
+            true => vec![
+                samples,
                 source(Table::Captions, |t| t.captions, &[column::SAMPLE_ID, column::CAPTIONS]),
                 source(
                     Table::Scores,
@@ -137,8 +148,8 @@ impl Job<'_> {
                     ],
                 ),
             ],
-            only: Some(Arc::clone(&images.web)),
         };
+        let scan = Scan { store: self.store.clone(), sources, only: Some(Arc::clone(&images.web)) };
         let map: Map = Arc::new(web_texts);
         scan.register(&self.sql, "texts", &text_schema(), &map)
     }
@@ -179,7 +190,7 @@ impl Job<'_> {
     }
 
     async fn write(&self, texts: &mut Texts) -> Result<()> {
-        let samples: Vec<String> = self.triplets.iter().map(|t| t.samples.to_string()).collect();
+        let samples: Vec<String> = self.samples().iter().map(ToString::to_string).collect();
         let annotated: Vec<String> = self.annotated.iter().map(ToString::to_string).collect();
         let mut shards = Shards::new(self.store, Table::Dataset, self.config.shard_rows);
         let mut humans = 0;
@@ -285,13 +296,14 @@ impl TextRows {
 }
 
 /// The distinct texts of every image of a slice of samples, captions and scores. A caption that says what the web text or an
-/// earlier caption says ([`normalise`]) is left out; so is an empty text.
+/// earlier caption says ([`normalise`]) is left out; so is an empty text. Of samples alone, the web texts.
 fn web_texts(scan: &Scan, slice: &Slice) -> Result<RecordBatch> {
-    let [samples, captions, scores] = &slice.batches[..] else { return TextRows::default().finish() };
+    let Some((samples, answers)) = slice.batches.split_first() else { return TextRows::default().finish() };
+    let answers = if let [captions, scores] = answers { Some((captions, scores)) } else { None };
     let (id, url) = (samples.column(0).as_string::<i32>(), samples.column(1).as_string::<i32>());
     let (text, sha256) = (samples.column(2).as_string::<i32>(), samples.column(3).as_string::<i32>());
-    let captions = captions.column(1).as_list::<i32>();
-    let web = |column: usize, i: usize| score(scores.column(column).as_primitive::<Float32Type>(), i);
+    let web =
+        |column: usize, i: usize| answers.and_then(|(_, scores)| score(scores.column(column).as_primitive::<Float32Type>(), i));
     let mut rows = TextRows::default();
     for i in 0..samples.num_rows() {
         let row = slice.rows.value(i);
@@ -303,7 +315,8 @@ fn web_texts(scan: &Scan, slice: &Slice) -> Result<RecordBatch> {
             said.insert(normalise(found));
             rows.push(&image, Origin::Web, 0, found, Scores { itm: web(1, i), itc: web(2, i), clip: web(3, i) });
         }
-        let written = captions.value(i);
+        let Some((captions, scores)) = answers else { continue };
+        let written = captions.column(1).as_list::<i32>().value(i);
         let [itms, itcs, clips] = [4, 5, 6].map(|column| Judged::of(scores.column(column).as_list(), i));
         for judged in [&itms, &itcs, &clips] {
             if judged.0.len() != written.len() && !judged.0.is_empty() {

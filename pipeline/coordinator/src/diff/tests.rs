@@ -39,7 +39,7 @@ async fn new_scores_and_models_are_told() {
     let config = BuildConfig::default();
     let before = version(store, 1, &config, &[sample(1, "a", 0.8), sample(2, "b", 0.9)], &[]).await;
     let mut after = version(store, 2, &config, &[sample(1, "a", 0.8), sample(2, "b", 0.7)], &[]).await;
-    after.lineage.filter = Digest::of(b"another");
+    after.lineage.filter = Some(Digest::of(b"another"));
     let told = diff(store, &before, &after, 3).await.unwrap();
     assert_eq!((told.kept, told.rescored), (2, 1));
     assert_eq!(told.settings.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["filter"]);

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use capfilt_schemas::{DatasetVersion, Origin};
+use capfilt_schemas::{DatasetVersion, Digest, Origin};
 use serde_json::Value;
 
 use super::{Format, Manifest};
@@ -19,15 +19,15 @@ pub(super) fn card(version: &DatasetVersion, manifest: &Manifest) -> String {
          [arXiv 2201.12086](https://arxiv.org/abs/2201.12086)), and written by capfilt.\n\n\
          | | |\n|---|---|\n\
          | digest | `{digest}` |\n| run, round | `{run}`, {round} |\n| build task | `{build}` |\n\
-         | captioner | `{captioner}` |\n| filter | `{filter}` |\n| policy | {policy} |\n| noise ratio | {noise} |\n\n",
+         | captioner | {captioner} |\n| filter | {filter} |\n| policy | {policy} |\n| noise ratio | {noise} |\n\n",
         pairs = manifest.pairs,
         images = manifest.images,
         digest = manifest.digest,
         run = version.run,
         round = version.round,
         build = version.lineage.build,
-        captioner = version.lineage.captioner,
-        filter = version.lineage.filter,
+        captioner = model(version.lineage.captioner),
+        filter = model(version.lineage.filter),
         policy = policy(&version.settings),
         noise = version.noise_ratio.map_or_else(
             || "no text was judged".to_owned(),
@@ -89,6 +89,10 @@ fn front_matter(manifest: &Manifest) -> String {
 }
 
 /// The policy in words, as far as the settings tell.
+fn model(digest: Option<Digest>) -> String {
+    digest.map_or_else(|| "none".to_owned(), |digest| format!("`{digest}`"))
+}
+
 fn policy(settings: &Value) -> String {
     let setting =
         |name: &str| settings.get(name).map_or_else(|| "?".to_owned(), |v| v.as_str().map_or(v.to_string(), str::to_owned));

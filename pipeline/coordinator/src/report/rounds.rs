@@ -224,15 +224,15 @@ pub(super) fn lineage(h: &mut Html, report: &Report) {
     h.raw("<th>Build task</th><th class=\"num\">Shards read</th><th class=\"num\">Pairs</th><th class=\"num\">Noise</th></tr></thead><tbody>");
     for round in &report.rounds {
         let version = round.version.as_ref();
-        let models = round.record.as_ref().map(|r| (r.captioner, r.filter));
+        let models = round.record.as_ref().map(|r| (Some(r.captioner), Some(r.filter)));
         let models = models.or_else(|| version.map(|v| (v.lineage.captioner, v.lineage.filter)));
         let none = || "–".to_owned();
         h.put("<tr><td>{}</td>", &[&round.number]);
         let digest = |h: &mut Html, d: Option<Digest>| {
             h.put("<td><code>{}</code></td>", &[&d.map_or_else(none, |d| d.short())]);
         };
-        digest(h, models.map(|m| m.0));
-        digest(h, models.map(|m| m.1));
+        digest(h, models.and_then(|m| m.0));
+        digest(h, models.and_then(|m| m.1));
         h.put("<td>{}</td>", &[&version.map_or_else(|| "not built".to_owned(), |v| format!("{} v{}", v.name, v.version))]);
         digest(h, version.map(|v| v.digest));
         digest(h, version.map(|v| v.lineage.build.0));

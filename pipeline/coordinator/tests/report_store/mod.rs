@@ -170,8 +170,8 @@ impl Recorder {
             lineage: Lineage {
                 build: commit.task_id,
                 inputs: commit.task.inputs.clone(),
-                captioner: self.models[0],
-                filter: self.models[1],
+                captioner: Some(self.models[0]),
+                filter: Some(self.models[1]),
             },
             created_at_ms: self.clock,
         };

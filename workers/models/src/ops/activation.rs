@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::kernel::{RowKernel, exp, for_row_blocks};
+use super::kernel::{RowKernel, exp, for_row_blocks, unwritten};
 use super::{on_cpu, output, slice, tensor_like, with_slices};
 
 /// The activation of an MLP, by its name in transformers (`hidden_act`).
@@ -105,7 +105,7 @@ impl CustomOp1 for Activation {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = slice(x, layout)?;
-        let mut out = vec![0.0; x.len()];
+        let mut out = unwritten(x.len());
         for_row_blocks(&mut out, STRIP, &Forward(*self, x));
         Ok(output(out, layout.shape().clone()))
     }
@@ -113,7 +113,7 @@ impl CustomOp1 for Activation {
     fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
         with_slices(&[x, &grad], |slices| {
-            let mut out = vec![0.0; slices[0].len()];
+            let mut out = unwritten(slices[0].len());
             for_row_blocks(&mut out, STRIP, &Backward(*self, slices[0], slices[1]));
             Ok(Some(tensor_like(out, x)?))
         })

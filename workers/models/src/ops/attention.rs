@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::kernel::{BLOCK_ROWS, Left, exp, max, small_matmul, sum, vectorized};
+use super::kernel::{BLOCK_ROWS, Left, exp, max, small_matmul, sum, unwritten, vectorized};
 use super::{on_cpu, output, slice, tensor_like, wide, with_slices};
 
 /// Numbers added to the scores before the softmax, `(batch or 1, 1, queries or 1, keys)`.
@@ -84,6 +84,21 @@ pub fn attention_qkv(qkv: &Tensor, heads: usize, scale: f64, mask: Option<&Tenso
     composed(&part(0)?, &split_heads(&part(1)?, heads)?, &split_heads(&part(2)?, heads)?, &shape, mask)
 }
 
+/// [`attention`] without a mask to keys and values side by side, `kv` `(images, keys, 2 · heads · width)`: batch `i` of the queries asks image
+/// `of[i]`. In main memory, in f32.
+///
+/// # Errors
+/// Shapes that do not fit, or an image that is not there.
+pub(crate) fn attention_kv(q: &Tensor, kv: &Tensor, of: &Arc<[u32]>, heads: usize, scale: f64) -> Result<Tensor> {
+    let (batch, queries, total) = q.dims3()?;
+    let (images, keys, double) = kv.dims3()?;
+    if double != 2 * total || of.len() != batch || of.iter().any(|&image| image as usize >= images) {
+        candle_core::bail!("attention: q {:?} and kv {:?} with {} choices do not fit", q.dims(), kv.dims(), of.len());
+    }
+    let heads = Heads::new((batch, queries, keys, total), heads, scale, None)?;
+    q.contiguous()?.apply_op2(&kv.contiguous()?, KvAttention(heads, Arc::clone(of)))
+}
+
 /// Attention from the tensor library's own operations, for devices without a kernel here; `k` and `v` by [`split_heads`].
 fn composed(q: &Tensor, k: &Tensor, v: &Tensor, shape: &Heads, mask: Option<&Tensor>) -> Result<Tensor> {
     // There are fewer queries than scores.
@@ -119,15 +134,18 @@ struct Rows<'a> {
     elements: &'a [f32],
     row: usize,
     batch: usize,
+    /// Which batch of the elements stands for each batch, if not the one of its number.
+    of: Option<&'a [u32]>,
 }
 
 impl<'a> Rows<'a> {
     fn whole(elements: &'a [f32], tokens: usize, total: usize) -> Self {
-        Self { elements, row: total, batch: tokens * total }
+        Self { elements, row: total, batch: tokens * total, of: None }
     }
 
     #[inline(always)]
     fn head(&self, batch: usize, head: usize, width: usize) -> &'a [f32] {
+        let batch = self.of.map_or(batch, |of| of[batch] as usize);
         &self.elements[batch * self.batch + head * width..]
     }
 }
@@ -213,11 +231,11 @@ impl Heads {
 
     fn forward(&self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>) -> Vec<f32> {
         let total = self.total();
-        let mut out = vec![0.0; self.batch * self.queries * total];
+        let mut out = unwritten(self.batch * self.queries * total);
         out.par_chunks_mut((self.queries * total).max(1)).enumerate().for_each(|(batch, of_batch)| {
             of_batch.par_chunks_mut(BLOCK_ROWS * total).enumerate().for_each(|(block, out)| {
-                let keys = &mut vec![0.0; self.width * self.keys];
-                let weights = &mut vec![0.0; out.len() / total * self.keys];
+                let keys = &mut unwritten(self.width * self.keys);
+                let weights = &mut unwritten(out.len() / total * self.keys);
                 vectorized(Forward { heads: self, rows: [q, k, v], batch, first: block * BLOCK_ROWS, keys, weights, out });
             });
         });
@@ -226,9 +244,9 @@ impl Heads {
 
     /// Gradients of one batch's queries, keys and values, from the gradient `grad` of the result.
     fn backward(&self, batch: usize, rows: [Rows<'_>; 3], grad: Rows<'_>, targets: [Target; 3], buffers: &mut [&mut [f32]]) {
-        let transposed = &mut vec![0.0; self.width * self.keys];
-        let weights = &mut vec![0.0; self.queries * self.keys];
-        let scores = &mut vec![0.0; self.queries * self.keys];
+        let transposed = &mut unwritten(self.width * self.keys);
+        let weights = &mut unwritten(self.queries * self.keys);
+        let scores = &mut unwritten(self.queries * self.keys);
         vectorized(Backward { heads: self, rows, batch, grad, transposed, weights, scores, targets, buffers });
     }
 }
@@ -358,9 +376,9 @@ impl CustomOp3 for Attention {
         with_slices(&[q, k, v, &grad], |slices| {
             let [q_rows, grad_rows] = [slices[0], slices[3]].map(|x| Rows::whole(x, heads.queries, total));
             let [k_rows, v_rows] = [slices[1], slices[2]].map(|x| Rows::whole(x, heads.keys, total));
-            let mut for_q = vec![0.0; slices[0].len()];
-            let mut for_k = vec![0.0; slices[1].len()];
-            let mut for_v = vec![0.0; slices[2].len()];
+            let mut for_q = unwritten(slices[0].len());
+            let mut for_k = unwritten(slices[1].len());
+            let mut for_v = unwritten(slices[2].len());
             for_q
                 .par_chunks_mut((heads.queries * total).max(1))
                 .zip(for_k.par_chunks_mut((heads.keys * total).max(1)))
@@ -375,6 +393,58 @@ impl CustomOp3 for Attention {
     }
 }
 
+struct KvAttention(Heads, Arc<[u32]>);
+
+impl KvAttention {
+    /// Queries, keys and values.
+    fn parts<'a>(&'a self, q: &'a [f32], kv: &'a [f32]) -> [Rows<'a>; 3] {
+        let Self(heads, of) = self;
+        let total = heads.total();
+        let side = |elements| Rows { elements, row: 2 * total, batch: 2 * total * heads.keys, of: Some(of) };
+        [Rows::whole(q, heads.queries, total), side(kv), side(&kv[total.min(kv.len())..])]
+    }
+}
+
+impl CustomOp2 for KvAttention {
+    fn name(&self) -> &'static str {
+        "cross-attention"
+    }
+
+    fn cpu_fwd(&self, q: &CpuStorage, q_at: &Layout, kv: &CpuStorage, kv_at: &Layout) -> Result<(CpuStorage, Shape)> {
+        let [q, k, v] = self.parts(slice(q, q_at)?, slice(kv, kv_at)?);
+        Ok(output(self.0.forward(q, k, v), q_at.shape().clone()))
+    }
+
+    fn bwd(&self, q: &Tensor, kv: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Self(heads, of) = self;
+        let total = heads.total();
+        let grad = grad.contiguous()?;
+        with_slices(&[q, kv, &grad], |slices| {
+            let rows = self.parts(slices[0], slices[1]);
+            let grad_rows = Rows::whole(slices[2], heads.queries, total);
+            let mut for_q = unwritten(slices[0].len());
+            let mut for_kv = vec![0.0; slices[1].len()];
+            // An image's gradient is the sum over those that ask it, one after the other.
+            let mut asked: Vec<(&mut [f32], Vec<(usize, &mut [f32])>)> =
+                for_kv.chunks_mut((2 * heads.keys * total).max(1)).map(|image| (image, Vec::new())).collect();
+            for (batch, for_q) in for_q.chunks_mut((heads.queries * total).max(1)).enumerate() {
+                asked[of[batch] as usize].1.push((batch, for_q));
+            }
+            asked.into_par_iter().for_each(|(for_kv, queries)| {
+                let mut one = unwritten(if queries.is_empty() { 0 } else { for_kv.len() });
+                for (batch, for_q) in queries {
+                    let targets = [(0, 0, total), (1, 0, 2 * total), (1, total, 2 * total)];
+                    heads.backward(batch, rows, grad_rows, targets, &mut [for_q, &mut one]);
+                    for (sum, one) in for_kv.iter_mut().zip(&one) {
+                        *sum += one;
+                    }
+                }
+            });
+            Ok((Some(tensor_like(for_q, q)?), Some(tensor_like(for_kv, kv)?)))
+        })
+    }
+}
+
 struct QkvAttention(Heads);
 
 impl QkvAttention {
@@ -384,6 +454,7 @@ impl QkvAttention {
             elements: &qkv[(part * total).min(qkv.len())..],
             row: 3 * total,
             batch: 3 * total * self.0.queries,
+            of: None,
         })
     }
 }
@@ -406,7 +477,7 @@ impl CustomOp1 for QkvAttention {
         with_slices(&[qkv, &grad], |slices| {
             let parts = self.parts(slices[0]);
             let grad_rows = Rows::whole(slices[1], heads.queries, total);
-            let mut out = vec![0.0; slices[0].len()];
+            let mut out = unwritten(slices[0].len());
             out.par_chunks_mut((3 * total * heads.queries).max(1)).enumerate().for_each(|(batch, out)| {
                 let targets = [0, 1, 2].map(|part| (0, part * total, 3 * total));
                 heads.backward(batch, parts, grad_rows, targets, &mut [out]);

@@ -3,6 +3,7 @@
 //! Every sum runs in an order written here, so the result does not depend on the number of threads. What a kernel calls is marked
 //! `#[inline(always)]`, for only code inlined into the dispatch is compiled for the widest vectors that the CPU has.
 
+use bytemuck::Pod;
 use pulp::{Arch, NullaryFnOnce, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -11,6 +12,15 @@ pub(super) const BLOCK_ROWS: usize = 64;
 
 /// Accumulators of a sum. Independent lanes let it vectorise without changing its order between CPUs.
 const LANES: usize = 16;
+
+/// Room for numbers that are all about to be written; until then they have no meaning. Zeros would be a pass over memory by a single thread.
+#[allow(unsafe_code, clippy::uninit_vec, reason = "any bits are such a number, and none is read before it is written")]
+pub(super) fn unwritten<T: Pod>(count: usize) -> Vec<T> {
+    let mut numbers = Vec::with_capacity(count);
+    // SAFETY: there is room for `count` numbers.
+    unsafe { numbers.set_len(count) };
+    numbers
+}
 
 /// Runs `kernel` compiled for the widest vector instructions of this CPU.
 pub(super) fn vectorized<K: WithSimd>(kernel: K) -> K::Output {

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 
-use super::kernel::{RowKernel, RowSum, for_row_blocks, sum, sum_over_rows};
+use super::kernel::{RowKernel, RowSum, for_row_blocks, sum, sum_over_rows, unwritten};
 use super::{on_cpu, output, slice, tensor_like, wide, with_slices};
 
 /// `(x − mean) / √(variance + eps) · weight + bias` over the last dimension; `weight` and `bias` have its size.
@@ -73,6 +73,8 @@ struct Backward<'a> {
     x: &'a [f32],
     weight: &'a [f32],
     grad: &'a [f32],
+    /// Added to the gradient of `x`.
+    added: Option<&'a [f32]>,
 }
 
 impl<'a> Backward<'a> {
@@ -99,6 +101,11 @@ impl RowKernel for Backward<'_> {
                 let normalised = (x - mean) * inverse;
                 *out = inverse * (grad * weight - mean_grad - normalised * mean_projection);
             }
+            if let Some(added) = self.added {
+                for (out, added) in out.iter_mut().zip(&added[(first + offset) * width..]) {
+                    *out += added;
+                }
+            }
         }
     }
 }
@@ -117,6 +124,23 @@ impl RowSum for Backward<'_> {
     }
 }
 
+/// The rows of `x`, normalised.
+pub(super) fn normal(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32> {
+    let mut out = unwritten(x.len());
+    for_row_blocks(&mut out, weight.len(), &Forward { eps, x, weight, bias });
+    out
+}
+
+/// The gradients of `x`, with `added` added, and of weight and bias, behind each other, from that of the normal rows.
+pub(super) fn gradients(x: &[f32], weight: &[f32], eps: f32, grad: &[f32], added: Option<&[f32]>) -> (Vec<f32>, Vec<f32>) {
+    let width = weight.len();
+    let backward = Backward { eps, x, weight, grad, added };
+    let mut for_x = unwritten(x.len());
+    for_row_blocks(&mut for_x, width, &backward);
+    // One pass gives both parameter gradients: weights first, biases after them.
+    (for_x, sum_over_rows(x.len() / width.max(1), 2 * width, &backward))
+}
+
 impl CustomOp3 for LayerNorm {
     fn name(&self) -> &'static str {
         "layer-norm"
@@ -132,10 +156,7 @@ impl CustomOp3 for LayerNorm {
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, weight, bias) = (slice(x, x_layout)?, slice(weight, weight_layout)?, slice(bias, bias_layout)?);
-        let width = weight.len();
-        let mut out = vec![0.0; x.len()];
-        for_row_blocks(&mut out, width, &Forward { eps: self.eps, x, weight, bias });
-        Ok(output(out, x_layout.shape().clone()))
+        Ok(output(normal(x, weight, bias, self.eps), x_layout.shape().clone()))
     }
 
     fn bwd(
@@ -148,14 +169,8 @@ impl CustomOp3 for LayerNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
         with_slices(&[x, weight, &grad], |slices| {
-            let [x_rows, weights, grads] = [slices[0], slices[1], slices[2]];
-            let width = weights.len();
-            let backward = Backward { eps: self.eps, x: x_rows, weight: weights, grad: grads };
-            let mut for_x = vec![0.0; x_rows.len()];
-            for_row_blocks(&mut for_x, width, &backward);
-            // One pass gives both parameter gradients: weights first, biases after them.
-            let mut both = sum_over_rows(x_rows.len() / width.max(1), 2 * width, &backward);
-            let for_bias = both.split_off(width);
+            let (for_x, mut both) = gradients(slices[0], slices[1], self.eps, slices[2], None);
+            let for_bias = both.split_off(slices[1].len());
             Ok((Some(tensor_like(for_x, x)?), Some(tensor_like(both, weight)?), Some(tensor_like(for_bias, bias)?)))
         })
     }

@@ -6,8 +6,8 @@ use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::kernel::{BLOCK_ROWS, Left, RowKernel, RowSum, for_row_blocks, small_matmul, sum_over_rows, vectorized};
-use super::tile::{Inputs, Precision, Weights};
+use super::dense::dense;
+use super::kernel::{BLOCK_ROWS, Left, RowKernel, RowSum, for_row_blocks, small_matmul, sum_over_rows, unwritten, vectorized};
 use super::{on_cpu, output, slice, with_slices};
 
 /// Elements of a weight up to which a product with it is made here. It then stays in a core's cache, where these loops are as fast as
@@ -35,6 +35,9 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     {
         if bias.dims() != [outputs] {
             candle_core::bail!("linear: bias {:?} does not fit weight ({outputs}, {inputs})", bias.dims());
+        }
+        if let Some(made) = dense(x, &[(weight, bias)], None, None, None)? {
+            return Ok(made);
         }
         return x.contiguous()?.apply_op3(weight, &bias.contiguous()?, Linear);
     }
@@ -68,7 +71,7 @@ impl RowKernel for AddBias<'_> {
 fn small_product(x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
     let outputs = bias.len().max(1);
     let inputs = (weight.len() / outputs).max(1);
-    let mut out = vec![0.0; x.len() / inputs * outputs];
+    let mut out = unwritten(x.len() / inputs * outputs);
     out.par_chunks_mut(BLOCK_ROWS * outputs)
         .zip(x.par_chunks(BLOCK_ROWS * inputs))
         .for_each(|(out, x)| vectorized(Product { x, weight, bias, out }));
@@ -96,49 +99,10 @@ impl WithSimd for Product<'_> {
     }
 }
 
-/// `left · right` of matrices in main memory; `left` may lie transposed.
-fn product(left: &Tensor, right: &Tensor) -> Result<Tensor> {
-    let ((rows, depth), columns) = (left.dims2()?, right.dim(1)?);
-    let turned = !left.is_contiguous();
-    let (source, right) = (if turned { left.t()? } else { left.clone() }.contiguous()?, right.contiguous()?);
-    let made = with_slices(&[&source, &right], |slices| {
-        let Some(right) = Weights::from_rows(slices[1], columns, Precision::F32) else { return Ok(None) };
-        let upright;
-        let x = match turned {
-            true => {
-                upright = transpose(slices[0], rows, depth);
-                &upright[..]
-            }
-            false => slices[0],
-        };
-        Ok(Some(right.product(Inputs { x, norm: None, added: None }, None)))
-    })?;
-    match made {
-        Some(product) => Tensor::from_vec(product, (rows, columns), left.device()),
-        None => left.matmul(&right),
-    }
-}
-
-/// The rows of what lies as `depth` rows of `rows` numbers.
-fn transpose(from: &[f32], rows: usize, depth: usize) -> Vec<f32> {
-    /// Rows that are made together: a line of the cache is read whole.
-    const TOGETHER: usize = 16;
-    let mut out = vec![0.0; rows * depth];
-    out.par_chunks_mut((TOGETHER * depth).max(1)).enumerate().for_each(|(block, out)| {
-        let first = block * TOGETHER;
-        for (place, numbers) in from.chunks_exact(rows).enumerate() {
-            for (row, out) in out.chunks_exact_mut(depth).enumerate() {
-                out[place] = numbers[first + row];
-            }
-        }
-    });
-    out
-}
-
 /// Sums each column.
-struct ColumnSums<'a> {
-    elements: &'a [f32],
-    width: usize,
+pub(super) struct ColumnSums<'a> {
+    pub(super) elements: &'a [f32],
+    pub(super) width: usize,
 }
 
 impl RowSum for ColumnSums<'_> {
@@ -170,15 +134,8 @@ impl CustomOp3 for Linear {
         let rows = x_layout.shape().elem_count() / inputs.max(1);
         let bias = slice(bias, bias_layout)?;
         let by_column = weight_layout.transpose(0, 1)?;
-        // A weight in training lies row by row.
-        let in_tiles = match weight_layout.is_contiguous() && !by_column.is_contiguous() {
-            true => Weights::new(slice(weight, weight_layout)?, bias, Precision::F32),
-            false => None,
-        };
         let product = if by_column.is_contiguous() && inputs * outputs <= SMALL_WEIGHT {
             small_product(slice(x, x_layout)?, slice(weight, &by_column)?, bias)
-        } else if let Some(weights) = in_tiles {
-            weights.product(Inputs { x: slice(x, x_layout)?, norm: None, added: None }, None)
         } else {
             let x_rows = Layout::contiguous_with_offset((rows, inputs), x_layout.start_offset());
             let floor = if by_column.is_contiguous() { (SMALL_PRODUCT / outputs.max(1) + 1).max(2) } else { 0 };
@@ -215,8 +172,8 @@ impl CustomOp3 for Linear {
         let (outputs, inputs) = weight.dims2()?;
         let rows = x.elem_count() / inputs.max(1);
         let grad = grad.contiguous()?.reshape((rows, outputs))?;
-        let for_x = x.track_op().then(|| product(&grad, weight)?.reshape(x.shape())).transpose()?;
-        let for_weight = weight.track_op().then(|| product(&grad.t()?, &x.reshape((rows, inputs))?)).transpose()?;
+        let for_x = x.track_op().then(|| grad.matmul(&weight.contiguous()?)?.reshape(x.shape())).transpose()?;
+        let for_weight = weight.track_op().then(|| grad.t()?.matmul(&x.reshape((rows, inputs))?)).transpose()?;
         let for_bias = bias
             .track_op()
             .then(|| {

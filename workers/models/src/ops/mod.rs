@@ -10,6 +10,7 @@
 mod activation;
 mod attention;
 mod cross_entropy;
+mod dense;
 mod kernel;
 mod layer_norm;
 mod linear;
@@ -19,12 +20,13 @@ mod tile;
 
 pub use activation::Activation;
 pub use attention::{attention, attention_qkv};
-pub(crate) use attention::{attention_split, split_heads};
+pub(crate) use attention::{attention_kv, attention_split, split_heads};
 pub use cross_entropy::smoothed_cross_entropy;
+pub(crate) use dense::{dense, mlp};
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub(crate) use tile::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};
-pub use tile::{Precision, has_bf16, has_fast_bf16};
+pub use tile::{Precision, has_bf16, is_fast};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 

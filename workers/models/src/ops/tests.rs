@@ -6,7 +6,10 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::{Activation, attention, attention_qkv, layer_norm, linear, smoothed_cross_entropy};
+use super::tile::Precision;
+use super::{
+    Activation, attention, attention_kv, attention_qkv, dense, layer_norm, linear, mlp, smoothed_cross_entropy, tile::multiplies,
+};
 
 /// Deterministic numbers in ±`spread`.
 fn random(shape: &[usize], spread: f32, seed: u64) -> Tensor {
@@ -61,6 +64,123 @@ fn linear_refuses_shapes_that_do_not_fit() {
     assert!(linear(&x, &w, Some(&b)).unwrap_err().to_string().contains("input width 4"));
     let x = random(&[2, 5], 1.0, 1);
     assert!(linear(&x, &w, Some(&random(&[4], 1.0, 3))).is_err());
+}
+
+/// What a dense layer is made of, from the library's own operations.
+fn plain(x: &Tensor, norm: Option<(&Tensor, &Tensor)>, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let last = x.rank() - 1;
+    let x = match norm {
+        Some((weight, bias)) => {
+            let centred = x.broadcast_sub(&x.mean_keepdim(last)?)?;
+            let variance = centred.sqr()?.mean_keepdim(last)?;
+            centred.broadcast_div(&(variance + 1e-5)?.sqrt()?)?.broadcast_mul(weight)?.broadcast_add(bias)?
+        }
+        None => x.clone(),
+    };
+    x.broadcast_matmul(&weight.t()?)?.broadcast_add(bias)
+}
+
+#[test]
+fn a_dense_layer_with_all_that_goes_with_it_equals_its_composed_form() {
+    if !multiplies(Precision::F32) {
+        return;
+    }
+    // Whole and broken steps of 32 numbers, more rows than one part of a deep product has, blocks that are not full.
+    for (rows, inputs, outputs) in [(70, 32, 64), (2060, 20, 33), (5, 96, 3)] {
+        let inputs = [
+            random(&[2, rows, inputs], 1.0, 1),
+            random(&[outputs, inputs], 0.5, 2),
+            random(&[outputs], 1.0, 3),
+            random(&[inputs], 1.0, 4),
+            random(&[inputs], 1.0, 5),
+            random(&[2, rows, outputs], 1.0, 6),
+        ];
+        let tolerance = 4e-5 * (rows as f32 / 64.0).max(1.0);
+        let norm = |x: &[Tensor]| -> (Tensor, Tensor) { (x[3].clone(), x[4].clone()) };
+        for activation in [None, Some(Activation::Gelu), Some(Activation::QuickGelu), Some(Activation::TanhGelu)] {
+            compare(
+                &inputs,
+                tolerance,
+                |x| {
+                    let (weight, bias) = norm(x);
+                    let made = dense(&x[0], &[(&x[1], &x[2])], Some((&weight, &bias, 1e-5)), activation, Some(&x[5]))?;
+                    Ok(made.expect("kernels"))
+                },
+                |x| {
+                    let (weight, bias) = norm(x);
+                    let y = plain(&x[0], Some((&weight, &bias)), &x[1], &x[2])?;
+                    activation.map_or(Ok(y.clone()), |activation| activation.forward(&y))? + &x[5]
+                },
+            );
+        }
+        let two =
+            |x: &[Tensor]| dense(&x[0], &[(&x[1], &x[2]), (&x[3], &x[4])], None, None, None).map(|made| made.expect("kernels"));
+        let inputs = [
+            inputs[0].clone(),
+            inputs[1].clone(),
+            inputs[2].clone(),
+            random(&[7, inputs[0].dim(2).unwrap()], 1.0, 7),
+            random(&[7], 1.0, 8),
+        ];
+        compare(&inputs, tolerance, two, |x| {
+            Tensor::cat(&[plain(&x[0], None, &x[1], &x[2])?, plain(&x[0], None, &x[3], &x[4])?], 2)
+        });
+    }
+}
+
+#[test]
+fn an_mlp_equals_its_composed_form() {
+    if !multiplies(Precision::F32) {
+        return;
+    }
+    for (rows, width, hidden) in [(150, 32, 128), (9, 20, 50)] {
+        let inputs = [
+            random(&[2, rows, width], 1.0, 1),
+            random(&[hidden, width], 0.5, 2),
+            random(&[hidden], 1.0, 3),
+            random(&[width, hidden], 0.5, 4),
+            random(&[width], 1.0, 5),
+            random(&[width], 1.0, 6),
+            random(&[width], 1.0, 7),
+        ];
+        for with_norm in [true, false] {
+            let norm = |x: &[Tensor]| with_norm.then(|| (x[5].clone(), x[6].clone()));
+            // Without a norm its weights have no part in it.
+            let of = if with_norm { &inputs[..] } else { &inputs[..5] };
+            compare(
+                of,
+                1e-4,
+                |x| {
+                    let norm = norm(x);
+                    let norm = norm.as_ref().map(|(weight, bias)| (weight, bias, 1e-5));
+                    Ok(mlp(&x[0], norm, ((&x[1], &x[2]), Activation::Gelu, (&x[3], &x[4])))?.expect("kernels"))
+                },
+                |x| {
+                    let norm = norm(x);
+                    let hidden = plain(&x[0], norm.as_ref().map(|(weight, bias)| (weight, bias)), &x[1], &x[2])?.gelu_erf()?;
+                    plain(&hidden, None, &x[3], &x[4])? + &x[0]
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn images_that_many_texts_ask_are_like_copies_of_them() {
+    // Image 1 is asked by none, image 2 by three.
+    let of: std::sync::Arc<[u32]> = [2, 0, 2, 3, 2].into();
+    let inputs = [random(&[5, 12, 24], 2.0, 1), random(&[4, 19, 48], 2.0, 2)];
+    compare(
+        &inputs,
+        1e-5,
+        |x| attention_kv(&x[0], &x[1], &of, 3, 0.3),
+        |x| {
+            let kv = x[1].index_select(&Tensor::new(&*of, &Device::Cpu)?, 0)?;
+            plain_attention(&x[0], &kv.narrow(2, 0, 24)?, &kv.narrow(2, 24, 24)?, 3, None)
+        },
+    );
+    assert!(attention_kv(&inputs[0], &inputs[1], &[0, 1, 2, 3, 4].into(), 3, 0.3).is_err());
+    assert!(attention_kv(&inputs[0], &inputs[1], &[0, 1].into(), 3, 0.3).is_err());
 }
 
 #[test]

@@ -15,6 +15,7 @@ use crate::error::{ModelError, Result};
 use crate::med::{Med, Parts};
 use crate::parameters::fresh_tensors;
 use crate::preprocess::Preprocessor;
+use crate::text::CrossCache;
 use crate::tokenizer::{FirstToken, TextBatch, TextTokenizer};
 
 /// Name of the contrastive temperature among the trained variables. It is no part of a checkpoint.
@@ -167,12 +168,14 @@ impl MedObjective {
             }
         };
         let states = med.encode_image(pixels)?;
+        // Cross-attention has the same weights in both text transformers, where there are both.
+        let cross = if self.parts.encoder { med.encoder_cross_cache(&states)? } else { med.decoder_cross_cache(&states)? };
         let mut losses = Losses::default();
         let mut terms = Vec::new();
         if self.parts.decoder {
             let texts: Vec<String> = texts.iter().map(|text| format!("{}{text}", recipe.prompt)).collect();
             let (ids, mask) = self.encode(&texts, FirstToken::Dec, recipe)?.tensors(device)?;
-            let logits = med.lm_logits(&ids, &mask, &states)?.to_dtype(DType::F32)?;
+            let logits = med.lm_logits_cached(&ids, &mask, &cross)?.to_dtype(DType::F32)?;
             let lm = lm_loss(&logits, &ids, &mask, self.prompt_tokens, recipe.label_smoothing)?;
             losses.lm = Some(lm.to_scalar()?);
             terms.push(lm);
@@ -206,7 +209,7 @@ impl MedObjective {
             let in_batch = |scores: &Tensor| Ok::<_, ModelError>(scores.detach().narrow(1, 0, size)?);
             let negatives =
                 HardNegatives::draw(&in_batch(&image_to_text)?, &in_batch(&text_to_image)?, &matches, recipe.seed, number)?;
-            let itm = self.itm(med, &states, texts, &negatives, recipe)?;
+            let itm = self.itm(med, &cross, texts, &negatives, recipe)?;
             (losses.itc, losses.itm) = (Some(itc.to_scalar()?), Some(itm.to_scalar()?));
             terms.extend([itc, itm]);
             if let Some(momentum) = &mut self.momentum {
@@ -221,8 +224,8 @@ impl MedObjective {
     }
 
     /// Matching loss of each pair, of each image with a wrong text, and of each text with a wrong image.
-    fn itm(&self, med: &Med, states: &Tensor, texts: &[String], negatives: &HardNegatives, recipe: &Recipe) -> Result<Tensor> {
-        let device = states.device();
+    fn itm(&self, med: &Med, cross: &CrossCache, texts: &[String], negatives: &HardNegatives, recipe: &Recipe) -> Result<Tensor> {
+        let device = med.device();
         let positives = (0..texts.len()).map(|i| (i, i, true));
         let wrong_texts = negatives.text_for_image.iter().enumerate().filter_map(|(i, text)| Some((i, (*text)?, false)));
         let wrong_images = negatives.image_for_text.iter().enumerate().filter_map(|(i, image)| Some(((*image)?, i, false)));
@@ -232,7 +235,7 @@ impl MedObjective {
         let (of_images, of_texts) = (column(|row| row.0)?, column(|row| row.1)?);
         let labels: Vec<bool> = rows.iter().map(|row| row.2).collect();
         let (ids, mask) = self.encode(texts, FirstToken::Enc, recipe)?.tensors(device)?;
-        let images = med.encoder_cross_cache(states)?.select(&of_images)?;
+        let images = cross.select(&of_images)?;
         let logits = med.itm_logits_cached(&ids.index_select(&of_texts, 0)?, &mask.index_select(&of_texts, 0)?, &images)?;
         itm_loss(&logits.to_dtype(DType::F32)?, &labels)
     }

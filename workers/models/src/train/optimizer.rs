@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
+use rayon::prelude::*;
 
 use crate::error::{ModelError, Result};
 
@@ -25,6 +26,9 @@ impl Default for AdamWConfig {
         Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.05, clip: 1.0 }
     }
 }
+
+/// Numbers that a thread updates at a time.
+const CHUNK: usize = 1 << 14;
 
 /// A variable with its moments.
 #[derive(Debug, Clone)]
@@ -196,10 +200,13 @@ impl InplaceOp2 for Moment {
     fn cpu_fwd(&self, moment: &mut CpuStorage, at: &Layout, gradient: &CpuStorage, g_at: &Layout) -> candle_core::Result<()> {
         let gradient = range(gradient, g_at)?;
         let (beta, rest, scale) = (self.beta as f32, 1.0 - self.beta as f32, self.scale as f32);
-        for (moment, gradient) in range_mut(moment, at)?.iter_mut().zip(gradient) {
-            let g = gradient * scale;
-            *moment = beta * *moment + rest * if self.square { g * g } else { g };
-        }
+        let chunks = range_mut(moment, at)?.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
+        chunks.for_each(|(moments, gradients)| {
+            for (moment, gradient) in moments.iter_mut().zip(gradients) {
+                let g = gradient * scale;
+                *moment = beta * *moment + rest * if self.square { g * g } else { g };
+            }
+        });
         Ok(())
     }
 }
@@ -240,9 +247,12 @@ impl InplaceOp3 for Update {
     ) -> candle_core::Result<()> {
         let (first, second) = (range(first, first_at)?, range(second, second_at)?);
         let [keep, rate, correction, eps] = [self.keep, self.rate, self.correction, self.eps].map(|x| x as f32);
-        for ((weight, first), second) in range_mut(weight, at)?.iter_mut().zip(first).zip(second) {
-            *weight = keep * *weight - rate * first / ((second * correction).sqrt() + eps);
-        }
+        let chunks = range_mut(weight, at)?.par_chunks_mut(CHUNK).zip(first.par_chunks(CHUNK)).zip(second.par_chunks(CHUNK));
+        chunks.for_each(|((weights, first), second)| {
+            for ((weight, first), second) in weights.iter_mut().zip(first).zip(second) {
+                *weight = keep * *weight - rate * first / ((second * correction).sqrt() + eps);
+            }
+        });
         Ok(())
     }
 }

@@ -148,6 +148,11 @@ impl Trainer {
     ///
     /// There are fewer examples than batches, or [`ModelError::Training`] when the loss is no longer finite.
     pub fn step(&mut self, examples: &Prepared) -> Result<StepReport> {
+        // On one of the threads that divide the work: none has to be woken for each of its many small pieces.
+        rayon::scope(|_| self.step_here(examples))
+    }
+
+    fn step_here(&mut self, examples: &Prepared) -> Result<StepReport> {
         let step = self.optimizer.steps();
         let (batches, held) = (self.recipe.accumulate, examples.len());
         if held < batches {

@@ -65,7 +65,7 @@ impl Session {
     /// See [`Kernel::multiply`](super::Kernel::multiply).
     #[inline(always)]
     pub(super) fn multiply(&self, operands: &Operands<'_>, out: &mut [f32], stride: usize) {
-        let &Operands { left, right, steps, pieces, right_stride, add } = operands;
+        let &Operands { left, right, steps, pieces, right_stride, add, .. } = operands;
         let size = steps * pieces;
         let (left_blocks, right_blocks) = if self.narrow { (1, 4) } else { (2, 2) };
         assert!(steps > 0 && left.len() >= left_blocks * size && right.len() >= (right_blocks - 1) * right_stride + size);

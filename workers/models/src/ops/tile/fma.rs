@@ -60,14 +60,18 @@ impl Blocks<'_> {
     /// In turns of `V` vectors, which are the columns of `B` right blocks, and of so many rows.
     #[inline(always)]
     fn turns<S: Simd, const V: usize, const B: usize>(self, simd: S, turns: impl IntoIterator<Item = usize> + Copy) {
-        let Self { operands: &Operands { left, right, steps, right_stride, add, .. }, rows, out, stride } = self;
+        let Self { operands: &Operands { left, rows: whole, right, steps, right_stride, add, .. }, rows, out, stride } = self;
         let (left, right) = (singles(left), singles(right));
+        let depth = steps * DEPTH;
         let right_stride = right_stride / Precision::F32.pieces();
         for begin in (0..steps).step_by(STEPS) {
             let range = begin..steps.min(begin + STEPS);
             for column in (0..2).step_by(B) {
                 for block in 0..rows.div_ceil(EDGE) {
-                    let left = &left[block * steps..][range.clone()];
+                    let left = match whole.is_empty() {
+                        true => Rows::Tiles(&left[block * steps..][range.clone()]),
+                        false => Rows::Whole(&whole[block * EDGE * depth..], depth, begin * DEPTH),
+                    };
                     let mut first = 0;
                     for height in turns {
                         if block * EDGE + first >= rows {
@@ -91,12 +95,46 @@ impl Blocks<'_> {
 
 type Step = [f32; EDGE * DEPTH];
 
-/// `H` rows from `first` of a left block times `B` right blocks, added to `out` if it has begun.
+/// Rows of a left side, from a step on.
+#[derive(Clone, Copy)]
+enum Rows<'a> {
+    /// A block of them in tiles.
+    Tiles(&'a [Step]),
+    /// As they lie: the numbers of each, and the one that the step begins with.
+    Whole(&'a [f32], usize, usize),
+}
+
+impl<'a> Rows<'a> {
+    /// What `H` rows have in a step; in place of rows behind the last one, that one.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop, reason = "a closure of an iterator would not be compiled for wide vectors")]
+    fn step<const H: usize>(&self, first: usize, step: usize) -> [&'a [f32; DEPTH]; H] {
+        let mut rows = [&[0.0; DEPTH]; H];
+        match *self {
+            Self::Tiles(tiles) => {
+                let tile = tiles[step].as_chunks::<DEPTH>().0;
+                for h in 0..H {
+                    rows[h] = &tile[first + h];
+                }
+            }
+            Self::Whole(whole, depth, begin) => {
+                let last = whole.len() / depth - 1;
+                for h in 0..H {
+                    let numbers = &whole[(first + h).min(last) * depth + begin + step * DEPTH..];
+                    rows[h] = numbers.first_chunk().unwrap_or(rows[h]);
+                }
+            }
+        }
+        rows
+    }
+}
+
+/// `H` rows from `first` on times `B` right blocks, added to `out` if it has begun.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "a closure of an iterator would not be compiled for wide vectors")]
 fn turn<S: Simd, const H: usize, const V: usize, const B: usize>(
     simd: S,
-    (left, first): (&[Step], usize),
+    (left, first): (Rows<'_>, usize),
     right: [&[Step]; B],
     begun: bool,
     out: &mut [f32],
@@ -111,9 +149,8 @@ fn turn<S: Simd, const H: usize, const V: usize, const B: usize>(
             }
         }
     }
-    for step in 0..left.len() {
-        let rows = left[step].as_chunks::<DEPTH>().0;
-        let Some(rows) = rows[first..].first_chunk::<H>() else { return };
+    for step in 0..right[0].len() {
+        let rows = left.step::<H>(first, step);
         for part in 0..DEPTH / UNROLLED {
             for k in part * UNROLLED..(part + 1) * UNROLLED {
                 let mut columns = [simd.splat_f32s(0.0); V];

@@ -6,13 +6,17 @@
 
 use bytemuck::{Pod, Zeroable};
 use pulp::NullaryFnOnce;
+use rayon::prelude::*;
 
-use super::super::kernel::vectorized;
+use super::super::kernel::{unwritten, vectorized};
 
 /// Rows of a tile of a left side, columns of one of a right side.
 pub(super) const EDGE: usize = 16;
 /// Columns of a tile of a left side, rows of one of a right side.
 pub(super) const DEPTH: usize = 32;
+
+/// Tiles from which on the blocks of a right side are divided among threads.
+const MANY_TILES: usize = 64;
 
 /// One tile.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -85,7 +89,7 @@ impl Tiles {
         (self.steps, self.pieces, self.single) = (depth.div_ceil(DEPTH), precision.pieces(), precision == Precision::F32);
         let count = blocks * self.steps * self.pieces;
         if self.tiles.len() < count {
-            self.tiles.resize(count, Tile::ZERO);
+            self.tiles = unwritten(count);
         }
     }
 
@@ -107,6 +111,27 @@ impl Tiles {
         self.begin_left((rows, depth), precision);
         for row in 0..rows {
             self.write_row(row, &from[row * stride..][..depth], scale);
+        }
+    }
+
+    /// Makes this the left side, of f32, of the first `rows` columns of `depth` rows in `from`, which begin `stride` apart.
+    #[inline(always)]
+    pub(super) fn fill_left_columns(&mut self, from: &[f32], (rows, depth): (usize, usize), stride: usize) {
+        self.begin_left((rows, depth), Precision::F32);
+        let (steps, count) = (self.steps, self.pieces);
+        for step in 0..steps {
+            for block in 0..rows.div_ceil(EDGE) {
+                let first = (block * steps + step) * count;
+                let numbers = singles_mut(&mut self.tiles[first..first + count]);
+                let width = (rows - block * EDGE).min(EDGE);
+                for place in 0..DEPTH {
+                    let at = (step * DEPTH + place) * stride + block * EDGE;
+                    let line = if step * DEPTH + place < depth { &from[at..][..width] } else { &[0.0; EDGE][..width] };
+                    for (row, number) in line.iter().enumerate() {
+                        numbers[row * DEPTH + place] = *number;
+                    }
+                }
+            }
         }
     }
 
@@ -146,14 +171,31 @@ impl Tiles {
     pub(super) fn fill_columns(&mut self, from: &[f32], (columns, depth): (usize, usize), stride: usize, precision: Precision) {
         let blocks = columns.div_ceil(4 * EDGE) * 4;
         self.reshape(blocks, depth, precision);
-        vectorized(FillColumns { tiles: self, blocks, from, columns, depth, stride });
+        let Self { pieces, single, .. } = *self;
+        self.each_block(blocks, |(block, tiles)| {
+            vectorized(FillColumns { tiles, pieces, single, first: block * EDGE, from, columns, depth, stride });
+        });
     }
 
     /// Makes this the right side whose rows are `depth` rows of `columns` numbers in `from`, `stride` apart: values.
     pub(super) fn fill_rows(&mut self, from: &[f32], (depth, columns): (usize, usize), stride: usize, precision: Precision) {
         let blocks = columns.div_ceil(4 * EDGE) * 4;
         self.reshape(blocks, depth, precision);
-        vectorized(FillRows { tiles: self, blocks, from, depth, columns, stride });
+        let Self { pieces, single, .. } = *self;
+        self.each_block(blocks, |(block, tiles)| {
+            vectorized(FillRows { tiles, pieces, single, first: block * EDGE, from, depth, columns, stride });
+        });
+    }
+
+    /// Fills the first `count` blocks, on several threads where they are large.
+    fn each_block(&mut self, count: usize, fill: impl Fn((usize, &mut [Tile])) + Send + Sync) {
+        let size = (self.steps * self.pieces).max(1);
+        let tiles = &mut self.tiles[..count * size];
+        if tiles.len() < MANY_TILES {
+            tiles.chunks_exact_mut(size).enumerate().for_each(fill);
+        } else {
+            tiles.par_chunks_exact_mut(size).enumerate().for_each(fill);
+        }
     }
 }
 
@@ -187,8 +229,12 @@ fn pieces(numbers: &[f32; DEPTH], tiles: &mut [Tile], at: usize) {
 }
 
 struct FillColumns<'a> {
-    tiles: &'a mut Tiles,
-    blocks: usize,
+    /// Of a block.
+    tiles: &'a mut [Tile],
+    pieces: usize,
+    single: bool,
+    /// Its first column.
+    first: usize,
     from: &'a [f32],
     columns: usize,
     depth: usize,
@@ -200,31 +246,28 @@ impl NullaryFnOnce for FillColumns<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { tiles, blocks, from, columns, depth, stride } = self;
-        let Tiles { steps, pieces: count, single, .. } = *tiles;
+        let Self { tiles, pieces: count, single, first, from, columns, depth, stride } = self;
         // One column's numbers as they would lie in a left side; their pairs then go to every 16th pair of the tile.
         let mut row = [Tile::ZERO; 2];
-        for (block, tiles) in tiles.tiles.chunks_exact_mut(steps * count).enumerate().take(blocks) {
-            for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
-                for column in 0..EDGE {
-                    let number = block * EDGE + column;
-                    let from = if number < columns { &from[number * stride..][..depth] } else { &[] };
-                    let part = from.get(step * DEPTH..).unwrap_or(&[]);
-                    let mut numbers = [0.0; DEPTH];
-                    let length = part.len().min(DEPTH);
-                    numbers[..length].copy_from_slice(&part[..length]);
-                    if single {
-                        for (out, number) in singles_mut(tiles)[column..].iter_mut().step_by(EDGE).zip(numbers) {
-                            *out = number;
-                        }
-                        continue;
+        for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
+            for column in 0..EDGE {
+                let number = first + column;
+                let from = if number < columns { &from[number * stride..][..depth] } else { &[] };
+                let part = from.get(step * DEPTH..).unwrap_or(&[]);
+                let mut numbers = [0.0; DEPTH];
+                let length = part.len().min(DEPTH);
+                numbers[..length].copy_from_slice(&part[..length]);
+                if single {
+                    for (out, number) in singles_mut(tiles)[column..].iter_mut().step_by(EDGE).zip(numbers) {
+                        *out = number;
                     }
-                    pieces(&numbers, &mut row[..count], 0);
-                    for (tile, row) in tiles.iter_mut().zip(&row) {
-                        for pair in 0..DEPTH / 2 {
-                            tile.0[pair * DEPTH + 2 * column] = row.0[2 * pair];
-                            tile.0[pair * DEPTH + 2 * column + 1] = row.0[2 * pair + 1];
-                        }
+                    continue;
+                }
+                pieces(&numbers, &mut row[..count], 0);
+                for (tile, row) in tiles.iter_mut().zip(&row) {
+                    for pair in 0..DEPTH / 2 {
+                        tile.0[pair * DEPTH + 2 * column] = row.0[2 * pair];
+                        tile.0[pair * DEPTH + 2 * column + 1] = row.0[2 * pair + 1];
                     }
                 }
             }
@@ -233,8 +276,12 @@ impl NullaryFnOnce for FillColumns<'_> {
 }
 
 struct FillRows<'a> {
-    tiles: &'a mut Tiles,
-    blocks: usize,
+    /// Of a block.
+    tiles: &'a mut [Tile],
+    pieces: usize,
+    single: bool,
+    /// Its first column.
+    first: usize,
     from: &'a [f32],
     depth: usize,
     columns: usize,
@@ -246,34 +293,30 @@ impl NullaryFnOnce for FillRows<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { tiles, blocks, from, depth, columns, stride } = self;
-        let Tiles { steps, pieces: count, single, .. } = *tiles;
-        for (block, tiles) in tiles.tiles.chunks_exact_mut(steps * count).enumerate().take(blocks) {
-            let first = block * EDGE;
-            let width = columns.saturating_sub(first).min(EDGE);
-            for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
-                for pair in 0..DEPTH / 2 {
-                    let row = |number: usize| {
-                        let mut numbers = [0.0; EDGE];
-                        if number < depth && width > 0 {
-                            numbers[..width].copy_from_slice(&from[number * stride + first..][..width]);
-                        }
-                        numbers
-                    };
-                    let (upper, lower) = (row(step * DEPTH + 2 * pair), row(step * DEPTH + 2 * pair + 1));
-                    if single {
-                        let out = &mut singles_mut(tiles)[2 * pair * EDGE..][..2 * EDGE];
-                        out[..EDGE].copy_from_slice(&upper);
-                        out[EDGE..].copy_from_slice(&lower);
-                        continue;
+        let Self { tiles, pieces: count, single, first, from, depth, columns, stride } = self;
+        let width = columns.saturating_sub(first).min(EDGE);
+        for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
+            for pair in 0..DEPTH / 2 {
+                let row = |number: usize| {
+                    let mut numbers = [0.0; EDGE];
+                    if number < depth && width > 0 {
+                        numbers[..width].copy_from_slice(&from[number * stride + first..][..width]);
                     }
-                    let mut numbers = [0.0; DEPTH];
-                    for column in 0..EDGE {
-                        numbers[2 * column] = upper[column];
-                        numbers[2 * column + 1] = lower[column];
-                    }
-                    pieces(&numbers, tiles, pair * DEPTH);
+                    numbers
+                };
+                let (upper, lower) = (row(step * DEPTH + 2 * pair), row(step * DEPTH + 2 * pair + 1));
+                if single {
+                    let out = &mut singles_mut(tiles)[2 * pair * EDGE..][..2 * EDGE];
+                    out[..EDGE].copy_from_slice(&upper);
+                    out[EDGE..].copy_from_slice(&lower);
+                    continue;
                 }
+                let mut numbers = [0.0; DEPTH];
+                for column in 0..EDGE {
+                    numbers[2 * column] = upper[column];
+                    numbers[2 * column + 1] = lower[column];
+                }
+                pieces(&numbers, tiles, pair * DEPTH);
             }
         }
     }

@@ -32,16 +32,20 @@ fn reciprocal(x: f32) -> f32 {
     y
 }
 
-/// The normal distribution function by Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7, times `x`.
+/// The normal distribution function by Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7, and `e^(−x²/2)`.
 #[inline(always)]
-fn gelu(x: f32) -> f32 {
+fn normal(x: f32) -> (f32, f32) {
     let magnitude = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
     let t = reciprocal(magnitude.mul_add(0.327_591_1, 1.0));
     let series = 1.061_405_4f32.mul_add(t, -1.453_152_1).mul_add(t, 1.421_413_8).mul_add(t, -0.284_496_72);
     let series = series.mul_add(t, 0.254_829_6) * t;
-    let tail = 0.5 * series * exp(-magnitude * magnitude);
-    x * if x < 0.0 { tail } else { 1.0 - tail }
+    let bell = exp(-magnitude * magnitude);
+    let tail = 0.5 * series * bell;
+    (if x < 0.0 { tail } else { 1.0 - tail }, bell)
 }
+
+/// `g(x) = 2 √(2/π) (x + 0.044715 x³)`, without the bracket: (1 + tanh y) / 2 = σ(2 y).
+const TANH_FACTOR: f32 = 2.0 * 0.797_884_6;
 
 /// `x · σ(factor)`.
 #[inline(always)]
@@ -56,7 +60,7 @@ pub(super) fn activate(activation: Activation, numbers: &mut [f32; DEPTH]) {
     match activation {
         Activation::Gelu => {
             for x in numbers {
-                *x = gelu(*x);
+                *x *= normal(*x).0;
             }
         }
         Activation::QuickGelu => {
@@ -64,11 +68,42 @@ pub(super) fn activate(activation: Activation, numbers: &mut [f32; DEPTH]) {
                 *x = gated(*x, 1.702 * *x);
             }
         }
-        // (1 + tanh y) / 2 = σ(2 y)
         Activation::TanhGelu => {
-            const FACTOR: f32 = 2.0 * 0.797_884_6; // √(2/π)
             for x in numbers {
-                *x = gated(*x, FACTOR * *x * (0.044_715 * *x).mul_add(*x, 1.0));
+                *x = gated(*x, TANH_FACTOR * *x * (0.044_715 * *x).mul_add(*x, 1.0));
+            }
+        }
+    }
+}
+
+/// [`activate`], and the derivative at each number.
+#[inline(always)]
+pub(crate) fn activate_with_slope(activation: Activation, numbers: &mut [f32], slopes: &mut [f32]) {
+    /// `x · σ(g)`, and its derivative with that of `g`.
+    #[inline(always)]
+    fn gated(x: f32, (g, g_slope): (f32, f32)) -> (f32, f32) {
+        let open = reciprocal(1.0 + exp(-g));
+        (x * open, open * (x * (1.0 - open)).mul_add(g_slope, 1.0))
+    }
+    match activation {
+        Activation::Gelu => {
+            const DENSITY: f32 = 0.398_942_3; // 1 / √(2π)
+            for (x, slope) in numbers.iter_mut().zip(slopes) {
+                let (cumulative, bell) = normal(*x);
+                *slope = (*x * DENSITY).mul_add(bell, cumulative);
+                *x *= cumulative;
+            }
+        }
+        Activation::QuickGelu => {
+            for (x, slope) in numbers.iter_mut().zip(slopes) {
+                (*x, *slope) = gated(*x, (1.702 * *x, 1.702));
+            }
+        }
+        Activation::TanhGelu => {
+            for (x, slope) in numbers.iter_mut().zip(slopes) {
+                let square = *x * *x;
+                let g = (TANH_FACTOR * *x * 0.044_715f32.mul_add(square, 1.0), TANH_FACTOR * 0.134_145f32.mul_add(square, 1.0));
+                (*x, *slope) = gated(*x, g);
             }
         }
     }
@@ -130,6 +165,11 @@ mod tests {
                     "{activation:?}({x}): {}",
                     numbers[3]
                 );
+                let (mut value, mut slope) = ([x], [0.0]);
+                activate_with_slope(activation, &mut value, &mut slope);
+                let (right, right_slope) = activation.at(x);
+                let near = |got: f32, right: f32| (got - right).abs() < 2e-6 * right.abs().max(1.0);
+                assert!(near(value[0], right) && near(slope[0], right_slope), "{activation:?}({x}): {value:?} {slope:?}");
             }
         }
         assert_eq!(exp(f32::NEG_INFINITY), exp(-87.0));

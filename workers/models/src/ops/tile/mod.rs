@@ -21,14 +21,17 @@ use std::cell::Cell;
 use std::sync::OnceLock;
 
 pub use layout::Precision;
+pub(crate) use math::activate_with_slope;
 pub(crate) use ops::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};
-pub(crate) use product::{Inputs, Weights};
+pub(crate) use product::{Inputs, Norm, Weights};
 
-use layout::{EDGE, Tile, Tiles};
+use layout::{DEPTH, EDGE, Tile, Tiles};
 
 /// What is multiplied: some blocks of a left and of a right side, `steps` steps of `pieces` tiles.
 struct Operands<'a> {
     left: &'a [Tile],
+    /// In place of those, see [`Left::Rows`]; else empty.
+    rows: &'a [f32],
     right: &'a [Tile],
     steps: usize,
     pieces: usize,
@@ -36,6 +39,14 @@ struct Operands<'a> {
     right_stride: usize,
     /// The product is added to what is there.
     add: bool,
+}
+
+/// The left side of a product.
+#[derive(Clone, Copy)]
+enum Left<'a> {
+    Tiles(&'a Tiles),
+    /// Rows of f32 as they lie, of whole steps: [`Instructions::Fma`] read them as fast.
+    Rows(&'a [f32]),
 }
 
 /// Room that a thread works in, kept from one product to the next: fresh memory costs as much as some of the work.
@@ -119,18 +130,26 @@ impl Instructions {
     }
 }
 
-/// Whether this processor multiplies bfloat16 faster than f32.
-#[must_use]
-pub fn has_bf16() -> bool {
-    Instructions::best(Precision::Bf16).is_some()
+/// Whether this processor has instructions for products of this precision.
+pub(crate) fn multiplies(precision: Precision) -> bool {
+    Instructions::best(precision).is_some()
 }
 
-/// Whether it does so even where three products stand for one ([`Precision::Bf16x3`]).
+/// Whether this processor has instructions that multiply bfloat16.
 #[must_use]
-pub fn has_fast_bf16() -> bool {
-    match Instructions::best(Precision::Bf16x3) {
+pub fn has_bf16() -> bool {
+    multiplies(Precision::Bf16)
+}
+
+/// Whether this processor makes products of this precision faster than those of f32.
+#[must_use]
+pub fn is_fast(precision: Precision) -> bool {
+    match Instructions::best(precision) {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         Some(Instructions::Amx) => true,
+        // Three products for one are what two of f32 are.
+        #[cfg(target_arch = "x86_64")]
+        Some(Instructions::Avx512) => precision == Precision::Bf16 && avx512::is_fast(),
         _ => false,
     }
 }
@@ -170,8 +189,8 @@ impl Kernel {
     /// Writes the product of block `row` of the left side and block `column` of the right side, in blocks of [`Self::shape`], into `out`,
     /// whose rows are `stride` apart. Sums run along the depth, in an order that is the same for every row and shape.
     #[inline(always)]
-    fn multiply(&self, left: (&Tiles, usize), right: (&Tiles, usize), out: &mut [f32], stride: usize) {
-        self.multiply_part(left, right, 0, out, stride);
+    fn multiply(&self, (left, row): (&Tiles, usize), right: (&Tiles, usize), out: &mut [f32], stride: usize) {
+        self.multiply_part((Left::Tiles(left), row), right, 0, out, stride);
     }
 
     /// [`Self::multiply`] of a left side that is only a part of the depth, which begins at step `first` of the right side. What does not begin
@@ -179,19 +198,24 @@ impl Kernel {
     #[inline(always)]
     fn multiply_part(
         &self,
-        (left, row): (&Tiles, usize),
+        (left, row): (Left<'_>, usize),
         (right, column): (&Tiles, usize),
         first: usize,
         out: &mut [f32],
         stride: usize,
     ) {
-        debug_assert!(left.pieces == right.pieces && first + left.steps <= right.steps);
         let (rows, columns) = self.shape();
+        let (left, whole, steps, pieces) = match left {
+            Left::Tiles(left) => (left.blocks(row * rows / EDGE), &[][..], left.steps, left.pieces),
+            Left::Rows(whole) => (&[][..], &whole[row * rows * right.steps * DEPTH..], right.steps, right.pieces),
+        };
+        debug_assert!(pieces == right.pieces && first + steps <= right.steps);
         let operands = Operands {
-            left: left.blocks(row * rows / EDGE),
+            left,
+            rows: whole,
             right: &right.blocks(column * columns / EDGE)[first * right.pieces..],
-            steps: left.steps,
-            pieces: left.pieces,
+            steps,
+            pieces,
             right_stride: right.steps * right.pieces,
             add: first > 0,
         };

@@ -6,6 +6,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::super::activation::Activation;
+use super::super::kernel::unwritten;
 use super::super::with_slices;
 use super::Instructions;
 use super::absorbed::{Absorbed, States};
@@ -195,7 +196,7 @@ pub(crate) fn packed_self_attention(qkv: &Tensor, heads: usize, scale: f64, prec
     let total = triple / 3;
     let heads = Heads { count: heads, width: total / heads, scale: scale as f32, precision };
     let qkv = qkv.contiguous()?;
-    let mut out = vec![0.0; batch * tokens * total];
+    let mut out = unwritten(batch * tokens * total);
     with_slices(&[&qkv], |slices| {
         out.par_chunks_mut((tokens * total).max(1)).enumerate().for_each(|(number, out)| {
             let numbers = &slices[0][number * tokens * triple..];

@@ -7,11 +7,11 @@ use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 
 use super::super::activation::Activation;
-use super::super::kernel::vectorized;
+use super::super::kernel::{unwritten, vectorized};
 use super::super::layer_norm::normalize;
 use super::layout::{DEPTH, EDGE, Precision, Tiles};
 use super::math::activate;
-use super::{Block, Instructions, Kernel, Scratch, room};
+use super::{Block, Instructions, Kernel, Left, Scratch, room};
 
 /// Up to so many rows, threads divide the columns: the weight is what takes the time, and is read once.
 const FEW_ROWS: usize = 4 * ROWS;
@@ -19,6 +19,12 @@ const FEW_ROWS: usize = 4 * ROWS;
 /// Rows in which a left side is cut, columns in which a weight is: whole blocks of a kernel, whatever its shape.
 const ROWS: usize = 2 * EDGE;
 const COLUMNS: usize = 4 * EDGE;
+
+/// Depth of the parts in which a product is made that is much deeper than wide.
+const PART_DEPTH: usize = 32 * DEPTH;
+
+/// Chunks of rows for each thread, where the weight is small.
+const CHUNKS_PER_THREAD: usize = 4;
 
 /// Groups of columns for each thread, where a product has too few rows to be divided by them.
 const GROUPS_PER_THREAD: usize = 2;
@@ -28,6 +34,8 @@ pub(crate) struct Weights {
     right: Tiles,
     /// With zeros up to whole blocks.
     bias: Vec<f32>,
+    /// Whether it is not zero.
+    biased: bool,
     inputs: usize,
     outputs: usize,
     precision: Precision,
@@ -97,7 +105,8 @@ impl Weights {
         let inputs = matrix.len() / outputs.max(1);
         let mut right = Tiles::default();
         right.fill_rows(matrix, (inputs, outputs), outputs, precision);
-        Some(Self { right, bias: vec![0.0; outputs.next_multiple_of(COLUMNS)], inputs, outputs, precision, instructions })
+        let bias = vec![0.0; outputs.next_multiple_of(COLUMNS)];
+        Some(Self { right, bias, biased: false, inputs, outputs, precision, instructions })
     }
 
     pub(super) fn with(instructions: Instructions, weight: &[f32], bias: &[f32], precision: Precision) -> Self {
@@ -107,7 +116,12 @@ impl Weights {
         let outputs = bias.len();
         let mut bias = bias.to_vec();
         bias.resize(outputs.next_multiple_of(COLUMNS), 0.0);
-        Self { right, bias, inputs, outputs, precision, instructions }
+        Self { right, bias, biased: true, inputs, outputs, precision, instructions }
+    }
+
+    /// Whether the left side may lie row by row.
+    fn reads_rows(&self) -> bool {
+        self.instructions == Instructions::Fma && self.inputs > 0 && self.inputs.is_multiple_of(DEPTH)
     }
 
     pub(crate) fn inputs(&self) -> usize {
@@ -122,15 +136,18 @@ impl Weights {
     pub(crate) fn product(&self, inputs: Inputs<'_>, activation: Option<Activation>) -> Vec<f32> {
         let outputs = self.outputs();
         let rows = inputs.x.len() / self.inputs.max(1);
-        let mut out = vec![0.0; rows * outputs];
+        let mut out = unwritten(rows * outputs);
         if rows > FEW_ROWS || outputs < COLUMNS * rayon::current_num_threads() {
-            let size = chunk_rows(rows, self.inputs, self.precision);
+            let size = chunk_rows(rows, (self.inputs, self.outputs), self.precision);
             out.par_chunks_mut((size * outputs).max(1)).enumerate().for_each(|(number, out)| {
                 let first = number * size;
                 let inputs = inputs.rows(first..first + out.len() / outputs, self.inputs, outputs);
+                if self.reads_rows() && inputs.norm.is_none() {
+                    return self.columns(Left::Rows(inputs.x), 0..outputs, None, activation, inputs.added, out);
+                }
                 Scratch::lend(|Scratch { left, .. }| {
                     inputs.fill(left, self.inputs, self.precision);
-                    self.columns(left, 0..outputs, None, activation, inputs.added, out);
+                    self.columns(Left::Tiles(left), 0..outputs, None, activation, inputs.added, out);
                 });
             });
             return out;
@@ -141,8 +158,8 @@ impl Weights {
         let group = outputs.div_ceil(rayon::current_num_threads() * GROUPS_PER_THREAD).next_multiple_of(COLUMNS);
         let part = |number: usize| {
             let columns = number * group..outputs.min((number + 1) * group);
-            let mut part = vec![0.0; rows * columns.len()];
-            self.columns(&left, columns, None, activation, inputs.added, &mut part);
+            let mut part = unwritten(rows * columns.len());
+            self.columns(Left::Tiles(&left), columns, None, activation, inputs.added, &mut part);
             part
         };
         let parts: Vec<Vec<f32>> = (0..outputs.div_ceil(group)).into_par_iter().map(part).collect();
@@ -155,6 +172,44 @@ impl Weights {
         out
     }
 
+    /// The product of the columns of `x`, `(inputs, rows)`, to `(rows, outputs)`.
+    pub(crate) fn product_of_columns(&self, x: &[f32]) -> Vec<f32> {
+        struct Part<'a> {
+            weights: &'a Weights,
+            left: &'a mut Tiles,
+            x: &'a [f32],
+            stride: usize,
+            first_step: usize,
+            out: &'a mut [f32],
+        }
+        impl NullaryFnOnce for Part<'_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn call(self) {
+                let Self { weights, left, x, stride, first_step, out } = self;
+                let depth = (weights.inputs - first_step * DEPTH).min(PART_DEPTH);
+                left.fill_left_columns(&x[first_step * DEPTH * stride..], (out.len() / weights.outputs, depth), stride);
+                weights.write(Left::Tiles(left), 0..weights.outputs, first_step, out);
+            }
+        }
+        let (rows, outputs) = (x.len() / self.inputs.max(1), self.outputs);
+        let mut out = unwritten(rows * outputs);
+        // A part of the right side stays in the cache while the rows of a thread pass by, some at a time.
+        let size = rows.div_ceil(rayon::current_num_threads()).next_multiple_of(FEW_ROWS);
+        out.par_chunks_mut((size * outputs).max(1)).enumerate().for_each(|(number, out)| {
+            Scratch::lend(|Scratch { left, .. }| {
+                for first_step in (0..self.inputs.div_ceil(DEPTH)).step_by(PART_DEPTH / DEPTH) {
+                    for (place, out) in out.chunks_mut((FEW_ROWS * outputs).max(1)).enumerate() {
+                        let x = &x[number * size + place * FEW_ROWS..];
+                        vectorized(Part { weights: self, left, x, stride: rows, first_step, out });
+                    }
+                }
+            });
+        });
+        out
+    }
+
     /// Two layers with an activation in between. What is between them never leaves the cache: it is made, and used up, some columns at a time.
     pub(crate) fn mlp(&self, second: &Self, inputs: Inputs<'_>, activation: Activation) -> Vec<f32> {
         let outputs = second.outputs();
@@ -163,8 +218,8 @@ impl Weights {
             let hidden = self.product(Inputs { added: None, ..inputs }, Some(activation));
             return second.product(Inputs { x: &hidden, norm: None, added: inputs.added }, None);
         }
-        let mut out = vec![0.0; rows * outputs];
-        let size = chunk_rows(rows, self.inputs, self.precision);
+        let mut out = unwritten(rows * outputs);
+        let size = chunk_rows(rows, (self.inputs, self.outputs), self.precision);
         out.par_chunks_mut((size * outputs).max(1)).enumerate().for_each(|(number, out)| {
             let first = number * size;
             let inputs = inputs.rows(first..first + out.len() / outputs, self.inputs, outputs);
@@ -178,7 +233,7 @@ impl Weights {
                     hidden.begin_left((rows, columns.len()), self.precision);
                     let part = Part { first: begin / DEPTH, last: columns.end == self.outputs(), sums: &mut *sums };
                     vectorized(Hidden { weights: self, left, rows, columns, activation, hidden: &mut *hidden });
-                    second.columns(hidden, 0..outputs, Some(part), None, inputs.added, out);
+                    second.columns(Left::Tiles(hidden), 0..outputs, Some(part), None, inputs.added, out);
                 }
             });
         });
@@ -188,7 +243,7 @@ impl Weights {
     /// Some columns, of all rows, into `out`, which has only these.
     fn columns(
         &self,
-        left: &Tiles,
+        left: Left<'_>,
         columns: Range<usize>,
         part: Option<Part<'_>>,
         activation: Option<Activation>,
@@ -198,13 +253,45 @@ impl Weights {
         vectorized(Columns { weights: self, left, columns, part, activation, added, out });
     }
 
+    /// Writes the bare product of the left side and some columns: blocks that lie within it at once where they belong. Of a part of the depth that
+    /// begins at a later step, it is added.
+    #[inline(always)]
+    fn write(&self, left: Left<'_>, columns: Range<usize>, first_step: usize, out: &mut [f32]) {
+        let stride = columns.len();
+        let rows = out.len() / stride.max(1);
+        let kernel = Kernel::start(self.instructions, rows);
+        let (height, width) = kernel.shape();
+        let mut block = Block::ZERO;
+        for column in columns.clone().step_by(width) {
+            let count = width.min(columns.end - column);
+            for first in (0..rows).step_by(height) {
+                let (left, right) = ((left, first / height), (&self.right, column / width));
+                let out = &mut out[first * stride + column - columns.start..];
+                let inside = rows - first;
+                if count == width && inside >= height {
+                    kernel.multiply_part(left, right, first_step, out, stride);
+                    continue;
+                }
+                if first_step > 0 {
+                    for (row, numbers) in block.0.chunks_exact_mut(width).enumerate().take(inside) {
+                        numbers[..count].copy_from_slice(&out[row * stride..][..count]);
+                    }
+                }
+                kernel.multiply_part(left, right, first_step, &mut block.0, width);
+                for (row, numbers) in block.0.chunks_exact(width).enumerate().take(inside) {
+                    out[row * stride..][..count].copy_from_slice(&numbers[..count]);
+                }
+            }
+        }
+    }
+
     /// Makes the results of `rows` rows and some columns, block by block, and hands them on in parts of a row: the number of the row, that of
     /// the first column, the numbers. Those of columns behind the last one are what the activation makes of 0. Of a part of the depth, only
     /// the last one is handed on.
     #[inline(always)]
     fn each(
         &self,
-        (left, rows): (&Tiles, usize),
+        (left, rows): (Left<'_>, usize),
         columns: Range<usize>,
         part: Option<Part<'_>>,
         activation: Option<Activation>,
@@ -266,10 +353,15 @@ fn left_bytes() -> usize {
 }
 
 /// Rows of a chunk whose left side of this depth stays in the cache: so many that threads end together.
-fn chunk_rows(rows: usize, depth: usize, precision: Precision) -> usize {
+fn chunk_rows(rows: usize, (depth, columns): (usize, usize), precision: Precision) -> usize {
     let threads = rayon::current_num_threads();
     let blocks = rows.div_ceil(ROWS);
-    let most = (left_bytes() / (ROWS * depth * 2 * precision.pieces()).max(1)).max(1);
+    let bytes = |count: usize| (count * depth * 2 * precision.pieces()).max(1);
+    let mut most = (left_bytes() / bytes(ROWS)).max(1);
+    // A small right side stays in the cache too, and then smaller chunks let a thread that began late be helped.
+    if bytes(columns) < left_bytes() / 2 {
+        most = most.min((blocks / (threads * CHUNKS_PER_THREAD)).max(FEW_ROWS / ROWS));
+    }
     // Blocks of the thread that has most of them.
     let longest = |size: usize| match (blocks / size, blocks % size) {
         (whole, rest) if whole.is_multiple_of(threads) => whole / threads * size + rest,
@@ -280,7 +372,7 @@ fn chunk_rows(rows: usize, depth: usize, precision: Precision) -> usize {
 
 struct Columns<'a> {
     weights: &'a Weights,
-    left: &'a Tiles,
+    left: Left<'a>,
     columns: Range<usize>,
     part: Option<Part<'a>>,
     activation: Option<Activation>,
@@ -295,6 +387,9 @@ impl NullaryFnOnce for Columns<'_> {
     fn call(self) {
         let Self { weights, left, columns, part, activation, added, out } = self;
         let (outputs, width, start) = (weights.outputs, columns.len(), columns.start);
+        if !weights.biased && part.is_none() && activation.is_none() && added.is_none() {
+            return weights.write(left, columns, 0, out);
+        }
         weights.each((left, out.len() / width), columns, part, activation, |row, column, numbers| {
             let out = &mut out[row * width..][..width][column - start..];
             let added = added.map(|added| &added[row * outputs + column..]);
@@ -334,7 +429,7 @@ impl NullaryFnOnce for Hidden<'_> {
     fn call(self) {
         let Self { weights, left, rows, columns, activation, hidden } = self;
         let begin = columns.start;
-        weights.each((left, rows), columns, None, Some(activation), |row, column, numbers| {
+        weights.each((Left::Tiles(left), rows), columns, None, Some(activation), |row, column, numbers| {
             hidden.write_step(row, (column - begin) / DEPTH, numbers);
         });
     }
