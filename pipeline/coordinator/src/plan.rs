@@ -418,8 +418,14 @@ impl<'a> Planner<'a> {
     /// while that goes on.
     fn challenge(&mut self, finish: &mut Finish, champion: &Measured, built: &Commit, heldout: &Settled<'a>) -> bool {
         let rows: u64 = built.outputs.iter().map(|o| o.rows).sum();
-        if !self.config.retrain.wanted(rows) {
-            return true;
+        match self.config.retrain.wanted(rows, self.trained_on(finish.record.captioner)) {
+            Ok(true) => {}
+            Ok(false) => return true,
+            Err(why) => {
+                let roles = [retrain::CAPTIONER, retrain::FILTER].map(|role| (role.to_owned(), why.clone()));
+                finish.reasons.extend(roles);
+                return true;
+            }
         }
         let Some(challengers) = self.train(Some(&finish.record), built, &mut finish.rests_on) else { return false };
         if challengers.is_empty() {
@@ -438,6 +444,14 @@ impl<'a> Planner<'a> {
         }
         finish.challenger_metrics = metrics.values;
         true
+    }
+
+    /// Rows of the dataset version on which a model was trained; 0 if it was not trained here.
+    fn trained_on(&self, model: Digest) -> u64 {
+        let of_stage = |stage| self.seen.commits.values().filter(move |c| c.task.stage == stage);
+        let trained = of_stage(StageKind::Train).find(|c| c.outputs.iter().any(|o| o.digest == model));
+        let built = trained.and_then(|c| of_stage(StageKind::Build).find(|b| b.as_inputs().eq(c.task.inputs.iter().copied())));
+        built.map_or(0, |b| b.outputs.iter().map(|o| o.rows).sum())
     }
 
     /// The captioner and the filter that are trained on what was built, without those that were given up; `None` while that goes on. Where a

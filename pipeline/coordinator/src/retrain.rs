@@ -19,6 +19,9 @@ pub struct RetrainConfig {
     pub enabled: bool,
     /// A dataset version with fewer rows than this is not trained on.
     pub min_pairs: u64,
+    /// Nor one that has fewer than so many rows more than the version on which the captioner in service was trained; all rows are new to a model
+    /// that was not trained here.
+    pub min_new_pairs: u64,
     /// The metric that decides for a role; larger is better. A role that is not named keeps its default.
     pub metric: BTreeMap<String, String>,
     /// How much larger the challenger's metric must be.
@@ -46,7 +49,7 @@ pub(crate) struct Verdict {
 
 impl Default for RetrainConfig {
     fn default() -> Self {
-        Self { enabled: false, min_pairs: 1_000, metric: BTreeMap::new(), min_gain: 0.0, confidence: 0.95 }
+        Self { enabled: false, min_pairs: 1_000, min_new_pairs: 0, metric: BTreeMap::new(), min_gain: 0.0, confidence: 0.95 }
     }
 }
 
@@ -60,8 +63,19 @@ impl RetrainConfig {
         self.metric.get(role).map(String::as_str).or(default)
     }
 
-    pub(crate) const fn wanted(&self, rows: u64) -> bool {
-        self.enabled && rows >= self.min_pairs
+    /// Whether a version of `rows` rows is to be trained on, where the models in service have seen one of `known`; or why not, if it is for its
+    /// size.
+    pub(crate) fn wanted(&self, rows: u64, known: u64) -> Result<bool, String> {
+        let new = rows.saturating_sub(known);
+        match self.enabled {
+            false => Ok(false),
+            true if rows < self.min_pairs => Err(format!("{rows} pairs are fewer than retrain.min_pairs, {}", self.min_pairs)),
+            true if new < self.min_new_pairs => Err(format!(
+                "{new} pairs more than it was trained on are fewer than retrain.min_new_pairs, {}",
+                self.min_new_pairs
+            )),
+            true => Ok(true),
+        }
     }
 
     /// Whether the challenger wins a role. A metric that is missing on either side, or not a number, never does.
@@ -110,7 +124,12 @@ mod tests {
         // One role's metric set leaves the other's as it was.
         let metric = BTreeMap::from([(CAPTIONER.to_owned(), "captioner/bleu_4".to_owned())]);
         assert!(RetrainConfig { metric, ..RetrainConfig::default() }.verdict(FILTER, &m(0.70), &m(0.72)).challenger_wins);
-        assert!(!RetrainConfig::default().wanted(5_000));
+        assert_eq!(RetrainConfig::default().wanted(5_000, 0), Ok(false));
+        let config = RetrainConfig { enabled: true, min_pairs: 100, min_new_pairs: 10, ..config };
+        assert_eq!(config.wanted(100, 90), Ok(true));
+        assert!(config.wanted(99, 0).unwrap_err().contains("min_pairs"));
+        assert!(config.wanted(120, 111).unwrap_err().contains("min_new_pairs"));
+        assert!(config.wanted(120, 200).is_err());
     }
 
     #[test]

@@ -265,6 +265,31 @@ fn a_run_without_models_trains_its_first_ones_on_what_it_found() {
 }
 
 #[test]
+fn too_few_new_pairs_train_nothing_and_the_round_says_why() {
+    let (mut config, mut world) = (config(), World::default());
+    // A built version has 10 rows; the first models were trained elsewhere, so to them all are new.
+    config.retrain.min_new_pairs = 10;
+    let mut reasons = Vec::new();
+    loop {
+        let now = plan(&config, &world.seen);
+        if now.complete {
+            break;
+        }
+        now.tasks.iter().for_each(|task| world.work(task));
+        for action in &now.actions {
+            if let Action::FinishRound(finish) = action {
+                reasons.push((finish.record.round, finish.reasons.clone()));
+            }
+            world.act(action);
+        }
+    }
+    assert_eq!(world.of_stage(StageKind::Train).len(), 2);
+    let (round, said) = reasons.last().unwrap();
+    assert_eq!((*round, said.len()), (2, 2));
+    assert!(said["captioner"].contains("0 pairs more"), "{said:?}");
+}
+
+#[test]
 fn a_run_whose_first_models_cannot_be_trained_says_so() {
     let (mut config, mut world) = (config(), World::default());
     config.models = None;

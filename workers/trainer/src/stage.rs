@@ -63,10 +63,15 @@ impl Stage for TrainStage {
             let _stop = work.cancel.clone().drop_guard();
             let progress = work.clone();
             let run = move || {
-                train(&pairs, &config, parent.as_ref(), &device, &scratch, |p| {
+                let (mut pairs_per_second, mut waited) = (0.0, 0.0);
+                let files = train(&pairs, &config, parent.as_ref(), &device, &scratch, |p| {
+                    (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
                     progress.progress(p.line.step, p.steps, "steps");
                     if progress.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-                })
+                });
+                let percent = 100.0 * waited;
+                tracing::info!(role = ?config.role, "trained {pairs_per_second:.1} pairs/s; the model waited for pairs {percent:.1} % of the time");
+                files
             };
             let files = on_blocking(run).await?.map_err(caused)?;
             let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
