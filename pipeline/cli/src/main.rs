@@ -44,7 +44,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 pub static ALLOCATOR_SETTINGS: &[u8; 53] = b"oversize_threshold:0,dirty_decay_ms:60000,thp:always\0";
 
 fn main() -> ExitCode {
-    capfilt_models::device::share_threads();
+    capfilt_vision::share_threads();
     let cli = Cli::read();
     logging(&cli);
     machine::raise_file_limit();

@@ -11,6 +11,7 @@ mod pixels;
 mod score;
 
 pub use by_hand::{ImageCaptioner, ImageScorer};
+pub use capfilt_models::device::share_threads;
 pub use capfilt_models::generate::Caption;
 pub use capfilt_models::sampling::{Sampling, Strategy};
 pub use capfilt_models::score::ItmToken;
