@@ -159,6 +159,15 @@ impl Med {
         Ok(l2_normalize(&encoder.vision_proj.forward(&first(image_states)?)?)?)
     }
 
+    /// [`Self::image_features`] of normalised pixels `(b, 3, s, s)`, where no other states of the images are wanted.
+    ///
+    /// # Errors
+    /// There is no encoder part, or shapes do not fit.
+    pub(crate) fn pixel_features(&self, pixels: &Tensor) -> Result<Tensor> {
+        let state = self.vision.forward_first(&pixels.to_dtype(self.dtype)?)?;
+        Ok(l2_normalize(&self.encoder("image features")?.vision_proj.forward(&state)?)?)
+    }
+
     /// ITC features `(b, p)` of texts: ids and mask `(b, t)`, `[CLS]` first; projected, of length 1. No image is seen.
     ///
     /// # Errors
@@ -166,8 +175,8 @@ impl Med {
     pub fn text_features(&self, ids: &Tensor, mask: &Tensor) -> Result<Tensor> {
         let encoder = self.encoder("text features")?;
         let mask = padding_mask(mask, self.dtype)?;
-        let states = encoder.bert.forward(ids, Some(&mask), None)?;
-        Ok(l2_normalize(&encoder.text_proj.forward(&first(&states)?)?)?)
+        let state = encoder.bert.forward_first(ids, Some(&mask), None)?;
+        Ok(l2_normalize(&encoder.text_proj.forward(&state)?)?)
     }
 
     /// ITM logits `(rows, 2)`, class 1 = match, of texts `(rows, t)` against their image states `(b, n, d_v)`.
@@ -187,8 +196,7 @@ impl Med {
     pub fn itm_logits_cached(&self, ids: &Tensor, mask: &Tensor, images: &CrossCache) -> Result<Tensor> {
         let encoder = self.encoder("image-text matching")?;
         let mask = padding_mask(mask, self.dtype)?;
-        let states = encoder.bert.forward(ids, Some(&mask), Some(images))?;
-        Ok(encoder.itm_head.forward(&first(&states)?)?)
+        Ok(encoder.itm_head.forward(&encoder.bert.forward_first(ids, Some(&mask), Some(images))?)?)
     }
 
     /// The cache of image states `(b, n, d_v)` for the image-grounded encoder.

@@ -155,12 +155,22 @@ impl TextModel {
     /// # Errors
     /// The text is longer than the position table, or shapes do not fit.
     pub fn forward(&self, ids: &Tensor, mask: Option<&Tensor>, cross: Option<&CrossCache>) -> Result<Tensor> {
-        let mut x = self.embed(ids, 0)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            let attended = layer.attention.forward(&x, mask)?;
-            x = layer.forward_attended(attended, cross.map(|cache| &cache.layers[i]))?;
-        }
-        Ok(x)
+        through(&self.layers, self.embed(ids, 0)?, mask, cross)
+    }
+
+    /// The first token's state of [`Self::forward`]: `(rows, d)`. The last layer leaves the others out.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_first(&self, ids: &Tensor, mask: Option<&Tensor>, cross: Option<&CrossCache>) -> Result<Tensor> {
+        let x = self.embed(ids, 0)?;
+        let first = |x: &Tensor| x.narrow(1, 0, 1)?.contiguous();
+        let Some((last, layers)) = self.layers.split_last() else { return first(&x)?.squeeze(1) };
+        let x = through(layers, x, mask, cross)?;
+        let (k, v) = last.attention.keys_values(&x)?;
+        let mask = mask.map(|mask| mask.narrow(2, 0, 1)).transpose()?;
+        let attended = last.attention.ask(&first(&x)?, &k, &v, mask.as_ref())?;
+        last.forward_attended(attended, cross.and_then(|cache| cache.layers.last()))?.squeeze(1)
     }
 
     /// An empty cache for texts of up to `max_length` tokens.
@@ -207,6 +217,15 @@ impl TextModel {
         let positions = self.positions.weight().narrow(0, start, t)?;
         self.layer_norm.forward(&self.words.forward(ids)?.broadcast_add(&positions)?)
     }
+}
+
+/// What the first of all layers make of `x`, which may look at images.
+fn through(layers: &[Layer], mut x: Tensor, mask: Option<&Tensor>, cross: Option<&CrossCache>) -> Result<Tensor> {
+    for (i, layer) in layers.iter().enumerate() {
+        let attended = layer.attention.forward(&x, mask)?;
+        x = layer.forward_attended(attended, cross.map(|cache| &cache.layers[i]))?;
+    }
+    Ok(x)
 }
 
 impl Layer {

@@ -425,12 +425,12 @@ impl CustomOp2 for KvAttention {
             let mut for_q = unwritten(slices[0].len());
             let mut for_kv = vec![0.0; slices[1].len()];
             // An image's gradient is the sum over those that ask it, one after the other.
-            let mut asked: Vec<(&mut [f32], Vec<(usize, &mut [f32])>)> =
-                for_kv.chunks_mut((2 * heads.keys * total).max(1)).map(|image| (image, Vec::new())).collect();
+            let images = for_kv.par_chunks_mut((2 * heads.keys * total).max(1));
+            let mut asked: Vec<Vec<(usize, &mut [f32])>> = (0..images.len()).map(|_| Vec::new()).collect();
             for (batch, for_q) in for_q.chunks_mut((heads.queries * total).max(1)).enumerate() {
-                asked[of[batch] as usize].1.push((batch, for_q));
+                asked[of[batch] as usize].push((batch, for_q));
             }
-            asked.into_par_iter().for_each(|(for_kv, queries)| {
+            images.zip(asked).for_each(|(for_kv, queries)| {
                 let mut one = unwritten(if queries.is_empty() { 0 } else { for_kv.len() });
                 for (batch, for_q) in queries {
                     let targets = [(0, 0, total), (1, 0, 2 * total), (1, total, 2 * total)];

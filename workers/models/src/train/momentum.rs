@@ -85,7 +85,7 @@ impl Momentum {
 
     /// The features of a batch: pixels `(b, 3, s, s)`, ids and mask `(b, t)` with `[CLS]` first. Without gradients.
     pub(super) fn features(&self, pixels: &Tensor, ids: &Tensor, mask: &Tensor, keys: &[Key]) -> Result<SlowFeatures> {
-        let images = self.med.image_features(&self.med.encode_image(pixels)?)?.detach();
+        let images = self.med.pixel_features(pixels)?.detach();
         let texts = self.med.text_features(ids, mask)?.detach();
         let behind = |batch: &Tensor, queue: &Tensor| match self.queue.keys.is_empty() {
             true => Ok(batch.clone()),

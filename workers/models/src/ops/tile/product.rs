@@ -295,7 +295,7 @@ impl Weights {
         columns: Range<usize>,
         part: Option<Part<'_>>,
         activation: Option<Activation>,
-        mut then: impl FnMut(usize, usize, &[f32; DEPTH]),
+        mut into: impl Take,
     ) {
         let kernel = Kernel::start(self.instructions, rows);
         let (height, width) = kernel.shape();
@@ -323,7 +323,7 @@ impl Weights {
                         if let Some(activation) = activation {
                             activate(activation, &mut numbers);
                         }
-                        then(first + row, column + part * DEPTH, &numbers);
+                        into.take(first + row, column + part * DEPTH, &numbers);
                     }
                 }
             }
@@ -390,26 +390,60 @@ impl NullaryFnOnce for Columns<'_> {
         if !weights.biased && part.is_none() && activation.is_none() && added.is_none() {
             return weights.write(left, columns, 0, out);
         }
-        weights.each((left, out.len() / width), columns, part, activation, |row, column, numbers| {
-            let out = &mut out[row * width..][..width][column - start..];
-            let added = added.map(|added| &added[row * outputs + column..]);
-            // Most are whole: loops of a fixed length are worth it.
-            match (out.first_chunk_mut::<DEPTH>(), added.and_then(|added| added.first_chunk::<DEPTH>())) {
-                (Some(out), Some(added)) => {
-                    let (mut numbers, added) = (*numbers, *added);
-                    for (number, added) in numbers.iter_mut().zip(added) {
-                        *number += added;
-                    }
-                    *out = numbers;
+        let rows = out.len() / width;
+        weights.each((left, rows), columns, part, activation, IntoRows { out, width, start, added, outputs });
+    }
+}
+
+/// Takes the numbers of a row that a product has made.
+trait Take {
+    /// Numbers of row `row` from column `column` on. `#[inline(always)]` belongs on it.
+    fn take(&mut self, row: usize, column: usize, numbers: &[f32; DEPTH]);
+}
+
+/// Writes rows of `width` numbers, which begin with column `start`, with those of `added`, in rows of `outputs`, added.
+struct IntoRows<'a> {
+    out: &'a mut [f32],
+    width: usize,
+    start: usize,
+    added: Option<&'a [f32]>,
+    outputs: usize,
+}
+
+impl Take for IntoRows<'_> {
+    #[inline(always)]
+    fn take(&mut self, row: usize, column: usize, numbers: &[f32; DEPTH]) {
+        let out = &mut self.out[row * self.width..][..self.width][column - self.start..];
+        let added = self.added.map(|added| &added[row * self.outputs + column..]);
+        // Most are whole: loops of a fixed length are worth it.
+        match (out.first_chunk_mut::<DEPTH>(), added.and_then(|added| added.first_chunk::<DEPTH>())) {
+            (Some(out), Some(added)) => {
+                let (mut numbers, added) = (*numbers, *added);
+                for (number, added) in numbers.iter_mut().zip(added) {
+                    *number += added;
                 }
-                (Some(out), None) if added.is_none() => *out = *numbers,
-                _ => {
-                    for (index, (out, number)) in out.iter_mut().zip(numbers).enumerate() {
-                        *out = number + added.map_or(0.0, |added| added[index]);
-                    }
+                *out = numbers;
+            }
+            (Some(out), None) if added.is_none() => *out = *numbers,
+            _ => {
+                for (index, (out, number)) in out.iter_mut().zip(numbers).enumerate() {
+                    *out = number + added.map_or(0.0, |added| added[index]);
                 }
             }
-        });
+        }
+    }
+}
+
+/// Writes a left side, whose first column is `begin`.
+struct IntoTiles<'a> {
+    tiles: &'a mut Tiles,
+    begin: usize,
+}
+
+impl Take for IntoTiles<'_> {
+    #[inline(always)]
+    fn take(&mut self, row: usize, column: usize, numbers: &[f32; DEPTH]) {
+        self.tiles.write_step(row, (column - self.begin) / DEPTH, numbers);
     }
 }
 
@@ -428,9 +462,7 @@ impl NullaryFnOnce for Hidden<'_> {
     #[inline(always)]
     fn call(self) {
         let Self { weights, left, rows, columns, activation, hidden } = self;
-        let begin = columns.start;
-        weights.each((Left::Tiles(left), rows), columns, None, Some(activation), |row, column, numbers| {
-            hidden.write_step(row, (column - begin) / DEPTH, numbers);
-        });
+        let into = IntoTiles { tiles: hidden, begin: columns.start };
+        weights.each((Left::Tiles(left), rows), columns, None, Some(activation), into);
     }
 }
