@@ -127,8 +127,8 @@ mod tests {
         assert_eq!(RetrainConfig::default().wanted(5_000, 0), Ok(false));
         let config = RetrainConfig { enabled: true, min_pairs: 100, min_new_pairs: 10, ..config };
         assert_eq!(config.wanted(100, 90), Ok(true));
-        assert!(config.wanted(99, 0).unwrap_err().contains("min_pairs"));
-        assert!(config.wanted(120, 111).unwrap_err().contains("min_new_pairs"));
+        assert!(config.wanted(99, 0).is_err_and(|why| why.contains("min_pairs")));
+        assert!(config.wanted(120, 111).is_err_and(|why| why.contains("min_new_pairs")));
         assert!(config.wanted(120, 200).is_err());
     }
 
