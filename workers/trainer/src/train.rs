@@ -116,7 +116,9 @@ fn start(
 ) -> Result<Trainer, TrainerError> {
     match (config.init, parent) {
         (Init::Parent | Init::Med, Some(parent)) => Ok(Trainer::from_checkpoint(parent, recipe, device)?),
-        (Init::Parent | Init::Med, None) => Err(TrainerError::Config("a run that does not start fresh needs a parent model".to_owned())),
+        (Init::Parent | Init::Med, None) => {
+            Err(TrainerError::Config("a run that does not start fresh needs a parent model".to_owned()))
+        }
         (Init::Fresh, Some(parent)) => {
             let tokenizer = parent.tokenizer()?.json().to_owned();
             let parent = parent.config()?;
