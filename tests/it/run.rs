@@ -140,6 +140,10 @@ fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
     assert!(code == 2 && said.contains("name both, or neither"), "{said}");
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "retrain.enabled=false"]);
     assert!(code == 2 && said.contains("[train.captioner]"), "{said}");
+    let (code, said) = world.refuse(&["run", "run.toml", "--set", "train.filter.init=parent"]);
+    assert!(code == 2 && said.contains("begins without models"), "{said}");
+    let (code, said) = world.refuse(&["run", "run.toml", "--set", "run.store=other", "--set", "retrain.min_pairs=1000"]);
+    assert!(code != 0 && said.contains("retrain.min_pairs"), "{said}");
 }
 
 #[test]

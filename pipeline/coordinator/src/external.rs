@@ -23,7 +23,7 @@ struct ExternalParams {
 /// Exports `version`, whose shards are the task's inputs, runs the command, and puts the checkpoint that it leaves.
 ///
 /// The command finds in its environment: `CAPFILT_ROLE`, `CAPFILT_EXPORT` (folder of the export), `CAPFILT_CHAMPION` (folder of the
-/// model in service), `CAPFILT_PARAMS` (the task's parameters as JSON) and `CAPFILT_OUTPUT` (folder in which it must leave
+/// model in service, or of the MED to start from; not there at a cold start), `CAPFILT_PARAMS` (the task's parameters as JSON) and `CAPFILT_OUTPUT` (folder in which it must leave
 /// `config.json`, `model.safetensors`, `tokenizer.json` and `preprocessor_config.json`).
 ///
 /// # Errors
@@ -49,11 +49,14 @@ pub(crate) async fn train(
         store.write_model(&model, &champion).await?;
     }
     let Some((program, arguments)) = params.command.split_first() else { return Err(fail("it is empty".to_owned())) };
-    let ran = Command::new(program)
+    let mut command = Command::new(program);
+    if task.model.is_some() {
+        command.env("CAPFILT_CHAMPION", absolute(&champion));
+    }
+    let ran = command
         .args(arguments)
         .env("CAPFILT_ROLE", &params.role)
         .env("CAPFILT_EXPORT", absolute(&data))
-        .env("CAPFILT_CHAMPION", absolute(&champion))
         .env("CAPFILT_OUTPUT", absolute(&output))
         .env("CAPFILT_PARAMS", task.params.to_string())
         .stdin(Stdio::null())

@@ -1,5 +1,7 @@
 //! What a run still has to do: expected tasks − committed tasks. Pure: facts in, plan out, no I/O.
 
+mod training;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -309,22 +311,6 @@ impl<'a> Planner<'a> {
         samples
     }
 
-    /// The first models of a run that is given none: trained on all texts that were found and on the clean ones. `None` until they are there.
-    fn cold_start(&mut self, samples: &Settled<'a>, annotated: &Settled<'a>, heldout: &Settled<'a>) -> Option<(Digest, Digest)> {
-        self.plan.round = 0;
-        if !(samples.all && annotated.all && heldout.all) {
-            return None;
-        }
-        let built = self.build(samples.commits.iter().flat_map(|c| c.as_inputs()).collect(), annotated, heldout)?;
-        self.plan.last_build = Some(built.task_id);
-        let trained = self.train(None, built, &mut BTreeSet::new())?;
-        let models = trained.get(retrain::CAPTIONER).copied().zip(trained.get(retrain::FILTER).copied());
-        if models.is_none() {
-            self.plan.stuck = Some("no first captioner and filter could be trained".to_owned());
-        }
-        models
-    }
-
     /// The build of a dataset version from what is given of the web, and from the clean pairs.
     fn build(&mut self, mut inputs: Vec<Input>, annotated: &Settled<'a>, heldout: &Settled<'a>) -> Option<&'a Commit> {
         let stages = &self.config.stages;
@@ -412,126 +398,6 @@ impl<'a> Planner<'a> {
             return false;
         }
         true
-    }
-
-    /// Trains on what was built, if that is wanted and it is large enough, and holds the result against the round's models. `false`
-    /// while that goes on.
-    fn challenge(&mut self, finish: &mut Finish, champion: &Measured, built: &Commit, heldout: &Settled<'a>) -> bool {
-        let rows: u64 = built.outputs.iter().map(|o| o.rows).sum();
-        match self.config.retrain.wanted(rows, self.trained_on(finish.record.captioner)) {
-            Ok(true) => {}
-            Ok(false) => return true,
-            Err(why) => {
-                let roles = [retrain::CAPTIONER, retrain::FILTER].map(|role| (role.to_owned(), why.clone()));
-                finish.reasons.extend(roles);
-                return true;
-            }
-        }
-        let Some(challengers) = self.train(Some(&finish.record), built, &mut finish.rests_on) else { return false };
-        if challengers.is_empty() {
-            return true;
-        }
-        let pick = |role: &str, now: Digest| challengers.get(role).copied().unwrap_or(now);
-        let captioner = pick(retrain::CAPTIONER, finish.record.captioner);
-        let filter = pick(retrain::FILTER, finish.record.filter);
-        let Some(metrics) = self.evaluate(captioner, filter, heldout, &mut finish.rests_on) else { return false };
-        for (role, model) in challengers {
-            let verdict = self.config.retrain.verdict(&role, champion, &metrics);
-            finish.reasons.insert(role.clone(), verdict.why);
-            if verdict.challenger_wins {
-                finish.promoted.insert(role, model);
-            }
-        }
-        finish.challenger_metrics = metrics.values;
-        true
-    }
-
-    /// Rows of the dataset version on which a model was trained; 0 if it was not trained here.
-    fn trained_on(&self, model: Digest) -> u64 {
-        let of_stage = |stage| self.seen.commits.values().filter(move |c| c.task.stage == stage);
-        let trained = of_stage(StageKind::Train).find(|c| c.outputs.iter().any(|o| o.digest == model));
-        let built = trained.and_then(|c| of_stage(StageKind::Build).find(|b| b.as_inputs().eq(c.task.inputs.iter().copied())));
-        built.map_or(0, |b| b.outputs.iter().map(|o| o.rows).sum())
-    }
-
-    /// The captioner and the filter that are trained on what was built, without those that were given up; `None` while that goes on. Where a
-    /// MED is pre-trained, it comes first, and is what those start from that ask for it. Tells which tasks that took.
-    fn train(
-        &mut self,
-        in_service: Option<&RoundRecord>,
-        built: &Commit,
-        rests_on: &mut BTreeSet<TaskId>,
-    ) -> Option<BTreeMap<String, Digest>> {
-        let inputs: Vec<Input> = built.as_inputs().collect();
-        let stages = &self.config.stages;
-        let mut one = |planner: &mut Self, role: &str, model: Option<Digest>| {
-            let Some(params) = stages.train.get(role) else { return Some(None) };
-            let train = planner.task(StageKind::Train, params.clone(), model, inputs.clone());
-            let mut settled = Settled::none();
-            let external = params.get("command").is_some_and(|c| c.as_array().is_some_and(|c| !c.is_empty()));
-            let trained = if external { planner.own(train) } else { planner.settle(train, 0, &mut settled) };
-            if !settled.all || (external && trained.is_none()) {
-                return None;
-            }
-            let model = trained.and_then(|c| Some((c.task_id, c.outputs.first()?.digest)));
-            Some(model.map(|(task, model)| {
-                rests_on.insert(task);
-                model
-            }))
-        };
-        // Its weights are fresh; the vocabulary is that of the models in service.
-        let med = one(self, retrain::MED, in_service.map(|record| record.captioner))?;
-        let mut trained = BTreeMap::new();
-        let mut all = true;
-        let roles = [
-            (retrain::CAPTIONER, in_service.map(|record| record.captioner)),
-            (retrain::FILTER, in_service.map(|record| record.filter)),
-        ];
-        for (role, champion) in roles {
-            let from_med = stages.train.get(role).is_some_and(|params| params["init"] == retrain::MED);
-            if from_med && med.is_none() {
-                continue;
-            }
-            match one(self, role, if from_med { med } else { champion }) {
-                None => all = false,
-                Some(model) => trained.extend(model.map(|model| (role.to_owned(), model))),
-            }
-        }
-        all.then_some(trained)
-    }
-
-    /// The metrics of two models on the held-out pairs; `None` while they are worked out. Tells which tasks they come from.
-    fn evaluate(
-        &mut self,
-        captioner: Digest,
-        filter: Digest,
-        heldout: &Settled<'a>,
-        rests_on: &mut BTreeSet<TaskId>,
-    ) -> Option<Measured> {
-        if !heldout.all {
-            return None;
-        }
-        let inputs: Vec<Input> = heldout.commits.iter().flat_map(|c| c.as_inputs()).collect();
-        let mut metrics = Measured::default();
-        let mut settled = true;
-        for (role, model) in [(retrain::CAPTIONER, captioner), (retrain::FILTER, filter)] {
-            if inputs.is_empty() {
-                break;
-            }
-            let mut params = self.config.stages.evaluate.clone();
-            params["role"] = role.into();
-            let task = self.task(StageKind::Evaluate, params, Some(model), inputs.clone());
-            let mut one = Settled::none();
-            if let Some(commit) = self.settle(task, 0, &mut one) {
-                rests_on.insert(commit.task_id);
-                if let Some(known) = self.seen.metrics.get(&commit.task_id) {
-                    metrics.values.extend(known.values.clone());
-                    metrics.resampled.extend(known.resampled.clone());
-                }
-            }
-            settled &= one.all;
-        }
-        settled.then_some(metrics)
     }
 
     fn task(&self, stage: StageKind, params: Value, model: Option<Digest>, inputs: Vec<Input>) -> Task {

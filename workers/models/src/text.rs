@@ -219,7 +219,7 @@ impl TextModel {
     }
 }
 
-/// What the first of all layers make of `x`, which may look at images.
+/// What layers, the first of a model, make of embedded texts, which may look at images.
 fn through(layers: &[Layer], mut x: Tensor, mask: Option<&Tensor>, cross: Option<&CrossCache>) -> Result<Tensor> {
     for (i, layer) in layers.iter().enumerate() {
         let attended = layer.attention.forward(&x, mask)?;

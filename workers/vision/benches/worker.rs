@@ -15,7 +15,7 @@ use arrow::array::{ArrayRef, BinaryArray, ListArray, RecordBatch, StringArray, U
 use arrow::datatypes::DataType;
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::config::MedConfig;
-use capfilt_models::device::{DType, Device};
+use capfilt_models::device::{DType, Device, share_threads};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::Parts;
 use capfilt_models::ops::Precision;
@@ -175,8 +175,12 @@ async fn measure(folder: &Path, dtype: Option<&str>, batch: usize) {
     Figures { name: "worker", unit: &unit, ours, peer: Some(("the captioner alone".to_owned(), bare)) }.report().unwrap();
 }
 
-#[tokio::main]
-async fn main() {
+fn main() {
+    share_threads();
+    tokio::runtime::Runtime::new().unwrap().block_on(run());
+}
+
+async fn run() {
     let mut arguments: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     if let Ok(role) = std::env::var(ROLE) {
         let folder = PathBuf::from(arguments.remove(0));

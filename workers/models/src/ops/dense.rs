@@ -120,10 +120,10 @@ impl Layer {
     /// The gradients of the rows `x` and, behind each other, of weight and bias, from that of what the layer makes of them.
     fn gradients(&self, x: &[f32], weight: &[f32], grad: &[f32], for_rows: bool) -> Result<(Option<Vec<f32>>, Vec<f32>)> {
         let rows = grad.len() / self.outputs;
-        let mut for_weights = tiles(Weights::from_rows(x, self.inputs, Precision::F32))?.product_of_columns(grad);
+        let mut for_weights = tiles(Weights::from_rows(x, self.inputs))?.product_of_columns(grad);
         for_weights.extend(sum_over_rows(rows, self.outputs, &ColumnSums { elements: grad, width: self.outputs }));
         let for_rows = for_rows.then(|| {
-            let weight = tiles(Weights::from_rows(weight, self.inputs, Precision::F32))?;
+            let weight = tiles(Weights::from_rows(weight, self.inputs))?;
             Ok::<_, candle_core::Error>(weight.product(Inputs { x: grad, norm: None, added: None }, None))
         });
         Ok((for_rows.transpose()?, for_weights))

@@ -6,7 +6,6 @@ use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::dense::dense;
 use super::kernel::{BLOCK_ROWS, Left, RowKernel, RowSum, for_row_blocks, small_matmul, sum_over_rows, unwritten, vectorized};
 use super::{on_cpu, output, slice, with_slices};
 
@@ -35,9 +34,6 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     {
         if bias.dims() != [outputs] {
             candle_core::bail!("linear: bias {:?} does not fit weight ({outputs}, {inputs})", bias.dims());
-        }
-        if let Some(made) = dense(x, &[(weight, bias)], None, None, None)? {
-            return Ok(made);
         }
         return x.contiguous()?.apply_op3(weight, &bias.contiguous()?, Linear);
     }

@@ -311,8 +311,13 @@ fn chain(threads: usize) -> Vec<u32> {
         let w = Var::from_tensor(&random(&[96, 32], 0.3, 2)).unwrap();
         let b = Var::from_tensor(&random(&[96], 0.3, 3)).unwrap();
         let g = Var::from_tensor(&random(&[32], 1.0, 4)).unwrap();
-        let normed = layer_norm(x.as_tensor(), g.as_tensor(), &random(&[32], 1.0, 5), 1e-5).unwrap();
-        let qkv = Activation::Gelu.forward(&linear(&normed, w.as_tensor(), Some(b.as_tensor())).unwrap()).unwrap();
+        let shift = random(&[32], 1.0, 5);
+        let (layers, norm) = ([(w.as_tensor(), b.as_tensor())], Some((g.as_tensor(), &shift, 1e-5)));
+        let qkv = dense(x.as_tensor(), &layers, norm, Some(Activation::Gelu), None).unwrap();
+        let qkv = qkv.unwrap_or_else(|| {
+            let normed = layer_norm(x.as_tensor(), g.as_tensor(), &shift, 1e-5).unwrap();
+            Activation::Gelu.forward(&linear(&normed, w.as_tensor(), Some(b.as_tensor())).unwrap()).unwrap()
+        });
         let mixed = attention_qkv(&qkv, 4, 0.35, None).unwrap().reshape((5 * 65, 32)).unwrap();
         let targets = (0..325).map(|i| (i % 7 != 0).then_some(i % 32)).collect();
         let loss = smoothed_cross_entropy(&mixed, targets, 0.1).unwrap();

@@ -99,8 +99,9 @@ impl Weights {
         Some(Self::with(Instructions::best(precision)?, weight, bias, precision))
     }
 
-    /// From a matrix `(inputs, outputs)` as it lies, without a bias. `None` as above.
-    pub(crate) fn from_rows(matrix: &[f32], outputs: usize, precision: Precision) -> Option<Self> {
+    /// From a matrix `(inputs, outputs)` as it lies, in f32 and without a bias. `None` as above.
+    pub(crate) fn from_rows(matrix: &[f32], outputs: usize) -> Option<Self> {
+        let precision = Precision::F32;
         let instructions = Instructions::best(precision)?;
         let inputs = matrix.len() / outputs.max(1);
         let mut right = Tiles::default();
@@ -172,7 +173,7 @@ impl Weights {
         out
     }
 
-    /// The product of the columns of `x`, `(inputs, rows)`, to `(rows, outputs)`.
+    /// The product of the columns of `x`, `(inputs, rows)`, to `(rows, outputs)`, in f32.
     pub(crate) fn product_of_columns(&self, x: &[f32]) -> Vec<f32> {
         struct Part<'a> {
             weights: &'a Weights,
@@ -193,6 +194,7 @@ impl Weights {
                 weights.write(Left::Tiles(left), 0..weights.outputs, first_step, out);
             }
         }
+        debug_assert_eq!(self.precision, Precision::F32);
         let (rows, outputs) = (x.len() / self.inputs.max(1), self.outputs);
         let mut out = unwritten(rows * outputs);
         // A part of the right side stays in the cache while the rows of a thread pass by, some at a time.
