@@ -1,5 +1,5 @@
 # The targets; each script says at its top what it does.
-.PHONY: help demo test bench fuzz goldens checkpoint clean-demo
+.PHONY: help demo test bench study fuzz goldens checkpoint clean-demo
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,6 +13,9 @@ test: ## Installs what the tests need, then format, lints, documentation and all
 
 bench: ## All benches, or one: make bench NAME=fetch
 	@scripts/bench.sh $(NAME)
+
+study: ## Whether bootstrapping helps, on a corpus of known truth: make study CORPUS=folder SERVER=serve.py [SEEDS=5] (hours)
+	@scripts/study.sh "$(CORPUS)" "$(SERVER)" -- --seeds $(or $(SEEDS),5)
 
 goldens: ## Makes the models' golden files again with transformers (installs torch into .venv-goldens)
 	@scripts/setup.sh goldens

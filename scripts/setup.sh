@@ -4,13 +4,14 @@
 #     scripts/setup.sh demo       a C compiler, cmake, nasm, Python 3 with venv, and in .venv what builds the demo's site
 #     scripts/setup.sh test       the same, rustfmt and clippy, in .venv what opens the exports, and in .cache/test-data real data
 #     scripts/setup.sh bench      the same tools, and in .venv-bench the peers that the benches run beside ours
+#     scripts/setup.sh study      the same as demo, and in .venv-study what scripts/study.py draws and judges with
 #     scripts/setup.sh goldens    the same as demo, and in .venv-goldens what the models' golden files are made with (large)
 #
 # What is there already is left alone; then it takes a fraction of a second and says nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 level=${1:-test}
-case "$level" in demo | test | bench | goldens) ;; *) echo "setup: unknown level '$level': use demo, test, bench or goldens" >&2 && exit 2 ;; esac
+case "$level" in demo | test | bench | study | goldens) ;; *) echo "setup: unknown level '$level': use demo, test, bench, study or goldens" >&2 && exit 2 ;; esac
 
 say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2 && exit 1; }
@@ -37,7 +38,7 @@ command -v cc >/dev/null || missing+=(gcc libc6-dev)
 command -v cmake >/dev/null || missing+=(cmake)
 command -v nasm >/dev/null || missing+=(nasm)
 venv=.venv
-case "$level" in bench | goldens) venv=.venv-$level ;; esac
+case "$level" in bench | study | goldens) venv=.venv-$level ;; esac
 requirements=scripts/requirements-$level.txt
 if ! "$venv/bin/python" -c '' 2>/dev/null; then
   python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3 python3-venv)

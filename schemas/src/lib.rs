@@ -12,7 +12,7 @@ mod status;
 mod table;
 mod task;
 
-pub use ids::{Digest, DigestError, RunId, TaskId, sample_id};
+pub use ids::{Digest, DigestError, RunId, TaskId, fold, sample_id};
 pub use record::{
     AliasEvent, Commit, DatasetRef, DatasetVersion, Failure, Funnel, Lineage, Output, Redaction, RetryRecord, RoundRecord,
     RoundResult, StatusCounts, Takedown,

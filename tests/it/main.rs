@@ -8,5 +8,6 @@ mod download;
 mod exports;
 mod retry;
 mod run;
+mod study;
 mod takedown;
 mod world;

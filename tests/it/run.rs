@@ -111,17 +111,7 @@ fn without_rounds_it_gathers_and_needs_no_models() {
 #[test]
 fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
     let world = World::new(20);
-    let config = std::fs::read_to_string(world.path("run.toml")).unwrap();
-    let (before, rest) = config.split_once("[models]").unwrap();
-    let (_, build) = rest.split_once("[build]").unwrap();
-    let (build, _) = build.split_once("[train.captioner]").unwrap();
-    let (_, worker) = rest.split_once("[report]").unwrap();
-    let fine_tuned = "init = 'med'\nsteps = 3\nbatch = 8\nweb_weight = 0.0\nsynthetic_weight = 0.0\nmomentum = 0.0\n";
-    let train = format!(
-        "[train.med]\nsteps = 4\nbatch = 8\nqueue = 16\nvocab_size = 120\n[train.med.model]\nimage_size = 32\npatch_size = 16\nwidth = 32\n\
-         heads = 2\nvision_layers = 1\ntext_layers = 1\nprojection = 16\n[train.captioner]\n{fine_tuned}[train.filter]\n{fine_tuned}"
-    );
-    std::fs::write(world.path("run.toml"), format!("{before}[build]{build}{train}[report]{worker}")).unwrap();
+    world.begin_cold(2);
     let one = ["run.rounds=1", "build.min_itm=0.0"];
     let run = world.run(&one);
     assert_eq!((&run["complete"], &run["tasks_given_up"]), (&Value::from(true), &Value::from(0)));
@@ -134,8 +124,12 @@ fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
     assert_ne!(status["rounds"][0]["captioner"], status["rounds"][0]["filter"]);
     assert_eq!(run["results"][0]["promoted"].as_array().unwrap().len(), 2);
     assert_eq!(world.run(&one)["tasks_done"], 0);
+    let report = std::fs::read_to_string(world.path("report.html")).unwrap();
+    assert!(report.contains("Learning curves") && report.contains("Round 0: med") && report.contains("Round 1: filter"));
     assert_eq!(world.json(&["store", "check", "--store", "store", "--json"])["findings"].as_array().unwrap().len(), 0);
 
+    let (code, said) = world.refuse(&["run", "run.toml", "--set", "train.med.folds=3"]);
+    assert!(code == 2 && said.contains("train.filter.folds is 2, but train.med.folds is 3"), "{said}");
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "models.captioner=promoted"]);
     assert!(code == 2 && said.contains("name both, or neither"), "{said}");
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "retrain.enabled=false"]);
@@ -226,6 +220,24 @@ fn models_are_promoted_and_rolled_back() {
     let named = format!("models.captioner='{}'", &first[..12]);
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "run.name=other", "--set", &named]);
     assert!(code == 1 && said.contains("no usable captioner") && said.contains("text_decoder"), "{said}");
+}
+
+#[test]
+#[ignore = "needs PyTorch: TRANSFORMERS_PYTHON names a Python of scripts/requirements-goldens.txt"]
+fn an_external_trainer_in_pytorch_trains_on_the_exported_shards() {
+    let world = World::new(20);
+    let python = std::env::var("TRANSFORMERS_PYTHON").unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/train_with_torch.py");
+    let command = format!("train.captioner={{ command = ['{python}', '{script}'], steps = 12, batch = 8, rate = 1e-3 }}");
+    let run = world.run(&[&command, "run.rounds=2", "build.min_itm=0.0", "retrain.confidence=0.0", "retrain.min_gain=-10"]);
+    assert_eq!(run["tasks_given_up"], 0);
+    let results = run["results"].as_array().unwrap();
+    let promoted = |round: usize| results[round]["promoted"].as_array().unwrap().iter().any(|role| role == "captioner");
+    assert!(promoted(0), "{}", results[0]);
+    // What it has trained is another model, and writes the captions of the next round.
+    let status = world.json(&["status", "run.toml", "--json", "--set", "run.rounds=2"]);
+    assert_ne!(status["rounds"][0]["captioner"], status["rounds"][1]["captioner"]);
+    assert_ne!(results[0]["metrics"]["captioner/rouge_l"], results[0]["challenger_metrics"]["captioner/rouge_l"]);
 }
 
 #[test]

@@ -310,6 +310,16 @@ impl RunConfig {
         if let Some(role) = params.keys().find(|role| params[*role]["init"] == med && !params.contains_key(med)) {
             return Err(Failure::Usage(format!("train.{role}.init is \"{med}\", but there is no [train.{med}]")));
         }
+        let folds = |role: &str| params.get(role).map_or(1, |params| params["folds"].as_u64().unwrap_or(1));
+        if let Some(role) =
+            params.keys().find(|role| params[*role]["init"] == med && folds(role) > 1 && folds(role) != folds(med))
+        {
+            return Err(Failure::Usage(format!(
+                "train.{role}.folds is {}, but train.{med}.folds is {}: its members would start from one that has seen what they judge",
+                folds(role),
+                folds(med)
+            )));
+        }
         let cold = self.run.rounds > 0 && captioner.is_none();
         if let Some(role) = params.keys().find(|role| cold && params[*role]["init"] == "parent") {
             let what = format!(

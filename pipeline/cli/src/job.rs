@@ -159,7 +159,7 @@ fn stages(config: &RunConfig, inputs: Inputs) -> Result<(Vec<Arc<dyn Stage>>, Tr
         Arc::new(capfilt_vision::CaptionStage::new(vision.clone())),
         Arc::new(capfilt_vision::ScoreStage::new(vision.clone())),
         Arc::new(capfilt_trainer::TrainStage(config.worker.trainer.clone())),
-        Arc::new(capfilt_trainer::EvaluateStage),
+        Arc::new(capfilt_trainer::EvaluateStage(config.worker.trainer.clone())),
     ];
     Ok((stages, traffic))
 }

@@ -57,7 +57,11 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
         ModelVerb::Export(args) => {
             let store = open(&args.store).await?;
             let model = checkpoint(&Source::of_argument(&args.model)?, Some(&store)).await?;
-            export(&model.path, &args.folder, args.overwrite)?;
+            let members = capfilt_vision::files::members(&model.path);
+            if args.member >= members {
+                return Err(Failure::Usage(format!("`{}` has no member {}, only {members}, counted from 0", args.model, args.member)));
+            }
+            export(&model.path.join(capfilt_vision::files::member(args.member)), &args.folder, args.overwrite)?;
             if args.store.json {
                 say_json(&json!({ "folder": args.folder }))?;
             } else {
@@ -377,11 +381,17 @@ async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
     let digest = resolve(store, name).await?;
     let folder = checkpoint(&Source::Store(name.to_owned()), Some(store)).await?;
     let kind = capfilt_vision::kind_of(&folder.path).unwrap_or("no usable checkpoint");
-    let entries = std::fs::read_dir(&folder.path).and_then(|all| {
-        let size = |entry: std::fs::DirEntry| Ok((entry.file_name().to_string_lossy().into_owned(), entry.metadata()?.len()));
-        all.map(|entry| entry.and_then(size)).collect()
-    });
-    let sizes: BTreeMap<String, u64> = entries.context("cannot read the model")?;
+    let members = capfilt_vision::files::members(&folder.path);
+    let mut sizes = BTreeMap::<String, u64>::new();
+    for member in (0..members).map(capfilt_vision::files::member) {
+        for entry in std::fs::read_dir(folder.path.join(&member)).context("cannot read the model")? {
+            let entry = entry.context("cannot read the model")?;
+            let data = entry.metadata().context("cannot read the model")?;
+            if data.is_file() {
+                sizes.insert(member.join(entry.file_name()).display().to_string(), data.len());
+            }
+        }
+    }
     let mut events = Vec::new();
     for role in lists() {
         events.extend(store.alias_events(role).await?.into_iter().filter(|e| e.model == digest));
@@ -391,7 +401,7 @@ async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
     let config: serde_json::Value = config.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
     if as_json {
         return say_json(&json!({
-            "digest": digest, "kind": kind, "files": sizes, "config": config, "events": events,
+            "digest": digest, "kind": kind, "members": members, "files": sizes, "config": config, "events": events,
             "trained_by": trained.map(|c| c.task_id),
         }));
     }
@@ -399,6 +409,9 @@ async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
     match trained {
         Some(c) => say(&format!("trained by task {} of run {}, {}", c.task_id, c.run, moment(c.committed_at_ms))),
         None => say("imported"),
+    }
+    if members > 1 {
+        say(&format!("{members} members: each judges the fold of the pairs that it was not trained on"));
     }
     for (file, size) in &sizes {
         say(&format!("  {file}  {}", bytes(*size)));

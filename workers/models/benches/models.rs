@@ -20,7 +20,7 @@ use capfilt_models::device::{DType, Device, share_threads};
 use capfilt_models::generate::Captioner;
 use capfilt_models::layers::Linear;
 use capfilt_models::med::{Med, Parts};
-use capfilt_models::ops::{Precision, has_bf16, is_fast};
+use capfilt_models::ops::{Precision, is_fast, multiplies};
 use capfilt_models::parameters::fresh_tensors;
 use capfilt_models::preprocess::Pixels;
 use capfilt_models::sampling::Sampling;
@@ -43,11 +43,13 @@ const CAPTION_GFLOP: f64 = 133.3;
 
 /// How numbers are multiplied: our setting and its name, and the peer's number type. Where the processor has no fast bf16, f32 is ours for both
 /// of the peer's.
-const NUMBERS: [(Precision, &str, &str); 4] = [
+const NUMBERS: [(Precision, &str, &str); 6] = [
     (Precision::Bf16x3, "bf16x3", "float32"),
     (Precision::Bf16, "bf16", "bfloat16"),
     (Precision::F32, "f32", "bfloat16"),
     (Precision::F32, "f32", "float32"),
+    (Precision::Int8, "int8", "bfloat16"),
+    (Precision::Int8, "int8", "float32"),
 ];
 
 fn med(config: &MedConfig, parts: Parts, dtype: DType, device: &Device) -> (Med, TextTokenizer) {
@@ -203,10 +205,10 @@ fn main() {
     for (precision, ours, theirs) in NUMBERS {
         let made = match precision {
             Precision::F32 => theirs == "float32" || !is_fast(Precision::Bf16),
-            Precision::Bf16 => has_bf16(),
+            Precision::Bf16 | Precision::Int8 => multiplies(precision),
             Precision::Bf16x3 => is_fast(Precision::Bf16x3),
         };
-        if !made || !among(&["f32", "bf16x3", "bf16"], ours) {
+        if !made || !among(&["f32", "bf16x3", "bf16", "int8"], ours) {
             continue;
         }
         let captioner = || {

@@ -1,7 +1,7 @@
 //! Which files a checkpoint is made of, by their names: of a folder, or of a repository that is yet to be fetched.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -37,6 +37,19 @@ const SMALL: [&str; 5] = [CONFIG, OPEN_CLIP_CONFIG, PREPROCESSOR, TOKENIZER, TOK
 const VOCABULARIES: [&[&str]; 2] = [&["vocab.txt"], &["vocab.json", "merges.txt"]];
 /// The longest index of shards that is read.
 const MAX_INDEX_BYTES: u64 = 32 << 20;
+
+/// Where the member `number` of a model is, below the model's folder: the first one lies in that itself, so that whoever knows of no members opens it.
+/// Each was trained on other pairs, and judges those that it was not trained on.
+#[must_use]
+pub fn member(number: usize) -> PathBuf {
+    if number == 0 { PathBuf::new() } else { PathBuf::from(format!("fold-{number}")) }
+}
+
+/// How many members the model in a folder has.
+#[must_use]
+pub fn members(folder: &Path) -> usize {
+    (1..).take_while(|number| folder.join(member(*number)).is_dir()).count() + 1
+}
 
 /// The files of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -62,17 +62,25 @@ fn main() -> Result<(), Box<dyn Error>> {
     let unfinished = out.with_extension("unfinished");
     std::fs::create_dir_all(&unfinished)?;
     let began = Instant::now();
-    let files = train(&TrainSet::in_memory(pairs), &settings.train, parent.as_ref(), &Device::Cpu, &unfinished, |progress| {
-        println!(
-            "{:.0} pairs/s, {:.0} % of the time waiting for pairs, step {} of {}: {}",
-            progress.pairs_per_second,
-            100.0 * progress.waited,
-            progress.line.step,
-            progress.steps,
-            serde_json::to_string(&progress.line.losses).unwrap_or_default()
-        );
-        ControlFlow::Continue(())
-    })?;
+    let files = train(
+        &TrainSet::in_memory(pairs),
+        &settings.train,
+        Member::ONLY,
+        parent.as_ref(),
+        &Device::Cpu,
+        &unfinished,
+        |progress| {
+            println!(
+                "{:.0} pairs/s, {:.0} % of the time waiting for pairs, step {} of {}: {}",
+                progress.pairs_per_second,
+                100.0 * progress.waited,
+                progress.line.step,
+                progress.steps,
+                serde_json::to_string(&progress.line.losses).unwrap_or_default()
+            );
+            ControlFlow::Continue(())
+        },
+    )?;
     println!("trained in {:.1} s", began.elapsed().as_secs_f64());
     if out.exists() {
         std::fs::remove_dir_all(out)?;
@@ -84,7 +92,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::fs::remove_dir_all(&unfinished)?;
 
     let began = Instant::now();
-    for Metric { name, value, .. } in evaluate(&Checkpoint::open(out)?, &judged, &settings.evaluate)? {
+    for Metric { name, value, .. } in evaluate(&Checkpoint::open(out)?, &judged, &settings.evaluate, &Device::Cpu)? {
         println!("{name} {value:.4}");
     }
     println!("judged in {:.1} s", began.elapsed().as_secs_f64());

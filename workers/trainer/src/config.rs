@@ -41,11 +41,11 @@ impl TrainDType {
     }
 }
 
-/// `[worker.trainer]`: where models train, and with how much memory. Another kind of processor or GPU changes the last bits of a model.
+/// `[worker.trainer]`: where models train and are evaluated, and with how much memory. Another kind of processor or GPU changes the last bits of a model.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainerWorkerConfig {
-    /// Where models train: `cpu`, `cuda` or `cuda:N`.
+    /// Where models train and are evaluated: `cpu`, `cuda` or `cuda:N`.
     pub device: String,
     /// Memory for images as the model sees them; those beyond it are decoded each time.
     pub memory_mib: u64,
@@ -143,6 +143,15 @@ impl ModelSize {
     }
 }
 
+/// Members that a model may have: each costs a training of its own.
+const MOST_FOLDS: usize = 20;
+
+/// What a model without folds leaves out of its settings.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+const fn is_one(folds: &usize) -> bool {
+    *folds == 1
+}
+
 /// Everything but the pairs that decides what a run ends in, and how often it saves its state.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -159,6 +168,10 @@ pub struct TrainConfig {
     pub steps: Option<u64>,
     /// Length of the run in passes over the pairs.
     pub epochs: Option<f64>,
+    /// Members of the model: where there are several, each is trained on the pairs of all folds but one, and judges those of that one. A model
+    /// takes pairs that it was trained on for better than they are. Not for captioners.
+    #[serde(skip_serializing_if = "is_one")]
+    pub folds: usize,
     /// Pairs in a step.
     pub batch: usize,
     /// Batches that a step's pairs are cut into, one after the other on the device; contrast is within each of them, and with the queue.
@@ -225,6 +238,7 @@ impl Default for TrainConfig {
             vocab_size: 2_000,
             steps: None,
             epochs: None,
+            folds: 1,
             batch: 64,
             accumulate: 1,
             dtype: TrainDType::F32,
@@ -272,6 +286,14 @@ impl TrainConfig {
         }
         if self.role == Role::Med && self.init == Init::Med {
             return fail("`init` is \"med\" for the MED itself; use \"fresh\" or \"parent\"".to_owned());
+        }
+        if self.folds == 0 || self.folds > MOST_FOLDS {
+            return fail(format!("`folds` is {}, allowed is 1 to {MOST_FOLDS}", self.folds));
+        }
+        if self.role == Role::Captioner && self.folds > 1 {
+            return fail(
+                "`folds` are for filters, and for the MED that they start from; one captioner writes all captions".to_owned(),
+            );
         }
         if self.role == Role::Clip {
             return fail("`role` is \"clip\"; runs train captioner, filter and med".to_owned());

@@ -76,11 +76,16 @@ pub struct Metric {
 /// # Errors
 ///
 /// No pairs, an image without captions, or a failing model.
-pub fn evaluate(checkpoint: &Checkpoint, pairs: &[TrainPair], config: &EvaluateConfig) -> Result<Vec<Metric>, TrainerError> {
+pub fn evaluate(
+    checkpoint: &Checkpoint,
+    pairs: &[TrainPair],
+    config: &EvaluateConfig,
+    device: &Device,
+) -> Result<Vec<Metric>, TrainerError> {
     if pairs.is_empty() {
         return Err(TrainerError::NoPairs { purpose: "judge by", reason: "the held-out set is empty".to_owned() });
     }
-    let (med, tokenizer) = (checkpoint.med(&Device::Cpu, DType::F32)?, checkpoint.tokenizer()?);
+    let (med, tokenizer) = (checkpoint.med(device, DType::F32)?, checkpoint.tokenizer()?);
     let preprocessor = checkpoint.preprocessor()?;
     let side = preprocessor.side() as u32;
     let pixels = pairs

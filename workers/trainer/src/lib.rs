@@ -19,6 +19,7 @@ pub use config::{Init, ModelSize, TrainConfig, TrainDType, TrainerWorkerConfig};
 pub use error::TrainerError;
 pub use evaluate::{EvaluateConfig, Metric, evaluate};
 pub use pair::{PairText, TrainPair};
+pub use sampler::Member;
 pub use set::TrainSet;
 pub use stage::{EvaluateStage, STAGE_VERSION, TrainStage};
 pub use train::{Progress, train};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use capfilt_models::random::Stream;
-use capfilt_schemas::Origin;
+use capfilt_schemas::{Origin, fold};
 
 use crate::TrainerError;
 use crate::set::{Entry, TrainSet};
@@ -37,6 +37,25 @@ impl Mixture {
     }
 }
 
+/// A member of a model; a model without folds has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Member {
+    /// Counted from 0; the number of the fold that it judges.
+    pub number: usize,
+    /// Members that the model has.
+    pub of: usize,
+}
+
+impl Member {
+    /// The only one of a model, which is trained on everything.
+    pub const ONLY: Self = Self { number: 0, of: 1 };
+
+    /// Whether the sample is one that the member judges, and so is not trained on.
+    fn judges(self, sample_id: &str) -> bool {
+        self.of > 1 && fold(sample_id, self.of) == self.number
+    }
+}
+
 /// An endless sequence of draws, each a function of the seed and its number alone, so that a run can go on anywhere.
 ///
 /// Human-annotated pairs and the others are two pools. Each pool is walked in a new order every epoch: its shards in a new order, and the
@@ -62,11 +81,15 @@ struct Pool {
 }
 
 impl Sampler {
-    /// A sampler over a set's pairs that mixes those of `window` shards.
-    pub(crate) fn new(set: &TrainSet, mixture: Mixture, window: usize, seed: u64) -> Result<Self, TrainerError> {
+    /// A sampler over a set's pairs that mixes those of `window` shards. Of pairs that no person annotated it leaves those out that a member's
+    /// fold has.
+    pub(crate) fn new(set: &TrainSet, mixture: Mixture, window: usize, member: Member, seed: u64) -> Result<Self, TrainerError> {
         let fail = |reason: String| Err(TrainerError::NoPairs { purpose: "train on", reason });
         let entries = set.entries();
-        let drawable = |entry: &Entry| entry.texts.iter().any(|text| mixture.of_text(text.origin) > 0.0);
+        let drawable = |entry: &Entry| {
+            let trained_on = entry.is_human() || !member.judges(&entry.sample_id);
+            trained_on && entry.texts.iter().any(|text| mixture.of_text(text.origin) > 0.0)
+        };
         if let Some(bare) = entries.iter().find(|entry| entry.texts.is_empty()) {
             return fail(format!("image {} has no text", bare.sample_id));
         }
@@ -195,7 +218,7 @@ mod tests {
     }
 
     fn sampler(set: &TrainSet, human: f64, seed: u64) -> Sampler {
-        Sampler::new(set, Mixture { human, ..EVEN }, 2, seed).unwrap()
+        Sampler::new(set, Mixture { human, ..EVEN }, 2, Member::ONLY, seed).unwrap()
     }
 
     #[test]
@@ -252,10 +275,24 @@ mod tests {
     }
 
     #[test]
+    fn a_member_is_trained_on_all_but_its_fold() {
+        let set = set(10, 30);
+        let mut left_out = Vec::new();
+        for number in 0..3 {
+            let sampler = Sampler::new(&set, EVEN, 2, Member { number, of: 3 }, 1).unwrap();
+            let trained: BTreeSet<usize> = sampler.human.shards.iter().chain(&sampler.other.shards).flatten().copied().collect();
+            assert_eq!(sampler.pairs(), trained.len());
+            left_out.extend((0..40).filter(|pair| !trained.contains(pair)));
+        }
+        left_out.sort_unstable();
+        assert_eq!(left_out, (10..40).collect::<Vec<_>>(), "each pair but the human ones is left out once");
+    }
+
+    #[test]
     fn texts_of_a_pair_take_turns_by_their_weights() {
         let mut set = set(0, 1);
         let texts = |set: &TrainSet, mixture: Mixture| {
-            let mut sampler = Sampler::new(set, mixture, 1, 1).unwrap();
+            let mut sampler = Sampler::new(set, mixture, 1, Member::ONLY, 1).unwrap();
             let mut counts = [0; 3];
             (0..3000).for_each(|i| counts[sampler.draw(i, set).text] += 1);
             counts
@@ -269,7 +306,7 @@ mod tests {
 
     #[test]
     fn sets_that_cannot_be_drawn_from_are_refused() {
-        let refused = |set: &TrainSet, mixture| Sampler::new(set, mixture, 1, 0).err().unwrap().to_string();
+        let refused = |set: &TrainSet, mixture| Sampler::new(set, mixture, 1, Member::ONLY, 0).err().unwrap().to_string();
         assert!(refused(&set(0, 0), EVEN).contains("the set is empty"));
         refused(&set(3, 0), Mixture { human: 0.0, ..EVEN });
         refused(&set(0, 3), Mixture { web: 0.0, ..EVEN });

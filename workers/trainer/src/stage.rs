@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Float64Builder, ListBuilder, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, UInt32Type};
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::device::device;
+use capfilt_models::files;
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_blocking, rows};
 use capfilt_schemas::{Digest, FetchStatus, Origin, StageKind, Table, column};
 use capfilt_store::model_rows;
@@ -17,8 +19,10 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use crate::set::{Entry, StoredImages};
+use crate::train::LOG;
 use crate::{
-    EvaluateConfig, Init, Metric, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig, evaluate, train,
+    EvaluateConfig, Init, Member, Metric, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig,
+    evaluate, train,
 };
 
 /// Raised whenever the same dataset and settings would give another model, or the same model other metrics.
@@ -37,7 +41,7 @@ struct EvaluateParams {
 }
 
 /// Measures a model in a role on held-out pairs.
-pub struct EvaluateStage;
+pub struct EvaluateStage(pub TrainerWorkerConfig);
 
 impl Stage for TrainStage {
     fn kind(&self) -> StageKind {
@@ -49,11 +53,13 @@ impl Stage for TrainStage {
         let files = async move {
             let config: TrainConfig = work.params()?;
             let parent = match work.task.model {
-                Some(model) => Some(Checkpoint::open(&work.model_folder(&model).await?).map_err(fail)?),
+                Some(model) => Some(work.model_folder(&model).await?),
                 None => None,
             };
             let side = match &parent {
-                Some(parent) if config.init != Init::Fresh => parent.config().map_err(fail)?.vision_config.image_size,
+                Some(folder) if config.init != Init::Fresh => {
+                    Checkpoint::open(folder).and_then(|parent| Ok(parent.config()?.vision_config.image_size)).map_err(fail)?
+                }
                 _ => config.model.image_size,
             };
             let pairs = dataset_pairs(&work, input, side, (&worker, &config)).await?;
@@ -63,15 +69,27 @@ impl Stage for TrainStage {
             let _stop = work.cancel.clone().drop_guard();
             let progress = work.clone();
             let run = move || {
-                let (mut pairs_per_second, mut waited) = (0.0, 0.0);
-                let files = train(&pairs, &config, parent.as_ref(), &device, &scratch, |p| {
-                    (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
-                    progress.progress(p.line.step, p.steps, "steps");
-                    if progress.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-                });
-                let percent = 100.0 * waited;
-                tracing::info!(role = ?config.role, "trained {pairs_per_second:.1} pairs/s; the model waited for pairs {percent:.1} % of the time");
-                files
+                let mut files = BTreeMap::new();
+                for number in 0..config.folds {
+                    let member = Member { number, of: config.folds };
+                    let folder = files::member(number);
+                    let parent = parent.as_deref().map(|parent| parent_of(member, parent, &config)).transpose()?;
+                    let scratch = scratch.join(&folder);
+                    std::fs::create_dir_all(&scratch).map_err(|source| TrainerError::Io { path: scratch.clone(), source })?;
+                    let (mut pairs_per_second, mut waited) = (0.0, 0.0);
+                    let trained = train(&pairs, &config, member, parent.as_ref(), &device, &scratch, |p| {
+                        (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
+                        progress.progress(number as u64 * p.steps + p.line.step, config.folds as u64 * p.steps, "steps");
+                        if progress.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                    })?;
+                    let percent = 100.0 * waited;
+                    tracing::info!(role = ?config.role, "trained {pairs_per_second:.1} pairs/s; the model waited for pairs {percent:.1} % of the time");
+                    if number == 0 {
+                        progress.facts.set("log", thinned(&trained[LOG]));
+                    }
+                    files.extend(trained.into_iter().map(|(name, bytes)| (folder.join(name).display().to_string(), bytes)));
+                }
+                Ok(files)
             };
             let files = on_blocking(run).await?.map_err(caused)?;
             let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
@@ -87,13 +105,15 @@ impl Stage for EvaluateStage {
     }
 
     fn process(&self, work: Work, input: RowStream) -> RowStream {
+        let worker = self.0.clone();
         rows(async move {
             let params: EvaluateParams = work.params()?;
             let config: EvaluateConfig = serde_json::from_value(params.config.into())?;
             let checkpoint = Checkpoint::open(&work.model_folder(&work.model()?).await?).map_err(fail)?;
             let side = checkpoint.preprocessor().map_err(fail)?.side();
             let pairs = heldout_pairs(input, side).await?;
-            let judge = move || evaluate(&checkpoint, &pairs, &config);
+            let device = device(&worker.device).map_err(fail)?;
+            let judge = move || evaluate(&checkpoint, &pairs, &config, &device);
             let metrics = on_blocking(judge).await?.map_err(caused)?;
             // A checkpoint may hold both roles; only the one that is asked about counts.
             let of_role = |metric: &&Metric| metric.name.split('/').next() == Some(params.role.as_str());
@@ -112,6 +132,29 @@ impl Stage for EvaluateStage {
             Ok(RecordBatch::try_new(Table::Evaluations.schema(), columns)?)
         })
     }
+}
+
+/// Lines of a training log, no more than a chart can show, the last one among them.
+fn thinned(log: &[u8]) -> Vec<serde_json::Value> {
+    const MOST: usize = 200;
+    let lines: Vec<serde_json::Value> = log.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
+    let every = lines.len().div_ceil(MOST).max(1);
+    let last = lines.len().saturating_sub(1);
+    lines.into_iter().enumerate().filter(|(number, _)| (last - number).is_multiple_of(every)).map(|(_, line)| line).collect()
+}
+
+/// What a member starts from: the same member of the parent, which has not seen the pairs either that it will judge.
+fn parent_of(member: Member, folder: &Path, config: &TrainConfig) -> Result<Checkpoint, TrainerError> {
+    let members = files::members(folder);
+    if members == 1 || config.init == Init::Fresh || config.folds == 1 {
+        return Ok(Checkpoint::open(folder)?);
+    }
+    if members != member.of {
+        let what =
+            format!("`folds` is {}, but the model to start from has {members} members, which have seen other pairs", member.of);
+        return Err(TrainerError::Config(what));
+    }
+    Ok(Checkpoint::open(&folder.join(files::member(member.number)))?)
 }
 
 fn fail(e: capfilt_models::ModelError) -> StageError {

@@ -14,11 +14,11 @@ use capfilt_models::train::{Architecture, Losses, Recipe, StepReport, Trainer};
 use serde::{Deserialize, Serialize};
 
 use crate::loader::Loader;
-use crate::sampler::Sampler;
+use crate::sampler::{Member, Sampler};
 use crate::{Init, TrainConfig, TrainSet, TrainerError};
 
-/// Name of the training log among the files of a model.
-const LOG: &str = "training_log.jsonl";
+/// Name of the training log, lines of JSON ([`LogLine`]), among the files of a model.
+pub(crate) const LOG: &str = "training_log.jsonl";
 /// Name of the settings among the files of a model.
 const SETTINGS: &str = "training.json";
 
@@ -50,7 +50,7 @@ pub struct Progress<'a> {
     pub waited: f64,
 }
 
-/// Trains one model and returns its files, name → bytes: the checkpoint, the training log and the settings.
+/// Trains one member of a model and returns its files, name → bytes: the checkpoint, the training log and the settings.
 ///
 /// The result depends on the pairs as a set, the settings, the parent and the kind of device alone. `resume_dir` takes the state of the
 /// unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may stop the run by
@@ -62,13 +62,14 @@ pub struct Progress<'a> {
 pub fn train(
     set: &TrainSet,
     config: &TrainConfig,
+    member: Member,
     parent: Option<&Checkpoint>,
     device: &Device,
     resume_dir: &Path,
     mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
     config.check()?;
-    let sampler = Sampler::new(set, config.mixture(), config.shuffle_shards, config.seed)?;
+    let sampler = Sampler::new(set, config.mixture(), config.shuffle_shards, member, config.seed)?;
     let steps = config.total_steps(sampler.pairs());
     let mut trainer = start(set, config, parent, config.recipe(steps, sampler.pairs()), device)?;
     let state = resume_dir.join("state.safetensors");

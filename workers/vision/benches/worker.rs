@@ -109,6 +109,7 @@ fn captioner(folder: &Path, sampling: Sampling, dtype: Option<&str>) -> Captione
     let precision = match dtype {
         Some("bf16") => Precision::Bf16,
         Some("bf16x3") => Precision::Bf16x3,
+        Some("int8") => Precision::Int8,
         _ => Precision::F32,
     };
     med.pack(precision).unwrap();

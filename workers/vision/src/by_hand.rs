@@ -84,7 +84,7 @@ impl ImageScorer {
     pub fn score(&self, images: &[Vec<u8>], texts: &[String]) -> Result<Vec<Result<Vec<TextScores>, String>>, ModelError> {
         answer(images.iter().map(Vec::as_slice).collect(), &self.preprocessors, |there, _| {
             let texts = vec![texts.to_vec(); there.len()];
-            self.judge.score(there, &texts)
+            self.judge.score(there, &texts, &[])
         })
     }
 }

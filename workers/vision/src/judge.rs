@@ -5,8 +5,10 @@ use std::path::Path;
 use capfilt_models::ModelError;
 use capfilt_models::clip::{ClipScorer, clip_score};
 use capfilt_models::device::Device;
+use capfilt_models::files;
 use capfilt_models::preprocess::Preprocessor;
-use capfilt_models::score::{FilterScorer, ItmToken, ScoredText};
+use capfilt_models::score::{FilterScorer, ItmToken};
+use capfilt_schemas::fold;
 use serde::Serialize;
 
 use crate::model::{NumberType, clip, filter};
@@ -34,7 +36,8 @@ pub struct TextScores {
 
 /// A filter, a CLIP, or both.
 pub(crate) struct Judge {
-    filter: Option<FilterScorer>,
+    /// The members of the filter; none without one.
+    filter: Vec<FilterScorer>,
     clip: Option<ClipScorer>,
 }
 
@@ -47,23 +50,44 @@ impl Judge {
         dtype: Option<NumberType>,
         device: &Device,
     ) -> Result<(Self, Vec<Preprocessor>), ModelError> {
-        let filter = filter_folder.map(|folder| filter(folder, first_token, dtype, device)).transpose()?;
+        let (mut members, mut preprocessors) = (Vec::new(), Vec::new());
+        if let Some(folder) = filter_folder {
+            for number in 0..files::members(folder) {
+                let (member, preprocessor) = filter(&folder.join(files::member(number)), first_token, dtype, device)?;
+                members.push(member);
+                // Members are alike but for their weights.
+                preprocessors = vec![preprocessor];
+            }
+        }
         let clip = clip_folder.map(|folder| clip(folder, dtype, device)).transpose()?;
-        let (filter, of_filter) = filter.unzip();
         let (clip, of_clip) = clip.unzip();
-        Ok((Self { filter, clip }, of_filter.into_iter().chain(of_clip).collect()))
+        preprocessors.extend(of_clip);
+        Ok((Self { filter: members, clip }, preprocessors))
     }
 
-    /// Scores `texts[i]`, each, against `images[i]`. Each image goes through each model once.
+    /// Scores `texts[i]`, each, against `images[i]`. Each image goes through each model once; of a filter with members, through that one which was
+    /// not trained on the sample `ids[i]`, or the first if its id is not known.
     ///
     /// # Errors
     /// A model fails, or what it says is not a number.
-    pub(crate) fn score(&self, mut images: Vec<Views>, texts: &[Vec<String>]) -> Result<Vec<Vec<TextScores>>, ModelError> {
+    pub(crate) fn score(
+        &self,
+        mut images: Vec<Views>,
+        texts: &[Vec<String>],
+        ids: &[String],
+    ) -> Result<Vec<Vec<TextScores>>, ModelError> {
         let mut scores: Vec<Vec<TextScores>> = texts.iter().map(|texts| vec![TextScores::default(); texts.len()]).collect();
-        if let Some(filter) = &self.filter {
-            let judged: Vec<Vec<ScoredText>> = filter.score(&take_view(&mut images), texts)?;
-            for (text, judged) in scores.iter_mut().flatten().zip(judged.iter().flatten()) {
-                (text.itm_logits, text.itm, text.itc) = (Some(judged.logits), Some(judged.itm), Some(judged.itc));
+        let views = if self.filter.is_empty() { Vec::new() } else { take_view(&mut images) };
+        let mut views: Vec<_> = views.into_iter().map(Some).collect();
+        for (number, filter) in self.filter.iter().enumerate() {
+            let judges = |place: usize| ids.get(place).map_or(0, |id| fold(id, self.filter.len())) == number;
+            let places: Vec<usize> = (0..texts.len()).filter(|place| judges(*place)).collect();
+            let views: Vec<_> = places.iter().filter_map(|&place| views[place].take()).collect();
+            let its_texts: Vec<_> = places.iter().map(|&place| texts[place].iter().collect()).collect::<Vec<Vec<_>>>();
+            for (&place, judged) in places.iter().zip(filter.score(&views, &its_texts)?) {
+                for (text, judged) in scores[place].iter_mut().zip(judged) {
+                    (text.itm_logits, text.itm, text.itc) = (Some(judged.logits), Some(judged.itm), Some(judged.itc));
+                }
             }
         }
         if let Some(clip) = &self.clip {

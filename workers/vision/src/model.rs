@@ -9,7 +9,7 @@ use capfilt_models::clip::ClipScorer;
 use capfilt_models::device::{DType, Device, built_for, check_name, device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::{Med, Parts};
-use capfilt_models::ops::{Precision, has_bf16, is_fast};
+use capfilt_models::ops::{Precision, is_fast, multiplies};
 use capfilt_models::preprocess::Preprocessor;
 use capfilt_models::sampling::Sampling;
 use capfilt_models::score::{FilterScorer, ItmToken};
@@ -72,6 +72,8 @@ pub enum NumberType {
     Bf16x3,
     /// Half of it, with more digits and less range; on GPUs alone.
     F16,
+    /// Products of 8-bit integers, 32 of them with one scale; on CPUs alone, and never chosen unless named.
+    Int8,
 }
 
 impl NumberType {
@@ -92,21 +94,25 @@ impl NumberType {
     /// The device does not compute so: a result must be what its task names.
     pub(crate) fn of(named: Option<Self>, on_cpu: bool) -> Result<Numbers, ModelError> {
         // A CPU keeps single precision between products, which are what costs time.
-        let packed = |name: &str, precision| match has_bf16() {
+        let packed = |name: &str, precision, instructions: &str| match multiplies(precision) {
             true => Ok(Numbers { stored: DType::F32, packed: Some(precision) }),
-            false => Err(ModelError::Input(format!(
-                "dtype is {name}, but this processor has neither AMX nor AVX-512 instructions for bfloat16; use f32"
-            ))),
+            false => Err(ModelError::Input(format!("dtype is {name}, but this processor has no {instructions}; use f32"))),
         };
+        let halves = "AMX, nor AVX-512 with instructions for bfloat16";
+        let for_cpus = |name: &str| Err(ModelError::Input(format!("dtype is {name}, which is for CPUs; use f32, bf16 or f16")));
         match (named.unwrap_or(Self::F32), on_cpu) {
             (Self::F32, on_cpu) => Ok(Numbers { stored: DType::F32, packed: on_cpu.then_some(Precision::F32) }),
-            (Self::Bf16, true) => packed("bf16", Precision::Bf16),
-            (Self::Bf16x3, true) => packed("bf16x3", Precision::Bf16x3),
-            (Self::Bf16x3, false) => Err(ModelError::Input("dtype is bf16x3, which is for CPUs; use f32 or bf16".to_owned())),
+            (Self::Bf16, true) => packed("bf16", Precision::Bf16, halves),
+            (Self::Bf16x3, true) => packed("bf16x3", Precision::Bf16x3, halves),
+            (Self::Int8, true) => packed("int8", Precision::Int8, "AVX-512 VNNI"),
+            (Self::Bf16x3, false) => for_cpus("bf16x3"),
+            (Self::Int8, false) => for_cpus("int8"),
             (Self::Bf16, false) => Ok(Numbers { stored: DType::BF16, packed: None }),
             (Self::F16, false) => Ok(Numbers { stored: DType::F16, packed: None }),
             // candle's products in f16 differ with the number of rows: a caption would hang on its batch.
-            (Self::F16, true) => Err(ModelError::Input("dtype is f16, which is for GPUs; use f32, bf16x3 or bf16".to_owned())),
+            (Self::F16, true) => {
+                Err(ModelError::Input("dtype is f16, which is for GPUs; use f32, bf16x3, bf16 or int8".to_owned()))
+            }
         }
     }
 }

@@ -92,11 +92,13 @@ async fn score(loaded: Loaded<Judge>, batch: RecordBatch, rows: Vec<RowPixels>) 
     let (status, error) = status_columns(&rows);
     let present: Vec<bool> = rows.iter().map(Result::is_ok).collect();
     let texts = texts_of(&batch, &present)?;
+    let ids = text_column(&batch, column::SAMPLE_ID)?;
+    let ids: Vec<String> = (0..present.len()).filter(|i| present[*i]).map(|i| ids.value(i).to_owned()).collect();
     let images: Vec<_> = rows.into_iter().flatten().collect();
     let scores = if images.is_empty() {
         Vec::new()
     } else {
-        let work = move |judge: &mut Judge| judge.score(images, &texts);
+        let work = move |judge: &mut Judge| judge.score(images, &texts, &ids);
         loaded.thread.call(work).await?.map_err(|e| StageError::caused(e, true))?
     };
     let scores: Vec<Vec<TextScores>> = spread(&present, scores);

@@ -172,6 +172,27 @@ pub(super) fn curve(h: &mut Html, curve: &Curve) {
     h.raw("</svg>");
 }
 
+/// A small chart of points from left to right.
+pub(super) fn line(h: &mut Html, points: &[(f64, f64)]) {
+    const W: f64 = 240.0;
+    const H: f64 = 64.0;
+    const MARGIN: f64 = 4.0;
+    let points: Vec<(f64, f64)> = points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect();
+    let range = |values: &mut dyn Iterator<Item = f64>| {
+        let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+        (low, (high - low).max(f64::MIN_POSITIVE))
+    };
+    let (left, width) = range(&mut points.iter().map(|p| p.0));
+    let (bottom, height) = range(&mut points.iter().map(|p| p.1));
+    let place = |(x, y): &(f64, f64)| {
+        let (x, y) = ((x - left) / width, (y - bottom) / height);
+        format!("{:.1},{:.1}", MARGIN + x * (W - 2.0 * MARGIN), H - MARGIN - y * (H - 2.0 * MARGIN))
+    };
+    let places: Vec<String> = points.iter().map(place).collect();
+    h.put("<svg class=\"curve\" viewBox=\"0 0 {} {}\" aria-hidden=\"true\">", &[&W, &H]);
+    h.put("<polyline points=\"{}\"/></svg>", &[&places.join(" ")]);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,6 +210,8 @@ mod tests {
     fn charts_of_nothing_are_no_error() {
         let mut h = Html::default();
         curve(&mut h, &Curve { points: vec![(1, None, Some(f64::NAN))] });
+        line(&mut h, &[(1.0, f64::NAN), (2.0, 3.0)]);
+        line(&mut h, &[]);
         histogram(&mut h, &[Series { name: "web", tone: "web", bins: vec![0; 20] }], Some(0.5));
         let page = h.finish();
         assert!(!page.contains("NaN") && !page.contains("inf"), "{page}");

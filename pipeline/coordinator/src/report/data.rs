@@ -21,6 +21,8 @@ pub(super) struct Report {
     pub(super) rounds: Vec<Round>,
     /// In the order of the stages; only those that did something.
     pub(super) stages: Vec<StageLine>,
+    /// In the order of rounds and roles.
+    pub(super) trainings: Vec<Training>,
     /// Outcomes of the downloads.
     pub(super) fetch: StatusCounts,
     /// Sums of the numeric facts of the discover tasks.
@@ -47,6 +49,15 @@ pub(super) struct Round {
     pub(super) result: Option<RoundResult>,
     /// The facts of the version's build.
     facts: Value,
+}
+
+/// How a model learned.
+#[derive(Debug)]
+pub(super) struct Training {
+    pub(super) round: u32,
+    pub(super) role: String,
+    /// By loss (`itc`, `itm`, `lm`): (step, its mean since the point before).
+    pub(super) losses: BTreeMap<String, Vec<(f64, f64)>>,
 }
 
 /// One stage's work.
@@ -171,6 +182,7 @@ pub(super) async fn gather(store: &Store, input: &ReportInput) -> Result<Report>
         failed: failed_tasks(failures, &commits.iter().map(|c| c.task_id).collect()),
         models: models(store, input, &rounds).await?,
         input: input.clone(),
+        trainings: trainings(&shown, &rounds),
         rounds,
         stages,
         fetch,
@@ -287,6 +299,28 @@ fn stage_lines(commits: &[&Commit], failures: &[Failure], input: &ReportInput) -
         })
     };
     StageKind::ALL.iter().filter_map(line).collect()
+}
+
+/// What the trainer has told of the trainings.
+fn trainings(shown: &[&Commit], rounds: &[Round]) -> Vec<Training> {
+    let training = |commit: &&Commit| {
+        let built: HashSet<Digest> = commit.task.inputs_of(Table::Dataset).collect();
+        let of_round = |r: &&Round| r.version.iter().flat_map(|v| &v.shards).any(|s| built.contains(&s.digest));
+        let (round, role) = (rounds.iter().find(of_round)?.number, commit.task.params["role"].as_str()?.to_owned());
+        let mut losses = BTreeMap::<String, Vec<(f64, f64)>>::new();
+        for line in commit.facts["log"].as_array()? {
+            for (loss, value) in line["losses"].as_object().into_iter().flatten() {
+                if let Some(point) = line["step"].as_f64().zip(value.as_f64()) {
+                    losses.entry(loss.clone()).or_default().push(point);
+                }
+            }
+        }
+        (!losses.is_empty()).then_some(Training { round, role, losses })
+    };
+    let train = shown.iter().filter(|c| c.task.stage == StageKind::Train);
+    let mut found: Vec<Training> = train.filter_map(training).collect();
+    found.sort_by(|a, b| (a.round, &a.role).cmp(&(b.round, &b.role)));
+    found
 }
 
 fn failed_tasks(failures: Vec<Failure>, done: &HashSet<TaskId>) -> Vec<FailedTask> {

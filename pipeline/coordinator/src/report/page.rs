@@ -31,6 +31,7 @@ pub(super) fn page(report: &Report) -> String {
     h.raw("</div>");
     gallery::section(&mut h, report);
     rounds::metrics(&mut h, report);
+    rounds::learning(&mut h, report);
     rounds::stages(&mut h, report);
     rounds::failures(&mut h, report);
     rounds::lineage(&mut h, report);

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use capfilt_schemas::{Digest, StageKind};
 use serde_json::Value;
 
-use super::chart::{Curve, curve};
+use super::chart::{Curve, curve, line};
 use super::data::{Report, Round};
 use super::html::{Html, count, date, duration, nothing, number, open, percent, shortened, title};
 
@@ -60,6 +60,26 @@ pub(super) fn metrics(h: &mut Html, report: &Report) {
         h.raw("</div>");
     }
     table(h, &judged, &roles, &values);
+    h.raw("</section>");
+}
+
+/// How the losses fell while models were trained.
+pub(super) fn learning(h: &mut Html, report: &Report) {
+    if report.trainings.is_empty() {
+        return;
+    }
+    open(h, "learning", "Learning curves", &"Losses over the steps of a training, each from its largest to its smallest.");
+    for training in &report.trainings {
+        h.put("<h3>Round {}: {}</h3><div class=\"curves\">", &[&training.round, &training.role]);
+        for (loss, points) in &training.losses {
+            let (Some((_, first)), Some((steps, last))) = (points.first(), points.last()) else { continue };
+            h.put("<figure><figcaption><b>{}</b>", &[&loss.to_uppercase()]);
+            h.put("<span>{} → {} in {} steps</span></figcaption>", &[&number(*first), &number(*last), &count(*steps as u64)]);
+            line(h, points);
+            h.raw("</figure>");
+        }
+        h.raw("</div>");
+    }
     h.raw("</section>");
 }
 

@@ -26,7 +26,7 @@ pub(crate) use dense::{dense, mlp};
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub(crate) use tile::{PackedCrossAttention, PackedLinear, PackedStates, packed_self_attention};
-pub use tile::{Precision, has_bf16, is_fast};
+pub use tile::{Precision, is_fast, multiplies};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 

@@ -9,7 +9,7 @@ use capfilt_models::device::Device;
 use capfilt_models::train::{Precision, Role};
 use capfilt_schemas::Origin;
 use capfilt_trainer::{
-    EvaluateConfig, Init, ModelSize, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, evaluate, train,
+    EvaluateConfig, Init, Member, ModelSize, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, evaluate, train,
 };
 
 const SIDE: usize = 16;
@@ -74,11 +74,12 @@ fn config(role: Role) -> TrainConfig {
 type Files = BTreeMap<String, Vec<u8>>;
 
 fn attempt(pairs: &[TrainPair], config: &TrainConfig, dir: &Path) -> Result<Files, TrainerError> {
-    train(&TrainSet::in_memory(pairs.to_vec()), config, None, &Device::Cpu, dir, |_| ControlFlow::Continue(()))
+    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, None, &Device::Cpu, dir, |_| ControlFlow::Continue(()))
 }
 
 fn run(pairs: &[TrainPair], config: &TrainConfig, parent: Option<&Checkpoint>, dir: &Path) -> Files {
-    train(&TrainSet::in_memory(pairs.to_vec()), config, parent, &Device::Cpu, dir, |_| ControlFlow::Continue(())).unwrap()
+    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, parent, &Device::Cpu, dir, |_| ControlFlow::Continue(()))
+        .unwrap()
 }
 
 fn open(files: &Files, dir: &Path) -> Checkpoint {
@@ -91,7 +92,7 @@ fn open(files: &Files, dir: &Path) -> Checkpoint {
 
 fn metrics(checkpoint: &Checkpoint, pairs: &[TrainPair]) -> BTreeMap<String, f64> {
     let config = EvaluateConfig { prompt: String::new(), rerank: 6, ..EvaluateConfig::default() };
-    evaluate(checkpoint, pairs, &config).unwrap().into_iter().map(|metric| (metric.name, metric.value)).collect()
+    evaluate(checkpoint, pairs, &config, &Device::Cpu).unwrap().into_iter().map(|metric| (metric.name, metric.value)).collect()
 }
 
 #[test]
@@ -139,7 +140,8 @@ fn a_stopped_run_goes_on_to_the_same_files() {
         let halt = |p: capfilt_trainer::Progress<'_>| {
             if p.line.step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let error = train(&TrainSet::in_memory(training.clone()), &config, None, &Device::Cpu, &resumed, halt).unwrap_err();
+        let error =
+            train(&TrainSet::in_memory(training.clone()), &config, Member::ONLY, None, &Device::Cpu, &resumed, halt).unwrap_err();
         assert!(matches!(error, TrainerError::Stopped { step } if step == stop) && error.is_retryable());
         let files = run(&training, &config, None, &resumed);
         assert!(files == straight, "stopped at {stop}: {:?}", files.keys().filter(|k| files[*k] != straight[*k]));
@@ -202,8 +204,8 @@ fn judging_nothing_is_an_error() {
     let training = pairs(0..1, Origin::Human);
     let files = run(&training, &TrainConfig { steps: Some(1), ..config(Role::Filter) }, None, dir.path());
     let checkpoint = open(&files, &dir.path().join("model"));
-    assert!(evaluate(&checkpoint, &[], &EvaluateConfig::default()).unwrap_err().to_string().contains("held-out"));
+    assert!(evaluate(&checkpoint, &[], &EvaluateConfig::default(), &Device::Cpu).unwrap_err().to_string().contains("held-out"));
     let mut wrong_size = training;
     wrong_size[0].pixels = vec![0; 30].into();
-    assert!(evaluate(&checkpoint, &wrong_size, &EvaluateConfig::default()).is_err());
+    assert!(evaluate(&checkpoint, &wrong_size, &EvaluateConfig::default(), &Device::Cpu).is_err());
 }

@@ -74,9 +74,17 @@ impl Place {
 
     /// Puts a checkpoint into the store.
     pub(crate) async fn model(&self, folder: &Path) -> Digest {
+        self.members(&[folder]).await
+    }
+
+    /// Puts checkpoints into the store as the members of one model.
+    pub(crate) async fn members(&self, folders: &[&Path]) -> Digest {
         let mut files = BTreeMap::new();
-        for name in capfilt_store::CHECKPOINT_FILES {
-            files.insert((*name).to_owned(), std::fs::read(folder.join(name)).unwrap());
+        for (number, folder) in folders.iter().enumerate() {
+            for name in capfilt_store::CHECKPOINT_FILES {
+                let place = capfilt_models::files::member(number).join(name).display().to_string();
+                files.insert(place, std::fs::read(folder.join(name)).unwrap());
+            }
         }
         self.store.put_model(&files).await.unwrap().digest
     }
@@ -98,6 +106,20 @@ impl Place {
         let made: Vec<RecordBatch> = stage.process(work, stream::iter(batches).boxed()).try_collect().await?;
         Ok(concat_batches(&kind.output().schema(), &made)?)
     }
+}
+
+/// The demo's filter with other weights in the matching head.
+pub(crate) fn other_filter(folder: &Path) {
+    for name in capfilt_store::CHECKPOINT_FILES {
+        std::fs::copy(checkpoint("filter").join(name), folder.join(name)).unwrap();
+    }
+    let path = folder.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let tensors: Value = serde_json::from_slice(&bytes[8..header]).unwrap();
+    let place = |end: usize| header + tensors["itm_head.weight"]["data_offsets"][end].as_u64().unwrap() as usize;
+    bytes[place(0)..place(1)].fill(0);
+    std::fs::write(path, bytes).unwrap();
 }
 
 /// A CLIP of one layer on each side with weights that move its cosines, and the tokenizer of the demo.

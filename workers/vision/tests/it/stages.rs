@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
 use arrow::datatypes::Float32Type;
-use capfilt_models::ops::has_bf16;
-use capfilt_schemas::{Digest, Table, column};
+use capfilt_models::ops::{Precision, multiplies};
+use capfilt_schemas::{Digest, Table, column, fold};
 use capfilt_vision::{
     CaptionConfig, CaptionStage, ImageCaptioner, ImageScorer, ItmToken, NumberType, Sampling, ScoreConfig, ScoreStage, Strategy,
     VisionWorkerConfig,
 };
 use serde_json::json;
 
-use crate::fixture::{Place, beside, checkpoint, clip, image_files, samples};
+use crate::fixture::{Place, beside, checkpoint, clip, image_files, other_filter, samples};
 
 fn worker() -> VisionWorkerConfig {
     VisionWorkerConfig::default()
@@ -118,6 +118,30 @@ async fn scores_are_those_of_the_models_tried_by_hand() {
 }
 
 #[tokio::test]
+async fn each_member_of_a_filter_judges_its_fold() {
+    let place = Place::new().await;
+    let rows = captioned(&place).await;
+    let other = tempfile::tempdir().unwrap();
+    other_filter(other.path());
+    let params = json!(ScoreConfig::default().params(&worker(), None));
+    let scored = async |members: &[&std::path::Path], at_once: usize| {
+        let model = place.members(members).await;
+        place.run(&ScoreStage::new(worker()), params.clone(), model, &rows, at_once).await.unwrap()
+    };
+    let filter = checkpoint("filter");
+    let both = scored(&[&filter, other.path()], 64).await;
+    assert_eq!(both, scored(&[&filter, other.path()], 2).await);
+    let alone = [scored(&[&filter], 64).await, scored(&[other.path()], 64).await];
+    let mut seen = [0; 2];
+    for row in 0..rows.num_rows() {
+        let member = fold(&format!("sample-{row}"), 2);
+        assert_eq!(both.slice(row, 1), alone[member].slice(row, 1), "row {row}");
+        seen[member] += usize::from(alone[0].slice(row, 1) != alone[1].slice(row, 1));
+    }
+    assert!(seen.iter().all(|rows| *rows > 0), "{seen:?}");
+}
+
+#[tokio::test]
 async fn a_caption_tried_by_hand_is_keyed_by_its_key_alone() {
     let config = CaptionConfig { seed: 3, sampling: strategies()[0].clone(), dtype: None };
     let captioner = ImageCaptioner::open(&checkpoint("captioner"), &config, &worker()).unwrap();
@@ -141,14 +165,19 @@ async fn fewer_digits_change_the_numbers_but_little() {
     };
     let full = score(NumberType::F32).unwrap();
     assert!(score(NumberType::F16).unwrap_err().contains("for GPUs"));
-    for (dtype, most) in [(NumberType::Bf16x3, 1e-4), (NumberType::Bf16, 0.05)] {
+    let fewer = [
+        (NumberType::Bf16x3, Precision::Bf16x3, 1e-4),
+        (NumberType::Bf16, Precision::Bf16, 0.05),
+        (NumberType::Int8, Precision::Int8, 0.05),
+    ];
+    for (dtype, precision, most) in fewer {
         match score(dtype) {
             Ok(half) => {
                 let difference = (half.itm.unwrap() - full.itm.unwrap()).abs();
                 assert!(difference > 0.0 && difference < most, "{dtype:?}: {half:?} for {full:?}");
             }
             // Another type than the named one is never computed in.
-            Err(refused) => assert!(!has_bf16() && refused.contains("use f32"), "{dtype:?}: {refused}"),
+            Err(refused) => assert!(!multiplies(precision) && refused.contains("use f32"), "{dtype:?}: {refused}"),
         }
     }
 }

@@ -2,13 +2,14 @@
 //!
 //! A tile is 1 KiB: 512 numbers of bfloat16. Of a left side it is 16 rows of 32 numbers. Of a right side it is 32 rows of 16 columns, two rows
 //! interleaved, since the processor multiplies pairs: number `(row, column)` is at `row / 2 · 32 + 2 · column + row % 2`. Numbers of f32 fill
-//! two tiles, row by row on either side. Where a matrix ends within a tile, zeros follow.
+//! two tiles, row by row on either side; how integers lie is said in [`int8`]. Where a matrix ends within a tile, zeros follow.
 
 use bytemuck::{Pod, Zeroable};
 use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 
 use super::super::kernel::{unwritten, vectorized};
+use super::int8;
 
 /// Rows of a tile of a left side, columns of one of a right side.
 pub(super) const EDGE: usize = 16;
@@ -40,22 +41,26 @@ fn singles_mut(step: &mut [Tile]) -> &mut [f32] {
 }
 
 /// How exact products are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
+    /// Both sides are rounded to integers of 8 bits, 32 numbers with one scale.
+    Int8,
     /// Both sides are rounded to bfloat16 (8 bits of mantissa).
     Bf16,
     /// Both sides are the sum of two bfloat16 numbers (16 bits of mantissa), and three of their four products are added: what
     /// `torch.set_float32_matmul_precision("high")` calls bfloat16x3.
     Bf16x3,
     /// Both sides are taken as they are.
+    #[default]
     F32,
 }
 
 impl Precision {
-    /// Tiles that [`EDGE`] by [`DEPTH`] numbers fill: for each number one or two of bfloat16, or one as long as two.
+    /// Tiles that [`EDGE`] by [`DEPTH`] numbers fill: for each number one or two of bfloat16, or one as long as two;
+    /// integers leave room for their scales.
     pub(super) const fn pieces(self) -> usize {
         match self {
-            Self::Bf16 => 1,
+            Self::Int8 | Self::Bf16 => 1,
             Self::Bf16x3 | Self::F32 => 2,
         }
     }
@@ -72,8 +77,7 @@ pub(super) struct Tiles {
     pub(super) steps: usize,
     /// Tiles of a step.
     pub(super) pieces: usize,
-    /// Whether they hold f32.
-    single: bool,
+    precision: Precision,
 }
 
 impl Tiles {
@@ -86,7 +90,7 @@ impl Tiles {
     /// Room for `blocks` blocks of `depth`. What is in it has no meaning: whoever fills it writes whole tiles of a right side, and whole rows
     /// of a left one, whose other rows are computed with and never read.
     fn reshape(&mut self, blocks: usize, depth: usize, precision: Precision) {
-        (self.steps, self.pieces, self.single) = (depth.div_ceil(DEPTH), precision.pieces(), precision == Precision::F32);
+        (self.steps, self.pieces, self.precision) = (depth.div_ceil(DEPTH), precision.pieces(), precision);
         let count = blocks * self.steps * self.pieces;
         if self.tiles.len() < count {
             self.tiles = unwritten(count);
@@ -160,10 +164,10 @@ impl Tiles {
     pub(super) fn write_step(&mut self, row: usize, step: usize, numbers: &[f32; DEPTH]) {
         let first = ((row / EDGE) * self.steps + step) * self.pieces;
         let (step, at) = (&mut self.tiles[first..first + self.pieces], row % EDGE * DEPTH);
-        if self.single {
-            singles_mut(step)[at..][..DEPTH].copy_from_slice(numbers);
-        } else {
-            pieces(numbers, step, at);
+        match self.precision {
+            Precision::F32 => singles_mut(step)[at..][..DEPTH].copy_from_slice(numbers),
+            Precision::Int8 => int8::write_row(&mut step[0], row % EDGE, numbers),
+            Precision::Bf16 | Precision::Bf16x3 => pieces(numbers, step, at),
         }
     }
 
@@ -171,9 +175,8 @@ impl Tiles {
     pub(super) fn fill_columns(&mut self, from: &[f32], (columns, depth): (usize, usize), stride: usize, precision: Precision) {
         let blocks = columns.div_ceil(4 * EDGE) * 4;
         self.reshape(blocks, depth, precision);
-        let Self { pieces, single, .. } = *self;
         self.each_block(blocks, |(block, tiles)| {
-            vectorized(FillColumns { tiles, pieces, single, first: block * EDGE, from, columns, depth, stride });
+            vectorized(FillColumns { tiles, precision, first: block * EDGE, from, columns, depth, stride });
         });
     }
 
@@ -181,9 +184,8 @@ impl Tiles {
     pub(super) fn fill_rows(&mut self, from: &[f32], (depth, columns): (usize, usize), stride: usize, precision: Precision) {
         let blocks = columns.div_ceil(4 * EDGE) * 4;
         self.reshape(blocks, depth, precision);
-        let Self { pieces, single, .. } = *self;
         self.each_block(blocks, |(block, tiles)| {
-            vectorized(FillRows { tiles, pieces, single, first: block * EDGE, from, depth, columns, stride });
+            vectorized(FillRows { tiles, precision, first: block * EDGE, from, depth, columns, stride });
         });
     }
 
@@ -231,8 +233,7 @@ fn pieces(numbers: &[f32; DEPTH], tiles: &mut [Tile], at: usize) {
 struct FillColumns<'a> {
     /// Of a block.
     tiles: &'a mut [Tile],
-    pieces: usize,
-    single: bool,
+    precision: Precision,
     /// Its first column.
     first: usize,
     from: &'a [f32],
@@ -246,9 +247,11 @@ impl NullaryFnOnce for FillColumns<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { tiles, pieces: count, single, first, from, columns, depth, stride } = self;
+        let Self { tiles, precision, first, from, columns, depth, stride } = self;
+        let count = precision.pieces();
         // One column's numbers as they would lie in a left side; their pairs then go to every 16th pair of the tile.
         let mut row = [Tile::ZERO; 2];
+        let mut rows = [[0.0; EDGE]; DEPTH];
         for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
             for column in 0..EDGE {
                 let number = first + column;
@@ -257,19 +260,30 @@ impl NullaryFnOnce for FillColumns<'_> {
                 let mut numbers = [0.0; DEPTH];
                 let length = part.len().min(DEPTH);
                 numbers[..length].copy_from_slice(&part[..length]);
-                if single {
-                    for (out, number) in singles_mut(tiles)[column..].iter_mut().step_by(EDGE).zip(numbers) {
-                        *out = number;
+                match precision {
+                    Precision::F32 => {
+                        for (out, number) in singles_mut(tiles)[column..].iter_mut().step_by(EDGE).zip(numbers) {
+                            *out = number;
+                        }
                     }
-                    continue;
-                }
-                pieces(&numbers, &mut row[..count], 0);
-                for (tile, row) in tiles.iter_mut().zip(&row) {
-                    for pair in 0..DEPTH / 2 {
-                        tile.0[pair * DEPTH + 2 * column] = row.0[2 * pair];
-                        tile.0[pair * DEPTH + 2 * column + 1] = row.0[2 * pair + 1];
+                    Precision::Int8 => {
+                        for (row, number) in rows.iter_mut().zip(numbers) {
+                            row[column] = number;
+                        }
+                    }
+                    Precision::Bf16 | Precision::Bf16x3 => {
+                        pieces(&numbers, &mut row[..count], 0);
+                        for (tile, row) in tiles.iter_mut().zip(&row) {
+                            for pair in 0..DEPTH / 2 {
+                                tile.0[pair * DEPTH + 2 * column] = row.0[2 * pair];
+                                tile.0[pair * DEPTH + 2 * column + 1] = row.0[2 * pair + 1];
+                            }
+                        }
                     }
                 }
+            }
+            if precision == Precision::Int8 {
+                int8::write_columns(&mut tiles[0], &rows);
             }
         }
     }
@@ -278,8 +292,7 @@ impl NullaryFnOnce for FillColumns<'_> {
 struct FillRows<'a> {
     /// Of a block.
     tiles: &'a mut [Tile],
-    pieces: usize,
-    single: bool,
+    precision: Precision,
     /// Its first column.
     first: usize,
     from: &'a [f32],
@@ -293,30 +306,28 @@ impl NullaryFnOnce for FillRows<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { tiles, pieces: count, single, first, from, depth, columns, stride } = self;
+        let Self { tiles, precision, first, from, depth, columns, stride } = self;
         let width = columns.saturating_sub(first).min(EDGE);
-        for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
-            for pair in 0..DEPTH / 2 {
-                let row = |number: usize| {
-                    let mut numbers = [0.0; EDGE];
-                    if number < depth && width > 0 {
-                        numbers[..width].copy_from_slice(&from[number * stride + first..][..width]);
+        for (step, tiles) in tiles.chunks_exact_mut(precision.pieces()).enumerate() {
+            let mut rows = [[0.0; EDGE]; DEPTH];
+            if width > 0 {
+                for (row, number) in rows.iter_mut().zip(step * DEPTH..depth) {
+                    row[..width].copy_from_slice(&from[number * stride + first..][..width]);
+                }
+            }
+            match precision {
+                Precision::F32 => singles_mut(tiles).copy_from_slice(rows.as_flattened()),
+                Precision::Int8 => int8::write_columns(&mut tiles[0], &rows),
+                Precision::Bf16 | Precision::Bf16x3 => {
+                    for (pair, [upper, lower]) in rows.as_chunks().0.iter().enumerate() {
+                        let mut numbers = [0.0; DEPTH];
+                        for column in 0..EDGE {
+                            numbers[2 * column] = upper[column];
+                            numbers[2 * column + 1] = lower[column];
+                        }
+                        pieces(&numbers, tiles, pair * DEPTH);
                     }
-                    numbers
-                };
-                let (upper, lower) = (row(step * DEPTH + 2 * pair), row(step * DEPTH + 2 * pair + 1));
-                if single {
-                    let out = &mut singles_mut(tiles)[2 * pair * EDGE..][..2 * EDGE];
-                    out[..EDGE].copy_from_slice(&upper);
-                    out[EDGE..].copy_from_slice(&lower);
-                    continue;
                 }
-                let mut numbers = [0.0; DEPTH];
-                for column in 0..EDGE {
-                    numbers[2 * column] = upper[column];
-                    numbers[2 * column + 1] = lower[column];
-                }
-                pieces(&numbers, tiles, pair * DEPTH);
             }
         }
     }

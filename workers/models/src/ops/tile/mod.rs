@@ -1,4 +1,5 @@
-//! Products of matrices that lie in tiles, with sums in f32: of bfloat16 by the instructions that processors have for them, and of f32.
+//! Products of matrices that lie in tiles, with sums in f32: of bfloat16 by the instructions that processors have for them, of f32, and
+//! of 8-bit integers.
 //!
 //! candle's CPU backend has no product of bfloat16. On a processor with AMX it is about six times as fast as one of f32. What lies in tiles is
 //! laid out once, and what comes before and behind a product is done while its rows are in the cache.
@@ -10,6 +11,7 @@ mod amx;
 mod avx512;
 mod fma;
 mod heads;
+mod int8;
 mod layout;
 mod math;
 mod ops;
@@ -99,6 +101,8 @@ enum Instructions {
     Amx,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
     Fma,
 }
 
@@ -112,6 +116,8 @@ impl Instructions {
                 (amx::available as fn() -> bool, Self::Amx),
                 #[cfg(target_arch = "x86_64")]
                 (avx512::available as fn() -> bool, Self::Avx512),
+                #[cfg(target_arch = "x86_64")]
+                (int8::available, Self::Vnni),
                 (fma::available, Self::Fma),
             ]
             .into_iter()
@@ -122,7 +128,15 @@ impl Instructions {
 
     /// Whether they make products of this precision.
     fn makes(self, precision: Precision) -> bool {
-        (self == Self::Fma) == (precision == Precision::F32)
+        match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx => matches!(precision, Precision::Bf16 | Precision::Bf16x3),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => matches!(precision, Precision::Bf16 | Precision::Bf16x3),
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni => precision == Precision::Int8,
+            Self::Fma => precision == Precision::F32,
+        }
     }
 
     fn best(precision: Precision) -> Option<Self> {
@@ -131,14 +145,9 @@ impl Instructions {
 }
 
 /// Whether this processor has instructions for products of this precision.
-pub(crate) fn multiplies(precision: Precision) -> bool {
-    Instructions::best(precision).is_some()
-}
-
-/// Whether this processor has instructions that multiply bfloat16.
 #[must_use]
-pub fn has_bf16() -> bool {
-    multiplies(Precision::Bf16)
+pub fn multiplies(precision: Precision) -> bool {
+    Instructions::best(precision).is_some()
 }
 
 /// Whether this processor makes products of this precision faster than those of f32.
@@ -150,6 +159,8 @@ pub fn is_fast(precision: Precision) -> bool {
         // Three products for one are what two of f32 are.
         #[cfg(target_arch = "x86_64")]
         Some(Instructions::Avx512) => precision == Precision::Bf16 && avx512::is_fast(),
+        #[cfg(target_arch = "x86_64")]
+        Some(Instructions::Vnni) => true,
         _ => false,
     }
 }
@@ -160,6 +171,9 @@ enum Kernel {
     Amx(amx::Session),
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// For so many rows.
+    #[cfg(target_arch = "x86_64")]
+    Vnni(usize),
     /// For so many rows.
     Fma(usize),
 }
@@ -172,6 +186,8 @@ impl Kernel {
             Instructions::Amx => Self::Amx(amx::Session::start(rows)),
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512 => Self::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Vnni => Self::Vnni(rows),
             Instructions::Fma => Self::Fma(rows),
         }
     }
@@ -224,6 +240,8 @@ impl Kernel {
             Self::Amx(ref session) => session.multiply(&operands, out, stride),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::multiply(&operands, out, stride),
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni(count) => int8::multiply(&operands, count - row * rows, out, stride),
             Self::Fma(count) => fma::multiply(&operands, count - row * rows, out, stride),
         }
     }

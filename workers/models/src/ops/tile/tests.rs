@@ -8,13 +8,13 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use super::absorbed::{Absorbed, States};
 use super::heads::{Heads, Tokens, attend_itself};
 use super::product::{Inputs, Norm, Weights};
-use super::{Instructions, Precision, has_bf16};
+use super::{Instructions, Precision, multiplies};
 use crate::ops::Activation;
 
 /// All that this machine can do.
 fn ways() -> impl Iterator<Item = (Instructions, Precision)> {
     let of = |precision| move |&instructions: &Instructions| instructions.makes(precision).then_some((instructions, precision));
-    let precisions = [Precision::Bf16, Precision::Bf16x3, Precision::F32];
+    let precisions = [Precision::Int8, Precision::Bf16, Precision::Bf16x3, Precision::F32];
     precisions.into_iter().flat_map(move |precision| Instructions::found().iter().filter_map(of(precision)))
 }
 
@@ -30,6 +30,7 @@ fn random(count: usize, seed: u64) -> Vec<f32> {
 /// How far a sum of products may be off, of the sum of their magnitudes.
 fn tolerance(precision: Precision) -> f64 {
     match precision {
+        Precision::Int8 => 2f64.powi(-6),
         Precision::Bf16 => 2f64.powi(-7),
         Precision::Bf16x3 => 2f64.powi(-15),
         Precision::F32 => 2f64.powi(-20),
@@ -42,9 +43,12 @@ fn bare(x: &[f32]) -> Inputs<'_> {
 
 #[test]
 fn a_processor_with_instructions_is_known_to_have_them() {
-    assert_eq!(has_bf16(), ways().any(|(_, precision)| precision == Precision::Bf16));
+    for precision in [Precision::Int8, Precision::Bf16, Precision::Bf16x3, Precision::F32] {
+        assert_eq!(multiplies(precision), ways().any(|(_, made)| made == precision));
+    }
     #[cfg(target_arch = "x86_64")]
     {
+        assert_eq!(multiplies(Precision::Int8), is_x86_feature_detected!("avx512vnni"));
         assert_eq!(Instructions::found().contains(&Instructions::Avx512), is_x86_feature_detected!("avx512bf16"));
         assert_eq!(ways().any(|(_, precision)| precision == Precision::F32), is_x86_feature_detected!("fma"));
     }
@@ -85,11 +89,31 @@ fn a_row_does_not_depend_on_the_others() {
 }
 
 #[test]
+fn what_is_not_a_number_spoils_its_row_alone() {
+    let (rows, inputs, outputs) = (20, 70, 40);
+    for (instructions, precision) in ways() {
+        for spoiled in [f32::NAN, f32::INFINITY] {
+            let (mut x, weight) = (random(rows * inputs, 31), random(outputs * inputs, 32));
+            x[7 * inputs + 50] = spoiled;
+            // Neither zeros nor tiny numbers have an inverse.
+            x[..inputs].fill(0.0);
+            x[inputs..2 * inputs].fill(1e-40);
+            let product = Weights::with(instructions, &weight, &vec![0.0; outputs], precision).product(bare(&x), None);
+            for (row, numbers) in product.chunks_exact(outputs).enumerate() {
+                let finite = numbers.iter().all(|x| x.is_finite());
+                assert_eq!(finite, row != 7, "{instructions:?} {precision:?} row {row}: {numbers:?}");
+                assert!(row > 1 || numbers.iter().all(|x| x.abs() < 1e-30), "{instructions:?} {precision:?} row {row}");
+            }
+        }
+    }
+}
+
+#[test]
 fn norm_activation_and_addition_are_those_of_their_own() {
     let (rows, inputs, outputs) = (37, 96, 80);
     let (x, weight, bias) = (random(rows * inputs, 7), random(outputs * inputs, 8), random(outputs, 9));
     let (scale, shift, added) = (random(inputs, 10), random(inputs, 11), random(rows * outputs, 12));
-    for (instructions, precision) in ways().filter(|(_, precision)| *precision != Precision::Bf16) {
+    for (instructions, precision) in ways().filter(|(_, precision)| !matches!(precision, Precision::Int8 | Precision::Bf16)) {
         let weights = Weights::with(instructions, &weight, &bias, precision);
         let norm = Norm { weight: &scale, bias: &shift, eps: 1e-5 };
         let fused = weights.product(Inputs { x: &x, norm: Some(norm), added: Some(&added) }, Some(Activation::QuickGelu));
@@ -136,7 +160,7 @@ fn mix(scores: &[f64], value: impl Fn(usize) -> f64) -> f64 {
 fn attention_of_a_sequence_to_itself_equals_the_definition() {
     for (instructions, precision) in ways() {
         let most = match precision {
-            Precision::Bf16 => 2e-2,
+            Precision::Int8 | Precision::Bf16 => 2e-2,
             Precision::Bf16x3 => 1e-4,
             Precision::F32 => 1e-5,
         };
@@ -164,7 +188,7 @@ fn absorbed_cross_attention_equals_the_definition_whatever_else_is_asked() {
     let total = count * width;
     for (instructions, precision) in ways() {
         let most = match precision {
-            Precision::Bf16 => 4e-2,
+            Precision::Int8 | Precision::Bf16 => 4e-2,
             Precision::Bf16x3 => 2e-4,
             Precision::F32 => 1e-5,
         };

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""Does bootstrapping help? Trains models on what a run found, with and without captioner and filter, and compares them (BLIP, tables 1 and 4).
+
+    study.py CONFIG --capfilt PROGRAM --out FOLDER [--seeds 5] [--min-itm 0.33] [--set KEY=VALUE ...]
+             [--truth CORPUS/truth.jsonl --queries CORPUS/queries.tsv] [--no-plot]
+
+CONFIG is that of a run that begins without models: with [train.med], and a captioner and a filter that start from it. The run gathers, trains
+its first models and lets them write and judge captions. Then, for every seed and every arm, a new MED is trained on the arm's texts, for the
+same steps from the same kind of start, fine-tuned on what people wrote as a captioner and as a filter, and measured on the held-out pairs:
+
+    web         every text of the web
+    filter      those that the filter keeps
+    captioner   every text of the web, and every synthetic one
+    both        of both kinds those that the filter keeps
+    shared      the same by one model that is captioner and filter
+
+Each arm is a run of its own in the same store, so whatever is there is not done again: killed and called again, the study goes on. FOLDER gets
+study.json, README.md and plot.svg. The truth, if it is given, judges the filter and nothing else.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tomllib
+from glob import glob
+
+ARMS = ("web", "filter", "captioner", "both", "shared")
+METRICS = ("filter/tr_at_1", "filter/ir_at_1", "filter/tr_at_5", "filter/ir_at_5", "captioner/cider_d", "captioner/rouge_l", "filter/auroc")
+# Table 1 (14 million images, ViT-B) and table 4 of arXiv 2201.12086: COCO after fine-tuning, TR@1, IR@1, CIDEr.
+BLIP = {"web": (78.4, 60.7, 127.8), "filter": (79.1, 61.5, 128.2), "captioner": (79.7, 62.0, 128.9), "both": (80.6, 63.1, 129.7), "shared": (79.8, 62.2, 129.0)}
+# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Study:
+    def __init__(self, args):
+        self.args = args
+        with open(args.config, encoding="utf-8") as file:
+            self.text = file.read()
+        run = tomllib.loads(self.text)["run"]
+        self.name = run["name"]
+        changed = dict(change.split("=", 1) for change in args.set)
+        self.store = os.path.join(os.path.dirname(os.path.abspath(args.config)), changed.get("run.store", run["store"]))
+
+    def capfilt(self, config: str, *changes: str) -> None:
+        command = [self.args.capfilt, "run", config]
+        for change in (*self.args.set, *changes):
+            command += ["--set", change]
+        print("study:", " ".join(command[1:3] + list(changes)), flush=True)
+        # 4: done, though some addresses or tasks were given up
+        if subprocess.run(command).returncode not in (0, 4):
+            sys.exit(f"study: a run failed: {' '.join(command)}")
+
+    def records(self, pattern: str) -> list[dict]:
+        found = []
+        for path in sorted(glob(f"{self.store}/{pattern}")):
+            with open(path, encoding="utf-8") as file:
+                found.append(json.load(file))
+        return found
+
+    def trained(self, model: str | None) -> str:
+        """The MED that was trained from a model, or from none."""
+        for commit in self.records("commits/train/*.json"):
+            task = commit["task"]
+            if task["params"]["role"] == "med" and task.get("model") == model:
+                return commit["outputs"][0]["digest"]
+        sys.exit("study: there is no MED; the config needs a [train.med], and must name no models")
+
+    def shared_model(self, med: str) -> str:
+        """One model for both: the MED, fine-tuned with all its losses on what people wrote."""
+        tuned = tomllib.loads(self.text)["train"]["captioner"]
+        parts, keep = [], True
+        for line in self.text.splitlines():
+            if line.startswith("["):
+                keep = not line.startswith(("[train.captioner", "[train.filter"))
+            parts.append(line if keep else "")
+        config = f"{os.path.splitext(self.args.config)[0]}-shared.toml"
+        with open(config, "w", encoding="utf-8") as file:
+            file.write("\n".join(parts) + "\n")
+        steps = [f"train.med.{key}={tuned[key]}" for key in ("steps", "peak_lr", "web_weight", "synthetic_weight") if key in tuned]
+        self.capfilt(config, f"run.name={self.name}-shared", f"run.dataset={self.name}-shared", f"models.captioner={med}", f"models.filter={med}", "train.med.init=parent", *steps)
+        return self.trained(med)
+
+    def arm(self, arm: str, seed: int, captioner: str, filter: str) -> dict:
+        """Trains one arm and returns what its models reach."""
+        name = f"{self.name}-{arm}-{seed}"
+        filtered, captions = arm in ("filter", "both", "shared"), arm in ("captioner", "both", "shared")
+        self.capfilt(
+            self.args.config,
+            f"run.name={name}",
+            f"run.dataset={self.name}-{arm}",
+            f"models.captioner={captioner}",
+            f"models.filter={filter}",
+            f"build.min_itm={self.args.min_itm if filtered else 0.0}",
+            f"train.med.synthetic_weight={1.0 if captions else 0.0}",
+            "train.med.folds=1",
+            "train.filter.folds=1",
+            *(f"train.{role}.seed={seed}" for role in ("med", "captioner", "filter")),
+            "retrain.min_gain=1e9",
+        )
+        result = max(self.records(f"runs/{name}/results/*.json"), key=lambda r: r["finished_at_ms"])
+        version = self.records(f"datasets/{result['dataset']['name']}/{result['dataset']['version']}.json")
+        counts = version[0]["counts"] if version else {}
+        return {"arm": arm, "seed": seed, "texts": counts, "metrics": result["challenger_metrics"]}
+
+    def judged(self, arm: str) -> dict | None:
+        """What the filter made of texts whose truth is known."""
+        if not self.args.truth:
+            return None
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../tests/judge_corpus.py")
+        out = os.path.join(self.args.out, f"judged-{arm}.json")
+        judge = [sys.executable, script, "--truth", self.args.truth, "--store", self.store, "--queries", self.args.queries]
+        if subprocess.run([*judge, "--dataset", f"{self.name}-{arm}", "--json", out]).returncode not in (0, 1):
+            sys.exit("study: the filter cannot be judged")
+        with open(out, encoding="utf-8") as file:
+            numbers = json.load(file)["filter"]
+        os.remove(out)
+        return numbers
+
+    def run(self) -> dict:
+        self.capfilt(self.args.config, "run.rounds=1", f"build.min_itm={self.args.min_itm}")
+        rounds = self.records(f"runs/{self.name}/rounds/*.json")
+        captioner, filter = rounds[0]["captioner"], rounds[0]["filter"]
+        shared = self.shared_model(self.trained(None))
+        runs = []
+        for seed in range(1, self.args.seeds + 1):
+            for arm in ARMS:
+                models = (shared, shared) if arm == "shared" else (captioner, filter)
+                runs.append(self.arm(arm, seed, *models))
+        return {
+            "min_itm": self.args.min_itm,
+            "steps": {role: tomllib.loads(self.text)["train"][role].get("steps") for role in ("med", "captioner", "filter")},
+            "runs": runs,
+            "arms": {arm: summary(runs, arm) for arm in ARMS},
+            "filter_on_known_noise": self.judged("both"),
+            "shared_filter_on_known_noise": self.judged("shared"),
+            "blip": {arm: dict(zip(("tr_at_1", "ir_at_1", "cider"), row)) for arm, row in BLIP.items()},
+        }
+
+
+def spread(values: list[float]) -> dict:
+    """The mean, and how far from it the true one may be with 95 % confidence."""
+    count = len(values)
+    half = STUDENT[min(count - 2, len(STUDENT) - 1)] * statistics.stdev(values) / math.sqrt(count) if count > 1 else None
+    return {"mean": statistics.fmean(values), "ci95": half}
+
+
+def summary(runs: list[dict], arm: str) -> dict:
+    """Each metric of an arm over the seeds, and what it has more than the texts of the web alone, seed by seed."""
+    of = lambda name, metric: [run["metrics"][metric] for run in runs if run["arm"] == name and metric in run["metrics"]]
+    out = {}
+    for metric in METRICS:
+        values, base = of(arm, metric), of("web", metric)
+        if values:
+            out[metric] = spread(values) | {"gain": spread([a - b for a, b in zip(values, base)])}
+    return out
+
+
+def number(value: dict, scale: float = 1.0, sign: str = "") -> str:
+    half = "" if value["ci95"] is None else f" ± {scale * value['ci95']:.3f}"
+    return f"{scale * value['mean']:{sign}.3f}{half}"
+
+
+def write_page(study: dict, path: str) -> None:
+    seeds = len({run["seed"] for run in study["runs"]})
+    lines = ["# Does bootstrapping help?", "", f"Made by `make study`: {seeds} seeds for each arm; means with 95 % confidence over the seeds.", ""]
+    lines += ["| texts | web | synthetic | human | TR@1 | IR@1 | CIDEr-D | BLIP: TR@1 | IR@1 | CIDEr |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for arm, found in study["arms"].items():
+        texts = next(run["texts"] for run in study["runs"] if run["arm"] == arm)
+        synthetic = texts.get("synthetic", 0) if arm not in ("web", "filter") else 0
+        cells = [arm, texts.get("web", 0), synthetic, texts.get("human", 0)]
+        cells += [number(found[m]) if m in found else "–" for m in ("filter/tr_at_1", "filter/ir_at_1", "captioner/cider_d")]
+        lines.append("| " + " | ".join(map(str, [*cells, *BLIP[arm]])) + " |")
+    lines += ["", "What an arm has more than `web`, seed by seed:", "", "| texts | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    for arm, found in study["arms"].items():
+        if arm != "web":
+            lines.append(f"| {arm} | " + " | ".join(number(found[m]["gain"], sign="+") if m in found else "–" for m in METRICS) + " |")
+    for title, key in (("The filter", "filter_on_known_noise"), ("The shared one", "shared_filter_on_known_noise")):
+        if numbers := study[key]:
+            lines += ["", f"{title} on {numbers['judged']} texts of known truth, {numbers['wrong']} of them wrong: {numbers['wrong_removed']:.1%} of the wrong ones removed, {numbers['right_kept']:.1%} of the right ones kept.", ""]
+            kinds = numbers["auroc_itm"]
+            lines += ["| AUROC | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+            for name in ("itm", "itc"):
+                row = numbers[f"auroc_{name}"]
+                lines.append(f"| {name.upper()} | " + " | ".join("–" if row[kind] is None else f"{row[kind]:.3f}" for kind in kinds) + " |")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def draw(study: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "study"
+    from matplotlib import pyplot
+
+    shown = ("filter/tr_at_1", "filter/ir_at_1", "captioner/cider_d")
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(11, 3.4), layout="constrained")
+    for axis, metric in zip(axes, shown):
+        for place, arm in enumerate(ARMS):
+            values = [run["metrics"][metric] for run in study["runs"] if run["arm"] == arm and metric in run["metrics"]]
+            found = study["arms"][arm].get(metric)
+            if found:
+                axis.errorbar(place, found["mean"], yerr=found["ci95"], fmt="o", capsize=4, color="C0")
+                axis.plot([place + 0.18] * len(values), values, ".", color="0.6", markersize=4)
+        axis.set_xticks(range(len(ARMS)), ARMS, rotation=30)
+        axis.set_title(metric)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--capfilt", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--min-itm", type=float, default=0.33)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--truth")
+    parser.add_argument("--queries")
+    parser.add_argument("--no-plot", action="store_true")
+    args = parser.parse_args()
+    os.makedirs(args.out, exist_ok=True)
+    study = Study(args).run()
+    with open(os.path.join(args.out, "study.json"), "w", encoding="utf-8") as file:
+        json.dump(study, file, indent=1)
+        file.write("\n")
+    write_page(study, os.path.join(args.out, "README.md"))
+    if not args.no_plot:
+        draw(study, os.path.join(args.out, "plot.svg"))
+    print(f"study: {args.out} has study.json, README.md" + ("" if args.no_plot else " and plot.svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Does bootstrapping help? Runs scripts/study.py with configs/study.toml on a corpus whose truth is known; takes hours on two cores.
+#
+#     scripts/study.sh CORPUS SERVER [FOLDER] [-- FURTHER ARGUMENTS OF study.py]
+#
+# CORPUS and SERVER are as for tests/judge_corpus.sh. FOLDER (default: .cache/study) keeps the store; called again with it, the study goes on.
+# docs/study gets the result.
+set -euo pipefail
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2 && exit 2; }
+[ $# -ge 2 ] || usage
+corpus=$(cd "$1" && pwd)
+server=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
+shift 2
+cd "$(dirname "$0")/.."
+folder=.cache/study
+if [ $# -gt 0 ] && [ "$1" != -- ]; then
+  folder=$1
+  shift
+fi
+[ $# -eq 0 ] || { [ "$1" = -- ] && shift; } || usage
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+command -v cargo >/dev/null || export PATH="$HOME/.cargo/bin:$PATH"
+python=.venv-study/bin/python
+
+scripts/setup.sh study
+cargo build --package capfilt --locked
+exec {lines}< <(exec "$python" "$server" "$corpus" --port 0 2>/dev/null)
+pid=$!
+trap 'kill "$pid" 2>/dev/null || true' EXIT
+read -r -t 60 -u "$lines" first || { echo "study: $server did not start" >&2 && exit 1; }
+port=$(sed -n 's/.*127\.0\.0\.1:\([0-9]\{1,\}\).*/\1/p' <<<"$first")
+[ -n "$port" ] || { echo "study: no port in the server's first line: $first" >&2 && exit 1; }
+
+cp configs/study.toml "$folder/study.toml"
+"$python" scripts/study.py "$folder/study.toml" --capfilt "${CARGO_TARGET_DIR:-target}/debug/capfilt" --out docs/study \
+  --truth "$corpus/truth.jsonl" --queries "$corpus/queries.tsv" \
+  --set "queries.path=$corpus/queries.tsv" --set "annotated.sources.0.annotations=$corpus/annotated/annotated.json" \
+  --set "heldout.sources.0.annotations=$corpus/heldout/seen.json" --set "worker.crawler.proxy=http://127.0.0.1:$port" "$@"

@@ -1,0 +1,41 @@
+//! The study of bootstrapping (`scripts/study.py`), at a size at which it shows that it works and nothing else.
+
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::world::{World, program};
+
+#[test]
+fn the_study_trains_every_arm_and_goes_on_where_it_stopped() {
+    let world = World::new(20);
+    world.begin_cold(2);
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let study = || {
+        let ran = Command::new(format!("{root}/.venv/bin/python"))
+            .arg(format!("{root}/scripts/study.py"))
+            .args(["run.toml", "--capfilt", program(), "--out", "study", "--seeds", "2", "--min-itm", "0.3", "--no-plot"])
+            .current_dir(world.folder.path())
+            .output()
+            .unwrap();
+        assert!(ran.status.success(), "{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+        serde_json::from_slice::<Value>(&std::fs::read(world.path("study/study.json")).unwrap()).unwrap()
+    };
+    let first = study();
+    assert_eq!(first["runs"].as_array().unwrap().len(), 10);
+    let auroc = |arm: &str| first["arms"][arm]["filter/auroc"]["mean"].as_f64().unwrap();
+    for arm in ["web", "filter", "captioner", "both", "shared"] {
+        assert!(auroc(arm) > 0.0 && auroc(arm) < 1.0, "{first}");
+        assert!(first["arms"][arm]["captioner/cider_d"]["gain"]["ci95"].is_f64(), "{first}");
+    }
+    // Every arm has its own texts, and every seed its own models.
+    let of = |number: usize| first["runs"][number]["metrics"].to_string();
+    assert!((1..10).all(|number| of(number) != of(0)), "{first}");
+    let page = std::fs::read_to_string(world.path("study/README.md")).unwrap();
+    assert!(page.contains("| shared |") && page.contains("127.8"), "{page}");
+
+    let commits = |stage: &str| std::fs::read_dir(world.path(&format!("store/commits/{stage}"))).unwrap().count();
+    let trained = commits("train");
+    assert_eq!(study(), first);
+    assert_eq!(commits("train"), trained);
+}
