@@ -14,7 +14,9 @@ fn the_study_trains_every_arm_and_goes_on_where_it_stopped() {
     let study = || {
         let ran = Command::new(format!("{root}/.venv/bin/python"))
             .arg(format!("{root}/scripts/study.py"))
-            .args(["run.toml", "--capfilt", program(), "--out", "study", "--seeds", "2", "--min-itm", "0.3", "--no-plot"])
+            .arg("--capfilt")
+            .arg(program())
+            .args(["run.toml", "--out", "study", "--seeds", "2", "--min-itm", "0.3", "--no-plot"])
             .current_dir(world.folder.path())
             .output()
             .unwrap();

@@ -59,7 +59,10 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
             let model = checkpoint(&Source::of_argument(&args.model)?, Some(&store)).await?;
             let members = capfilt_vision::files::members(&model.path);
             if args.member >= members {
-                return Err(Failure::Usage(format!("`{}` has no member {}, only {members}, counted from 0", args.model, args.member)));
+                return Err(Failure::Usage(format!(
+                    "`{}` has no member {}, only {members}, counted from 0",
+                    args.model, args.member
+                )));
             }
             export(&model.path.join(capfilt_vision::files::member(args.member)), &args.folder, args.overwrite)?;
             if args.store.json {

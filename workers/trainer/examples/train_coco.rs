@@ -19,7 +19,7 @@ use std::time::Instant;
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::device::Device;
 use capfilt_schemas::Origin;
-use capfilt_trainer::{EvaluateConfig, Metric, PairText, TrainConfig, TrainPair, TrainSet, evaluate, train};
+use capfilt_trainer::{EvaluateConfig, Member, Metric, PairText, TrainConfig, TrainPair, TrainSet, evaluate, train};
 use serde::Deserialize;
 
 #[derive(Default, Deserialize)]

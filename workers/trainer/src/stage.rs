@@ -137,7 +137,8 @@ impl Stage for EvaluateStage {
 /// Lines of a training log, no more than a chart can show, the last one among them.
 fn thinned(log: &[u8]) -> Vec<serde_json::Value> {
     const MOST: usize = 200;
-    let lines: Vec<serde_json::Value> = log.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
+    let lines: Vec<serde_json::Value> =
+        log.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
     let every = lines.len().div_ceil(MOST).max(1);
     let last = lines.len().saturating_sub(1);
     lines.into_iter().enumerate().filter(|(number, _)| (last - number).is_multiple_of(every)).map(|(_, line)| line).collect()
