@@ -48,9 +48,9 @@ class Study:
 
     def capfilt(self, config: str, *changes: str) -> None:
         command = [self.args.capfilt, "run", config]
-        for change in (*self.args.set, *changes):
+        for change in (*self.args.set, "run.rounds=1", *changes):
             command += ["--set", change]
-        print("study:", " ".join(command[1:3] + list(changes)), flush=True)
+        print("study:", " ".join([*command[1:3], *changes]), flush=True)
         # 4: done, though some addresses or tasks were given up
         if subprocess.run(command).returncode not in (0, 4):
             sys.exit(f"study: a run failed: {' '.join(command)}")
@@ -103,9 +103,8 @@ class Study:
             "retrain.min_gain=1e9",
         )
         result = max(self.records(f"runs/{name}/results/*.json"), key=lambda r: r["finished_at_ms"])
-        version = self.records(f"datasets/{result['dataset']['name']}/{result['dataset']['version']}.json")
-        counts = version[0]["counts"] if version else {}
-        return {"arm": arm, "seed": seed, "texts": counts, "metrics": result["challenger_metrics"]}
+        version = next(v for v in self.records(f"datasets/{self.name}-{arm}/*.json") if v["version"] == result["dataset"]["version"])
+        return {"arm": arm, "seed": seed, "texts": version["counts"], "metrics": result["challenger_metrics"]}
 
     def judged(self, arm: str) -> dict | None:
         """What the filter made of texts whose truth is known."""
@@ -122,7 +121,7 @@ class Study:
         return numbers
 
     def run(self) -> dict:
-        self.capfilt(self.args.config, "run.rounds=1", f"build.min_itm={self.args.min_itm}")
+        self.capfilt(self.args.config, f"build.min_itm={self.args.min_itm}")
         rounds = self.records(f"runs/{self.name}/rounds/*.json")
         captioner, filter = rounds[0]["captioner"], rounds[0]["filter"]
         shared = self.shared_model(self.trained(None))
