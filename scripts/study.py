@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does bootstrapping help? Trains models on what a run found, with and without captioner and filter, and compares them (BLIP, tables 1 and 4).
 
-    study.py CONFIG --capfilt PROGRAM --out FOLDER [--seeds 5] [--min-itm 0.33] [--set KEY=VALUE ...]
+    study.py CONFIG --capfilt PROGRAM --out FOLDER [--seeds 5] [--set KEY=VALUE ...]
              [--truth CORPUS/truth.jsonl --queries CORPUS/queries.tsv] [--no-plot]
 
 CONFIG is that of a run that begins without models: with [train.med], and a captioner and a filter that start from it. The run gathers, trains
@@ -28,7 +28,8 @@ import sys
 import tomllib
 from glob import glob
 
-ARMS = ("web", "filter", "captioner", "both", "shared")
+# Whether only what the filter keeps is trained on, and whether synthetic texts are.
+ARMS = {"web": (False, False), "filter": (True, False), "captioner": (False, True), "both": (True, True), "shared": (True, True)}
 METRICS = ("filter/tr_at_1", "filter/ir_at_1", "filter/tr_at_5", "filter/ir_at_5", "captioner/cider_d", "captioner/rouge_l", "filter/auroc")
 # Table 1 (14 million images, ViT-B) and table 4 of arXiv 2201.12086: COCO after fine-tuning, TR@1, IR@1, CIDEr.
 BLIP = {"web": (78.4, 60.7, 127.8), "filter": (79.1, 61.5, 128.2), "captioner": (79.7, 62.0, 128.9), "both": (80.6, 63.1, 129.7), "shared": (79.8, 62.2, 129.0)}
@@ -39,18 +40,23 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 class Study:
     def __init__(self, args):
         self.args = args
-        with open(args.config, encoding="utf-8") as file:
-            self.text = file.read()
-        run = tomllib.loads(self.text)["run"]
-        self.name = run["name"]
-        changed = dict(change.split("=", 1) for change in args.set)
-        self.store = os.path.join(os.path.dirname(os.path.abspath(args.config)), changed.get("run.store", run["store"]))
+        try:
+            with open(args.config, "rb") as file:
+                self.config = tomllib.load(file)
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            sys.exit(f"study: {args.config}: {error}")
+        for change in args.set:
+            change_setting(self.config, change)
+        if "models" in self.config or not {"med", "captioner", "filter"} <= self.config.get("train", {}).keys():
+            sys.exit(f"study: {args.config} must name no [models], and have [train.med], [train.captioner] and [train.filter]")
+        self.name = self.config["run"]["name"]
+        self.store = os.path.join(os.path.dirname(os.path.abspath(args.config)), self.config["run"]["store"])
 
-    def capfilt(self, config: str, *changes: str) -> None:
-        command = [self.args.capfilt, "run", config]
+    def capfilt(self, *changes: str) -> None:
+        command = [self.args.capfilt, "run", self.args.config]
         for change in (*self.args.set, "run.rounds=1", *changes):
             command += ["--set", change]
-        print("study:", " ".join([*command[1:3], *changes]), flush=True)
+        print("study: run", *changes, flush=True)
         # 4: done, though some addresses or tasks were given up
         if subprocess.run(command).returncode not in (0, 4):
             sys.exit(f"study: a run failed: {' '.join(command)}")
@@ -62,49 +68,48 @@ class Study:
                 found.append(json.load(file))
         return found
 
-    def trained(self, model: str | None) -> str:
-        """The MED that was trained from a model, or from none."""
-        for commit in self.records("commits/train/*.json"):
-            task = commit["task"]
-            if task["params"]["role"] == "med" and task.get("model") == model:
-                return commit["outputs"][0]["digest"]
-        sys.exit("study: there is no MED; the config needs a [train.med], and must name no models")
+    def med(self, run: str, model: str | None) -> str:
+        """The MED that a run has trained last, from a model or from none."""
+        trained = [c for c in self.records("commits/train/*.json") if c["run"] == run and c["task"]["params"]["role"] == "med" and c["task"].get("model") == model]
+        if not trained:
+            sys.exit(f"study: run {run} has trained no MED; the config needs a [train.med], and must name no models")
+        return max(trained, key=lambda c: c["committed_at_ms"])["outputs"][0]["digest"]
 
     def shared_model(self, med: str) -> str:
         """One model for both: the MED, fine-tuned with all its losses on what people wrote."""
-        tuned = tomllib.loads(self.text)["train"]["captioner"]
-        parts, keep = [], True
-        for line in self.text.splitlines():
-            if line.startswith("["):
-                keep = not line.startswith(("[train.captioner", "[train.filter"))
-            parts.append(line if keep else "")
-        config = f"{os.path.splitext(self.args.config)[0]}-shared.toml"
-        with open(config, "w", encoding="utf-8") as file:
-            file.write("\n".join(parts) + "\n")
-        steps = [f"train.med.{key}={tuned[key]}" for key in ("steps", "peak_lr", "web_weight", "synthetic_weight") if key in tuned]
-        self.capfilt(config, f"run.name={self.name}-shared", f"run.dataset={self.name}-shared", f"models.captioner={med}", f"models.filter={med}", "train.med.init=parent", *steps)
-        return self.trained(med)
+        tuned = self.config["train"]["captioner"]
+        name = f"{self.name}-shared"
+        self.capfilt(
+            f"run.name={name}",
+            f"run.dataset={name}",
+            f"models.captioner={med}",
+            f"models.filter={med}",
+            "train.med.init=parent",
+            *(f"train.med.{key}={tuned[key]}" for key in ("steps", "peak_lr", "web_weight", "synthetic_weight") if key in tuned),
+            "retrain.min_gain=1e9",
+        )
+        return self.med(name, med)
 
     def arm(self, arm: str, seed: int, captioner: str, filter: str) -> dict:
         """Trains one arm and returns what its models reach."""
-        name = f"{self.name}-{arm}-{seed}"
-        filtered, captions = arm in ("filter", "both", "shared"), arm in ("captioner", "both", "shared")
+        name, dataset = f"{self.name}-{arm}-{seed}", f"{self.name}-{arm}"
+        filtered, synthetic = ARMS[arm]
         self.capfilt(
-            self.args.config,
             f"run.name={name}",
-            f"run.dataset={self.name}-{arm}",
+            f"run.dataset={dataset}",
             f"models.captioner={captioner}",
             f"models.filter={filter}",
-            f"build.min_itm={self.args.min_itm if filtered else 0.0}",
-            f"train.med.synthetic_weight={1.0 if captions else 0.0}",
+            *([] if filtered else ["build.min_itm=0.0"]),
+            f"train.med.synthetic_weight={float(synthetic)}",
             "train.med.folds=1",
             "train.filter.folds=1",
             *(f"train.{role}.seed={seed}" for role in ("med", "captioner", "filter")),
             "retrain.min_gain=1e9",
         )
         result = max(self.records(f"runs/{name}/results/*.json"), key=lambda r: r["finished_at_ms"])
-        version = next(v for v in self.records(f"datasets/{self.name}-{arm}/*.json") if v["version"] == result["dataset"]["version"])
-        return {"arm": arm, "seed": seed, "texts": version["counts"], "metrics": result["challenger_metrics"]}
+        version = next(v for v in self.records(f"datasets/{dataset}/*.json") if v["version"] == result["dataset"]["version"])
+        texts = {origin: count for origin, count in version["counts"].items() if synthetic or origin != "synthetic"}
+        return {"arm": arm, "seed": seed, "texts": texts, "metrics": result["challenger_metrics"]}
 
     def judged(self, arm: str) -> dict | None:
         """What the filter made of texts whose truth is known."""
@@ -121,18 +126,16 @@ class Study:
         return numbers
 
     def run(self) -> dict:
-        self.capfilt(self.args.config, f"build.min_itm={self.args.min_itm}")
-        rounds = self.records(f"runs/{self.name}/rounds/*.json")
-        captioner, filter = rounds[0]["captioner"], rounds[0]["filter"]
-        shared = self.shared_model(self.trained(None))
+        self.capfilt()
+        first = self.records(f"runs/{self.name}/rounds/*.json")[0]
+        shared = self.shared_model(self.med(self.name, None))
         runs = []
         for seed in range(1, self.args.seeds + 1):
             for arm in ARMS:
-                models = (shared, shared) if arm == "shared" else (captioner, filter)
+                models = (shared, shared) if arm == "shared" else (first["captioner"], first["filter"])
                 runs.append(self.arm(arm, seed, *models))
         return {
-            "min_itm": self.args.min_itm,
-            "steps": {role: tomllib.loads(self.text)["train"][role].get("steps") for role in ("med", "captioner", "filter")},
+            "config": self.config,
             "runs": runs,
             "arms": {arm: summary(runs, arm) for arm in ARMS},
             "filter_on_known_noise": self.judged("both"),
@@ -141,21 +144,35 @@ class Study:
         }
 
 
+def change_setting(config: dict, change: str) -> None:
+    """As `--set` of capfilt does it: the value is TOML, or text if it is none."""
+    path, found, value = change.partition("=")
+    if not found:
+        sys.exit(f"study: --set {change}: write key=value")
+    *folders, last = path.split(".")
+    for key in folders:
+        config = config[int(key)] if isinstance(config, list) else config.setdefault(key, {})
+    try:
+        config[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        config[last] = value
+
+
 def spread(values: list[float]) -> dict:
     """The mean, and how far from it the true one may be with 95 % confidence."""
     count = len(values)
-    half = STUDENT[min(count - 2, len(STUDENT) - 1)] * statistics.stdev(values) / math.sqrt(count) if count > 1 else None
+    half = STUDENT[count - 2] * statistics.stdev(values) / math.sqrt(count) if count > 1 else None
     return {"mean": statistics.fmean(values), "ci95": half}
 
 
 def summary(runs: list[dict], arm: str) -> dict:
     """Each metric of an arm over the seeds, and what it has more than the texts of the web alone, seed by seed."""
-    of = lambda name, metric: [run["metrics"][metric] for run in runs if run["arm"] == name and metric in run["metrics"]]
+    of = lambda name, metric: {run["seed"]: run["metrics"][metric] for run in runs if run["arm"] == name and metric in run["metrics"]}
     out = {}
     for metric in METRICS:
         values, base = of(arm, metric), of("web", metric)
-        if values:
-            out[metric] = spread(values) | {"gain": spread([a - b for a, b in zip(values, base)])}
+        if gains := [value - base[seed] for seed, value in values.items() if seed in base]:
+            out[metric] = spread(list(values.values())) | {"gain": spread(gains)}
     return out
 
 
@@ -170,17 +187,18 @@ def write_page(study: dict, path: str) -> None:
     lines += ["| texts | web | synthetic | human | TR@1 | IR@1 | CIDEr-D | BLIP: TR@1 | IR@1 | CIDEr |", "|---|---|---|---|---|---|---|---|---|---|"]
     for arm, found in study["arms"].items():
         texts = next(run["texts"] for run in study["runs"] if run["arm"] == arm)
-        synthetic = texts.get("synthetic", 0) if arm not in ("web", "filter") else 0
-        cells = [arm, texts.get("web", 0), synthetic, texts.get("human", 0)]
+        cells = [arm, *(texts.get(origin, 0) for origin in ("web", "synthetic", "human"))]
         cells += [number(found[m]) if m in found else "–" for m in ("filter/tr_at_1", "filter/ir_at_1", "captioner/cider_d")]
-        lines.append("| " + " | ".join(map(str, [*cells, *BLIP[arm]])) + " |")
+        lines.append("| " + " | ".join(map(str, [*cells, *study["blip"][arm].values()])) + " |")
     lines += ["", "What an arm has more than `web`, seed by seed:", "", "| texts | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
     for arm, found in study["arms"].items():
         if arm != "web":
             lines.append(f"| {arm} | " + " | ".join(number(found[m]["gain"], sign="+") if m in found else "–" for m in METRICS) + " |")
     for title, key in (("The filter", "filter_on_known_noise"), ("The shared one", "shared_filter_on_known_noise")):
         if numbers := study[key]:
-            lines += ["", f"{title} on {numbers['judged']} texts of known truth, {numbers['wrong']} of them wrong: {numbers['wrong_removed']:.1%} of the wrong ones removed, {numbers['right_kept']:.1%} of the right ones kept.", ""]
+            removed, kept = (f"{numbers[key]:.1%}" for key in ("wrong_removed", "right_kept"))
+            found = f"{title} on {numbers['judged']} texts of known truth, {numbers['wrong']} of them wrong"
+            lines += ["", f"{found}: {removed} of the wrong ones removed, {kept} of the right ones kept.", ""]
             kinds = numbers["auroc_itm"]
             lines += ["| AUROC | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
             for name in ("itm", "itc"):
@@ -213,16 +231,17 @@ def draw(study: dict, path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("--capfilt", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--min-itm", type=float, default=0.33)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--truth")
-    parser.add_argument("--queries")
-    parser.add_argument("--no-plot", action="store_true")
+    parser.add_argument("config", help="of a run that begins without models")
+    parser.add_argument("--capfilt", required=True, help="the program")
+    parser.add_argument("--out", required=True, help="where the result goes")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(STUDENT) + 2), metavar="N", help="1 to 10; 5 if not given")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes the config, as that of capfilt")
+    parser.add_argument("--truth", help="what is really on the pages; with --queries")
+    parser.add_argument("--queries", help="the corpus's queries, for the judge")
+    parser.add_argument("--no-plot", action="store_true", help="needs no matplotlib")
     args = parser.parse_args()
+    if bool(args.truth) != bool(args.queries):
+        parser.error("--truth and --queries go together")
     os.makedirs(args.out, exist_ok=True)
     study = Study(args).run()
     with open(os.path.join(args.out, "study.json"), "w", encoding="utf-8") as file:

@@ -3,11 +3,13 @@
 #
 #     scripts/study.sh CORPUS SERVER [FOLDER] [-- FURTHER ARGUMENTS OF study.py]
 #
-# CORPUS and SERVER are as for tests/judge_corpus.sh. FOLDER (default: .cache/study) keeps the store; called again with it, the study goes on.
+# CORPUS and SERVER are as for tests/judge_corpus.sh. FOLDER (default: .cache/study) keeps the store and the reports; called again with it, the study goes on.
 # docs/study gets the result.
 set -euo pipefail
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2 && exit 2; }
 [ $# -ge 2 ] || usage
+[ -f "$1/truth.jsonl" ] || { echo "study: '$1' is no corpus: it has no truth.jsonl" >&2 && usage; }
+[ -f "$2" ] || { echo "study: there is no server '$2'" >&2 && usage; }
 corpus=$(cd "$1" && pwd)
 server=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 shift 2
@@ -32,8 +34,8 @@ read -r -t 60 -u "$lines" first || { echo "study: $server did not start" >&2 && 
 port=$(sed -n 's/.*127\.0\.0\.1:\([0-9]\{1,\}\).*/\1/p' <<<"$first")
 [ -n "$port" ] || { echo "study: no port in the server's first line: $first" >&2 && exit 1; }
 
-cp configs/study.toml "$folder/study.toml"
-"$python" scripts/study.py "$folder/study.toml" --capfilt "${CARGO_TARGET_DIR:-target}/debug/capfilt" --out docs/study \
+"$python" scripts/study.py configs/study.toml --capfilt "${CARGO_TARGET_DIR:-target}/debug/capfilt" --out docs/study \
   --truth "$corpus/truth.jsonl" --queries "$corpus/queries.tsv" \
+  --set "run.store=$folder/store" --set "worker.runtime.work_dir=$folder/work" --set "report.path=$folder/{run}.html" \
   --set "queries.path=$corpus/queries.tsv" --set "annotated.sources.0.annotations=$corpus/annotated/annotated.json" \
   --set "heldout.sources.0.annotations=$corpus/heldout/seen.json" --set "worker.crawler.proxy=http://127.0.0.1:$port" "$@"

@@ -14,10 +14,9 @@ import random
 import shutil
 import tarfile
 
-import numpy
 import torch
 from PIL import Image
-from transformers import BlipForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import BlipForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 
 
 def samples(folder: str) -> list[tuple[bytes, str]]:
@@ -35,23 +34,13 @@ def samples(folder: str) -> list[tuple[bytes, str]]:
     return found
 
 
-def pixels(image: bytes, settings: dict) -> torch.Tensor:
-    """One image as the checkpoint's preprocessor says."""
-    size = settings["size"]
-    shape = (size["width"], size["height"])
-    array = numpy.asarray(Image.open(io.BytesIO(image)).convert("RGB").resize(shape, Image.Resampling.BICUBIC), dtype=numpy.float32) / 255
-    normal = (array - numpy.array(settings["image_mean"])) / numpy.array(settings["image_std"])
-    return torch.from_numpy(normal.astype(numpy.float32)).permute(2, 0, 1)
-
-
 def main() -> None:
     export, champion, output = (os.environ[f"CAPFILT_{name}"] for name in ("EXPORT", "CHAMPION", "OUTPUT"))
     params = json.loads(os.environ["CAPFILT_PARAMS"])
     steps, batch, rate, seed = (params.get(key, usual) for key, usual in (("steps", 100), ("batch", 16), ("rate", 1e-4), ("seed", 0)))
     torch.manual_seed(seed)
     draw = random.Random(seed)
-    with open(f"{champion}/preprocessor_config.json", encoding="utf-8") as file:
-        settings = json.load(file)
+    preprocessor = BlipImageProcessor.from_pretrained(champion)
     model = BlipForConditionalGeneration.from_pretrained(champion)
     text = model.config.text_config
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{champion}/tokenizer.json")
@@ -65,8 +54,9 @@ def main() -> None:
         longest = max(map(len, rows))
         ids = torch.tensor([row + [text.pad_token_id] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        images = torch.stack([pixels(image, settings) for image, _ in drawn])
-        loss = model(pixel_values=images, input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        images = [Image.open(io.BytesIO(image)).convert("RGB") for image, _ in drawn]
+        pixels = preprocessor(images=images, return_tensors="pt")["pixel_values"]
+        loss = model(pixel_values=pixels, input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

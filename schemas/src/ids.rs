@@ -75,13 +75,6 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// The fold that a sample falls into, of `of` that are about equally large: a function of its id alone.
-#[must_use]
-pub fn fold(sample_id: &str, of: usize) -> usize {
-    let [.., a, b, c, d] = *Digest::of(sample_id.as_bytes()).as_bytes();
-    (u32::from_be_bytes([a, b, c, d]) as usize) % of.max(1)
-}
-
 /// The name of a task: the digest of everything that can change its output (see [`Task::id`](crate::Task::id)).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Debug)]
 #[serde(transparent)]
@@ -150,6 +143,13 @@ pub fn sample_id(url: &str, text: &str) -> String {
     hash.update([0]);
     hash.update(text.as_bytes());
     hex::encode(&hash.finalize()[..16])
+}
+
+/// The fold that a sample falls into, of `folds` that are about equally large: a function of its id alone.
+#[must_use]
+pub fn fold(sample_id: &str, folds: usize) -> usize {
+    let [.., a, b, c, d] = *Digest::of(sample_id.as_bytes()).as_bytes();
+    (u32::from_be_bytes([a, b, c, d]) as usize) % folds.max(1)
 }
 
 #[cfg(test)]

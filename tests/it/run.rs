@@ -111,7 +111,7 @@ fn without_rounds_it_gathers_and_needs_no_models() {
 #[test]
 fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
     let world = World::new(20);
-    world.begin_cold(2);
+    world.begin_cold();
     let one = ["run.rounds=1", "build.min_itm=0.0"];
     let run = world.run(&one);
     assert_eq!((&run["complete"], &run["tasks_given_up"]), (&Value::from(true), &Value::from(0)));
@@ -129,7 +129,7 @@ fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
     assert_eq!(world.json(&["store", "check", "--store", "store", "--json"])["findings"].as_array().unwrap().len(), 0);
 
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "train.med.folds=3"]);
-    assert!(code == 2 && said.contains("train.filter.folds is 2, but train.med.folds is 3"), "{said}");
+    assert!(code == 2 && said.contains("train.filter.folds is 2, but train.med.folds is 3: it would start from a MED"), "{said}");
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "models.captioner=promoted"]);
     assert!(code == 2 && said.contains("name both, or neither"), "{said}");
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "retrain.enabled=false"]);

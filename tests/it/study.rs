@@ -9,14 +9,14 @@ use crate::world::{World, program};
 #[test]
 fn the_study_trains_every_arm_and_goes_on_where_it_stopped() {
     let world = World::new(20);
-    world.begin_cold(2);
+    world.begin_cold();
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
     let study = || {
         let ran = Command::new(format!("{root}/.venv/bin/python"))
             .arg(format!("{root}/scripts/study.py"))
             .arg("--capfilt")
             .arg(program())
-            .args(["run.toml", "--out", "study", "--seeds", "2", "--min-itm", "0.3", "--no-plot"])
+            .args(["run.toml", "--out", "study", "--seeds", "2", "--set", "build.min_itm=0.3", "--no-plot"])
             .current_dir(world.folder.path())
             .output()
             .unwrap();

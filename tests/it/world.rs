@@ -213,8 +213,8 @@ allow_networks = ["127.0.0.0/8"]
         )
     }
 
-    /// Lets the config begin without models: a MED is pre-trained, the first captioner and filter start from it, and filter and MED have `folds`.
-    pub(crate) fn begin_cold(&self, folds: usize) {
+    /// Lets the config begin without models: a MED is pre-trained, the first captioner and filter start from it, and filter and MED are cross-fitted.
+    pub(crate) fn begin_cold(&self) {
         let config = std::fs::read_to_string(self.path("run.toml")).unwrap();
         let (before, rest) = config.split_once("[models]").unwrap();
         let (_, build) = rest.split_once("[build]").unwrap();
@@ -222,9 +222,9 @@ allow_networks = ["127.0.0.0/8"]
         let (_, worker) = rest.split_once("[report]").unwrap();
         let fine_tuned = "init = 'med'\nsteps = 3\nbatch = 8\nweb_weight = 0.0\nsynthetic_weight = 0.0\nmomentum = 0.0\n";
         let train = format!(
-            "[train.med]\nfolds = {folds}\nsteps = 4\nbatch = 8\nqueue = 16\nvocab_size = 120\n[train.med.model]\nimage_size = 32\n\
+            "[train.med]\nfolds = 2\nsteps = 4\nbatch = 8\nqueue = 16\nvocab_size = 120\n[train.med.model]\nimage_size = 32\n\
              patch_size = 16\nwidth = 32\nheads = 2\nvision_layers = 1\ntext_layers = 1\nprojection = 16\n[train.captioner]\n{fine_tuned}\
-             [train.filter]\nfolds = {folds}\n{fine_tuned}"
+             [train.filter]\nfolds = 2\n{fine_tuned}"
         );
         std::fs::write(self.path("run.toml"), format!("{before}[build]{build}{train}[report]{worker}")).unwrap();
     }

@@ -311,13 +311,11 @@ impl RunConfig {
             return Err(Failure::Usage(format!("train.{role}.init is \"{med}\", but there is no [train.{med}]")));
         }
         let folds = |role: &str| params.get(role).map_or(1, |params| params["folds"].as_u64().unwrap_or(1));
-        if let Some(role) =
-            params.keys().find(|role| params[*role]["init"] == med && folds(role) > 1 && folds(role) != folds(med))
-        {
+        let filter = capfilt_coordinator::retrain::FILTER;
+        if params.get(filter).is_some_and(|params| params["init"] == med) && folds(filter) != folds(med) {
+            let (own, meds) = (folds(filter), folds(med));
             return Err(Failure::Usage(format!(
-                "train.{role}.folds is {}, but train.{med}.folds is {}: its members would start from one that has seen what they judge",
-                folds(role),
-                folds(med)
+                "train.{filter}.folds is {own}, but train.{med}.folds is {meds}: it would start from a MED that has seen what it judges"
             )));
         }
         let cold = self.run.rounds > 0 && captioner.is_none();

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use capfilt_schemas::{AliasEvent, Digest, StageKind};
 use capfilt_store::{IMPORTED, ROLES, Store};
+use capfilt_vision::files::member_folders;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -57,14 +58,12 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
         ModelVerb::Export(args) => {
             let store = open(&args.store).await?;
             let model = checkpoint(&Source::of_argument(&args.model)?, Some(&store)).await?;
-            let members = capfilt_vision::files::members(&model.path);
-            if args.member >= members {
-                return Err(Failure::Usage(format!(
-                    "`{}` has no member {}, only {members}, counted from 0",
-                    args.model, args.member
-                )));
-            }
-            export(&model.path.join(capfilt_vision::files::member(args.member)), &args.folder, args.overwrite)?;
+            let members = member_folders(&model.path);
+            let Some(member) = members.get(args.member) else {
+                let (model, wanted, last) = (&args.model, args.member, members.len() - 1);
+                return Err(Failure::Usage(format!("`{model}` has no member {wanted}; its last one is {last}")));
+            };
+            export(member, &args.folder, args.overwrite)?;
             if args.store.json {
                 say_json(&json!({ "folder": args.folder }))?;
             } else {
@@ -268,6 +267,11 @@ pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: &Mo
 /// is brought into it.
 async fn import(store: Option<&Store>, source: &Source, folder: &Path, role: Option<&str>) -> Result<Digest, Failure> {
     usable(source, folder, role)?;
+    if member_folders(folder).len() > 1 {
+        return Err(Failure::Usage(format!(
+            "`{source}` holds several members of a model, which only the store keeps together; name one of them"
+        )));
+    }
     let written;
     let names = capfilt_vision::stored_files(folder).context("cannot read the checkpoint")?;
     let as_stored = names.iter().all(|name| folder.join(name).is_file());
@@ -380,21 +384,26 @@ async fn resolve(store: &Store, name: &str) -> Result<Digest, Failure> {
     }
 }
 
+/// The files of a model, those of all members, and how long they are.
+fn file_sizes(folder: &Path) -> std::io::Result<BTreeMap<String, u64>> {
+    let mut sizes = BTreeMap::new();
+    for member in member_folders(folder) {
+        for entry in std::fs::read_dir(&member)? {
+            let (path, data) = entry.and_then(|entry| Ok((entry.path(), entry.metadata()?)))?;
+            if let Some(name) = path.strip_prefix(folder).ok().filter(|_| data.is_file()) {
+                sizes.insert(name.display().to_string(), data.len());
+            }
+        }
+    }
+    Ok(sizes)
+}
+
 async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
     let digest = resolve(store, name).await?;
     let folder = checkpoint(&Source::Store(name.to_owned()), Some(store)).await?;
     let kind = capfilt_vision::kind_of(&folder.path).unwrap_or("no usable checkpoint");
-    let members = capfilt_vision::files::members(&folder.path);
-    let mut sizes = BTreeMap::<String, u64>::new();
-    for member in (0..members).map(capfilt_vision::files::member) {
-        for entry in std::fs::read_dir(folder.path.join(&member)).context("cannot read the model")? {
-            let entry = entry.context("cannot read the model")?;
-            let data = entry.metadata().context("cannot read the model")?;
-            if data.is_file() {
-                sizes.insert(member.join(entry.file_name()).display().to_string(), data.len());
-            }
-        }
-    }
+    let members = member_folders(&folder.path).len();
+    let sizes = file_sizes(&folder.path).context("cannot read the model")?;
     let mut events = Vec::new();
     for role in lists() {
         events.extend(store.alias_events(role).await?.into_iter().filter(|e| e.model == digest));

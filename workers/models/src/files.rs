@@ -1,4 +1,4 @@
-//! Which files a checkpoint is made of, by their names: of a folder, or of a repository that is yet to be fetched.
+//! Which files a checkpoint is made of, by their names: of a folder, or of a repository that is yet to be fetched; and where the members of a model lie.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -38,17 +38,20 @@ const VOCABULARIES: [&[&str]; 2] = [&["vocab.txt"], &["vocab.json", "merges.txt"
 /// The longest index of shards that is read.
 const MAX_INDEX_BYTES: u64 = 32 << 20;
 
-/// Where the member `number` of a model is, below the model's folder: the first one lies in that itself, so that whoever knows of no members opens it.
-/// Each was trained on other pairs, and judges those that it was not trained on.
+/// Where the member `number` of a cross-fitted model lies, below the model's folder: the first one in that itself, so that whoever knows of no members
+/// opens it. Each was trained on other pairs, and judges those that it was not trained on.
 #[must_use]
 pub fn member(number: usize) -> PathBuf {
-    if number == 0 { PathBuf::new() } else { PathBuf::from(format!("fold-{number}")) }
+    match number {
+        0 => PathBuf::new(),
+        _ => PathBuf::from(format!("fold-{number}")),
+    }
 }
 
-/// How many members the model in a folder has.
+/// The folders of the members of the model in a folder, the first of which is that folder.
 #[must_use]
-pub fn members(folder: &Path) -> usize {
-    (1..).take_while(|number| folder.join(member(*number)).is_dir()).count() + 1
+pub fn member_folders(folder: &Path) -> Vec<PathBuf> {
+    (0..).map(|number| folder.join(member(number))).take_while(|place| *place == folder || place.join(CONFIG).is_file()).collect()
 }
 
 /// The files of a checkpoint.

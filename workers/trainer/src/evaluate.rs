@@ -69,7 +69,7 @@ pub struct Metric {
 /// Metrics of a model on held-out pairs, in the order of their names: `captioner/…` if it has a decoder, `filter/…` if it has an
 /// encoder. All are in `0..=1` but CIDEr-D, which is in `0..=10`; higher is better for each.
 ///
-/// Captions are written greedily. The filter's area under the ROC curve sets each image's own captions against as many captions of
+/// The model computes in f32 on `device`. Captions are written greedily. The filter's area under the ROC curve sets each image's own captions against as many captions of
 /// other images, drawn by key; a caption that any image of the pair's concept shares word by word is never drawn as wrong for it.
 /// The pairs' pixels must be as large as the model's images.
 ///
@@ -152,6 +152,12 @@ struct HeldOut<'a> {
 }
 
 impl HeldOut<'_> {
+    /// Images that a device works on together: a CPU divides them itself.
+    fn together(&self, med: &Med) -> usize {
+        const GPU_BATCH: usize = 64;
+        if med.device().is_cpu() { self.pairs.len() } else { GPU_BATCH }
+    }
+
     fn judge_captioner(
         &self,
         med: &Med,
@@ -167,7 +173,10 @@ impl HeldOut<'_> {
         };
         let captioner = Captioner::new(med.clone(), tokenizer.clone(), greedy)?;
         let keys: Vec<&str> = self.pairs.iter().map(|pair| pair.sample_id.as_str()).collect();
-        let written = captioner.caption(&self.pixels, &keys, config.seed)?;
+        let mut written = Vec::new();
+        for (pixels, keys) in self.pixels.chunks(self.together(med)).zip(keys.chunks(self.together(med))) {
+            written.extend(captioner.caption(pixels, keys, config.seed)?);
+        }
         let cases = self
             .pairs
             .iter()
@@ -199,7 +208,10 @@ impl HeldOut<'_> {
                 own.chain(self.wrong_captions(i, config.seed)).collect()
             })
             .collect();
-        let scored = scorer.score(&self.pixels, &texts)?;
+        let mut scored = Vec::new();
+        for (pixels, texts) in self.pixels.chunks(self.together(med)).zip(texts.chunks(self.together(med))) {
+            scored.extend(scorer.score(pixels, texts)?);
+        }
         let (mut itm, mut itc, mut right, mut image_of) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (image, (pair, scores)) in self.pairs.iter().zip(scored).enumerate() {
             for (place, score) in scores.iter().enumerate() {

@@ -37,22 +37,22 @@ impl Mixture {
     }
 }
 
-/// A member of a model; a model without folds has one.
+/// A member of a cross-fitted model; any other has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Member {
-    /// Counted from 0; the number of the fold that it judges.
-    pub number: usize,
-    /// Members that the model has.
-    pub of: usize,
+    /// The fold that it judges, and is not trained on; counted from 0.
+    pub fold: usize,
+    /// Folds, and so members, that the model has.
+    pub folds: usize,
 }
 
 impl Member {
     /// The only one of a model, which is trained on everything.
-    pub const ONLY: Self = Self { number: 0, of: 1 };
+    pub const ONLY: Self = Self { fold: 0, folds: 1 };
 
     /// Whether the sample is one that the member judges, and so is not trained on.
     fn judges(self, sample_id: &str) -> bool {
-        self.of > 1 && fold(sample_id, self.of) == self.number
+        self.folds > 1 && fold(sample_id, self.folds) == self.fold
     }
 }
 
@@ -103,7 +103,10 @@ impl Sampler {
         let weight = mixture.human * human.len() as f64;
         let total = weight + other.len() as f64;
         if total <= 0.0 {
-            return fail("no pair may be drawn: the set is empty, or all its weights are 0".to_owned());
+            return fail(
+                "no pair may be drawn: the set is empty, all its weights are 0, or all pairs are in the fold that is left out"
+                    .to_owned(),
+            );
         }
         let pool = |name, pairs: Vec<usize>| Pool::new(name, &pairs, |pair| entries[pair].shard, window);
         Ok(Self { seed, mixture, human: pool("human", human), other: pool("other", other), human_share: weight / total })
@@ -278,8 +281,8 @@ mod tests {
     fn a_member_is_trained_on_all_but_its_fold() {
         let set = set(10, 30);
         let mut left_out = Vec::new();
-        for number in 0..3 {
-            let sampler = Sampler::new(&set, EVEN, 2, Member { number, of: 3 }, 1).unwrap();
+        for fold in 0..3 {
+            let sampler = Sampler::new(&set, EVEN, 2, Member { fold, folds: 3 }, 1).unwrap();
             let trained: BTreeSet<usize> = sampler.human.shards.iter().chain(&sampler.other.shards).flatten().copied().collect();
             assert_eq!(sampler.pairs(), trained.len());
             left_out.extend((0..40).filter(|pair| !trained.contains(pair)));

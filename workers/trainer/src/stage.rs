@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Float64Builder, ListBuilder, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, UInt32Type};
 use capfilt_models::checkpoint::Checkpoint;
-use capfilt_models::device::device;
+use capfilt_models::device::{Device, device};
 use capfilt_models::files;
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_blocking, rows};
 use capfilt_schemas::{Digest, FetchStatus, Origin, StageKind, Table, column};
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use crate::set::{Entry, StoredImages};
-use crate::train::LOG;
+use crate::train::{LOG, SETTINGS};
 use crate::{
     EvaluateConfig, Init, Member, Metric, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig,
     evaluate, train,
@@ -68,29 +68,7 @@ impl Stage for TrainStage {
             // Dropped with this future: a training that nobody waits for any more stops at its next log line.
             let _stop = work.cancel.clone().drop_guard();
             let progress = work.clone();
-            let run = move || {
-                let mut files = BTreeMap::new();
-                for number in 0..config.folds {
-                    let member = Member { number, of: config.folds };
-                    let folder = files::member(number);
-                    let parent = parent.as_deref().map(|parent| parent_of(member, parent, &config)).transpose()?;
-                    let scratch = scratch.join(&folder);
-                    std::fs::create_dir_all(&scratch).map_err(|source| TrainerError::Io { path: scratch.clone(), source })?;
-                    let (mut pairs_per_second, mut waited) = (0.0, 0.0);
-                    let trained = train(&pairs, &config, member, parent.as_ref(), &device, &scratch, |p| {
-                        (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
-                        progress.progress(number as u64 * p.steps + p.line.step, config.folds as u64 * p.steps, "steps");
-                        if progress.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-                    })?;
-                    let percent = 100.0 * waited;
-                    tracing::info!(role = ?config.role, "trained {pairs_per_second:.1} pairs/s; the model waited for pairs {percent:.1} % of the time");
-                    if number == 0 {
-                        progress.facts.set("log", thinned(&trained[LOG]));
-                    }
-                    files.extend(trained.into_iter().map(|(name, bytes)| (folder.join(name).display().to_string(), bytes)));
-                }
-                Ok(files)
-            };
+            let run = move || train_members(&pairs, &config, parent.as_deref(), &device, &scratch, &progress);
             let files = on_blocking(run).await?.map_err(caused)?;
             let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
             Ok::<_, StageError>(stream::iter(parts.into_iter().map(Ok)))
@@ -134,28 +112,64 @@ impl Stage for EvaluateStage {
     }
 }
 
+/// Trains the members of a model one after the other, and returns the files of all.
+fn train_members(
+    pairs: &TrainSet,
+    config: &TrainConfig,
+    parent: Option<&Path>,
+    device: &Device,
+    scratch: &Path,
+    work: &Work,
+) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
+    let mut files = BTreeMap::new();
+    for fold in 0..config.folds {
+        let (member, folder) = (Member { fold, folds: config.folds }, files::member(fold));
+        let parent = parent.map(|parent| parent_of(member, parent, config)).transpose()?;
+        let scratch = scratch.join(&folder);
+        std::fs::create_dir_all(&scratch).map_err(|source| TrainerError::Io { path: scratch.clone(), source })?;
+        let (mut pairs_per_second, mut waited) = (0.0, 0.0);
+        let trained = train(pairs, config, member, parent.as_ref(), device, &scratch, |p| {
+            (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
+            work.progress(fold as u64 * p.steps + p.line.step, config.folds as u64 * p.steps, "steps");
+            if work.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        let percent = 100.0 * waited;
+        tracing::info!(role = ?config.role, fold, "trained {pairs_per_second:.1} pairs/s; the model waited for pairs {percent:.1} % of the time");
+        if fold == 0 {
+            work.facts.set("log", thinned(&trained[LOG]));
+        }
+        files.extend(trained.into_iter().map(|(name, bytes)| (folder.join(name).display().to_string(), bytes)));
+    }
+    Ok(files)
+}
+
 /// Lines of a training log, no more than a chart can show, the last one among them.
 fn thinned(log: &[u8]) -> Vec<serde_json::Value> {
     const MOST: usize = 200;
     let lines: Vec<serde_json::Value> =
         log.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
     let every = lines.len().div_ceil(MOST).max(1);
-    let last = lines.len().saturating_sub(1);
-    lines.into_iter().enumerate().filter(|(number, _)| (last - number).is_multiple_of(every)).map(|(_, line)| line).collect()
+    let mut kept: Vec<_> = lines.into_iter().rev().step_by(every).collect();
+    kept.reverse();
+    kept
 }
 
-/// What a member starts from: the same member of the parent, which has not seen the pairs either that it will judge.
+/// What a member starts from: the same member of the parent, which has not seen the pairs either that it will judge; or a parent without members,
+/// if it was not trained here.
 fn parent_of(member: Member, folder: &Path, config: &TrainConfig) -> Result<Checkpoint, TrainerError> {
-    let members = files::members(folder);
-    if members == 1 || config.init == Init::Fresh || config.folds == 1 {
+    let Member { fold, folds } = member;
+    if config.init == Init::Fresh || folds == 1 {
         return Ok(Checkpoint::open(folder)?);
     }
-    if members != member.of {
-        let what =
-            format!("`folds` is {}, but the model to start from has {members} members, which have seen other pairs", member.of);
-        return Err(TrainerError::Config(what));
+    let members = files::member_folders(folder);
+    match members.len() {
+        1 if !folder.join(SETTINGS).exists() => Ok(Checkpoint::open(folder)?),
+        found if found == folds => Ok(Checkpoint::open(&members[fold])?),
+        found => Err(TrainerError::Config(format!(
+            "`folds` is {folds}, but the model to start from has {found}: its members have seen what these would judge; start \"fresh\", or from a MED \
+             with as many folds"
+        ))),
     }
-    Ok(Checkpoint::open(&folder.join(files::member(member.number)))?)
 }
 
 fn fail(e: capfilt_models::ModelError) -> StageError {

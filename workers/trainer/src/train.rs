@@ -20,7 +20,7 @@ use crate::{Init, TrainConfig, TrainSet, TrainerError};
 /// Name of the training log, lines of JSON ([`LogLine`]), among the files of a model.
 pub(crate) const LOG: &str = "training_log.jsonl";
 /// Name of the settings among the files of a model.
-const SETTINGS: &str = "training.json";
+pub(crate) const SETTINGS: &str = "training.json";
 
 /// One line of the training log: means over the steps since the line before.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,8 +52,8 @@ pub struct Progress<'a> {
 
 /// Trains one member of a model and returns its files, name → bytes: the checkpoint, the training log and the settings.
 ///
-/// The result depends on the pairs as a set, the settings, the parent and the kind of device alone. `resume_dir` takes the state of the
-/// unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may stop the run by
+/// The result depends on the pairs as a set, the settings, the member, the parent and the kind of device alone. `resume_dir`, one for each member,
+/// takes the state of the unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may stop the run by
 /// [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (`model.image_size`, or the parent's).
 ///
 /// # Errors

@@ -71,8 +71,7 @@ impl ImageScorer {
         }
         let dtype = NumberType::settle(config.dtype, worker);
         let device = device(&worker.device)?;
-        let (judge, preprocessors) =
-            Judge::open(filters.first().copied(), clips.first().copied(), config.first_token, dtype, &device)?;
+        let (judge, preprocessors) = Judge::open(&filters, clips.first().copied(), config.first_token, dtype, &device)?;
         Ok(Self { judge, preprocessors })
     }
 
@@ -84,7 +83,8 @@ impl ImageScorer {
     pub fn score(&self, images: &[Vec<u8>], texts: &[String]) -> Result<Vec<Result<Vec<TextScores>, String>>, ModelError> {
         answer(images.iter().map(Vec::as_slice).collect(), &self.preprocessors, |there, _| {
             let texts = vec![texts.to_vec(); there.len()];
-            self.judge.score(there, &texts, &[])
+            let ids = vec![String::new(); there.len()];
+            self.judge.score(there, &texts, &ids)
         })
     }
 }

@@ -5,7 +5,6 @@ use std::path::Path;
 use capfilt_models::ModelError;
 use capfilt_models::clip::{ClipScorer, clip_score};
 use capfilt_models::device::Device;
-use capfilt_models::files;
 use capfilt_models::preprocess::Preprocessor;
 use capfilt_models::score::{FilterScorer, ItmToken};
 use capfilt_schemas::fold;
@@ -36,37 +35,32 @@ pub struct TextScores {
 
 /// A filter, a CLIP, or both.
 pub(crate) struct Judge {
-    /// The members of the filter; none without one.
-    filter: Vec<FilterScorer>,
+    /// Of the filter; none without one.
+    members: Vec<FilterScorer>,
     clip: Option<ClipScorer>,
 }
 
 impl Judge {
-    /// From checkpoint folders; the image transforms are in the order of the models.
+    /// From checkpoint folders, of the filter those of its members; the image transforms are in the order of the models.
     pub(crate) fn open(
-        filter_folder: Option<&Path>,
+        filter_folders: &[impl AsRef<Path>],
         clip_folder: Option<&Path>,
         first_token: ItmToken,
         dtype: Option<NumberType>,
         device: &Device,
     ) -> Result<(Self, Vec<Preprocessor>), ModelError> {
-        let (mut members, mut preprocessors) = (Vec::new(), Vec::new());
-        if let Some(folder) = filter_folder {
-            for number in 0..files::members(folder) {
-                let (member, preprocessor) = filter(&folder.join(files::member(number)), first_token, dtype, device)?;
-                members.push(member);
-                // Members are alike but for their weights.
-                preprocessors = vec![preprocessor];
-            }
-        }
+        let opened = filter_folders.iter().map(|folder| filter(folder.as_ref(), first_token, dtype, device));
+        let (members, mut preprocessors): (Vec<_>, Vec<_>) = opened.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        // Members are alike but for their weights.
+        preprocessors.truncate(1);
         let clip = clip_folder.map(|folder| clip(folder, dtype, device)).transpose()?;
         let (clip, of_clip) = clip.unzip();
         preprocessors.extend(of_clip);
-        Ok((Self { filter: members, clip }, preprocessors))
+        Ok((Self { members, clip }, preprocessors))
     }
 
-    /// Scores `texts[i]`, each, against `images[i]`. Each image goes through each model once; of a filter with members, through that one which was
-    /// not trained on the sample `ids[i]`, or the first if its id is not known.
+    /// Scores `texts[i]`, each, against `images[i]`. Each image goes through each model once; of a filter with several members, through that
+    /// one which was not trained on the sample `ids[i]`.
     ///
     /// # Errors
     /// A model fails, or what it says is not a number.
@@ -77,14 +71,13 @@ impl Judge {
         ids: &[String],
     ) -> Result<Vec<Vec<TextScores>>, ModelError> {
         let mut scores: Vec<Vec<TextScores>> = texts.iter().map(|texts| vec![TextScores::default(); texts.len()]).collect();
-        let views = if self.filter.is_empty() { Vec::new() } else { take_view(&mut images) };
+        let views = if self.members.is_empty() { Vec::new() } else { take_view(&mut images) };
         let mut views: Vec<_> = views.into_iter().map(Some).collect();
-        for (number, filter) in self.filter.iter().enumerate() {
-            let judges = |place: usize| ids.get(place).map_or(0, |id| fold(id, self.filter.len())) == number;
-            let places: Vec<usize> = (0..texts.len()).filter(|place| judges(*place)).collect();
-            let views: Vec<_> = places.iter().filter_map(|&place| views[place].take()).collect();
-            let its_texts: Vec<_> = places.iter().map(|&place| texts[place].iter().collect()).collect::<Vec<Vec<_>>>();
-            for (&place, judged) in places.iter().zip(filter.score(&views, &its_texts)?) {
+        for (number, member) in self.members.iter().enumerate() {
+            let places: Vec<usize> = (0..ids.len()).filter(|place| fold(&ids[*place], self.members.len()) == number).collect();
+            let its_views: Vec<_> = places.iter().filter_map(|&place| views[place].take()).collect();
+            let its_texts: Vec<Vec<_>> = places.iter().map(|&place| texts[place].iter().collect()).collect();
+            for (&place, judged) in places.iter().zip(member.score(&its_views, &its_texts)?) {
                 for (text, judged) in scores[place].iter_mut().zip(judged) {
                     (text.itm_logits, text.itm, text.itc) = (Some(judged.logits), Some(judged.itm), Some(judged.itc));
                 }

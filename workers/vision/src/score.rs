@@ -7,6 +7,7 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, AsArray, Float32Array, Float32Builder, ListBuilder, RecordBatch};
 use arrow::datatypes::{DataType, Field};
 use capfilt_models::device::Device;
+use capfilt_models::files;
 use capfilt_models::score::ItmToken;
 use capfilt_runtime::{RowStream, Stage, StageError, Work};
 use capfilt_schemas::{Digest, StageKind, Table, column};
@@ -74,7 +75,7 @@ impl Stage for ScoreStage {
             let params: ScoreParams = work.params()?;
             let make = move |folders: &[PathBuf], device: &Device| {
                 let clip = folders.get(1).map(PathBuf::as_path);
-                Judge::open(Some(&folders[0]), clip, params.first_token, params.dtype, device)
+                Judge::open(&files::member_folders(&folders[0]), clip, params.first_token, params.dtype, device)
             };
             let loaded = slot.get(&work, params.clip.as_slice(), make).await?;
             let rows = prepared(input, Arc::clone(&loaded.preprocessors))

@@ -173,7 +173,7 @@ pub(super) fn curve(h: &mut Html, curve: &Curve) {
 }
 
 /// A small chart of points from left to right.
-pub(super) fn line(h: &mut Html, points: &[(f64, f64)]) {
+pub(super) fn sparkline(h: &mut Html, points: &[(f64, f64)]) {
     const W: f64 = 240.0;
     const H: f64 = 64.0;
     const MARGIN: f64 = 4.0;
@@ -210,8 +210,8 @@ mod tests {
     fn charts_of_nothing_are_no_error() {
         let mut h = Html::default();
         curve(&mut h, &Curve { points: vec![(1, None, Some(f64::NAN))] });
-        line(&mut h, &[(1.0, f64::NAN), (2.0, 3.0)]);
-        line(&mut h, &[]);
+        sparkline(&mut h, &[(1.0, f64::NAN), (2.0, 3.0)]);
+        sparkline(&mut h, &[]);
         histogram(&mut h, &[Series { name: "web", tone: "web", bins: vec![0; 20] }], Some(0.5));
         let page = h.finish();
         assert!(!page.contains("NaN") && !page.contains("inf"), "{page}");

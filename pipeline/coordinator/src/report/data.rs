@@ -51,7 +51,7 @@ pub(super) struct Round {
     facts: Value,
 }
 
-/// How a model learned.
+/// How a model learned; of one with several members, the first of them.
 #[derive(Debug)]
 pub(super) struct Training {
     pub(super) round: u32,
@@ -305,7 +305,8 @@ fn stage_lines(commits: &[&Commit], failures: &[Failure], input: &ReportInput) -
 fn trainings(shown: &[&Commit], rounds: &[Round]) -> Vec<Training> {
     let training = |commit: &&Commit| {
         let built: HashSet<Digest> = commit.task.inputs_of(Table::Dataset).collect();
-        let of_round = |r: &&Round| r.version.iter().flat_map(|v| &v.shards).any(|s| built.contains(&s.digest));
+        let of_round =
+            |r: &&Round| r.version.as_ref().is_some_and(|v| v.shards.iter().map(|s| s.digest).collect::<HashSet<_>>() == built);
         let (round, role) = (rounds.iter().find(of_round)?.number, commit.task.params["role"].as_str()?.to_owned());
         let mut losses = BTreeMap::<String, Vec<(f64, f64)>>::new();
         for line in commit.facts["log"].as_array()? {

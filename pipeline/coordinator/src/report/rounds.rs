@@ -1,11 +1,11 @@
-//! The sections on rounds, stages, failures, lineage and history.
+//! The sections on rounds, learning curves, stages, failures, lineage and history.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use capfilt_schemas::{Digest, StageKind};
 use serde_json::Value;
 
-use super::chart::{Curve, curve, line};
+use super::chart::{Curve, curve, sparkline};
 use super::data::{Report, Round};
 use super::html::{Html, count, date, duration, nothing, number, open, percent, shortened, title};
 
@@ -68,14 +68,19 @@ pub(super) fn learning(h: &mut Html, report: &Report) {
     if report.trainings.is_empty() {
         return;
     }
-    open(h, "learning", "Learning curves", &"Losses over the steps of a training, each from its largest to its smallest.");
+    open(
+        h,
+        "learning",
+        "Learning curves",
+        &"Losses at every logged step; the height of a chart runs from the smallest to the largest. ITC grows while the queue fills.",
+    );
     for training in &report.trainings {
         h.put("<h3>Round {}: {}</h3><div class=\"curves\">", &[&training.round, &training.role]);
         for (loss, points) in &training.losses {
             let (Some((_, first)), Some((steps, last))) = (points.first(), points.last()) else { continue };
             h.put("<figure><figcaption><b>{}</b>", &[&loss.to_uppercase()]);
             h.put("<span>{} → {} in {} steps</span></figcaption>", &[&number(*first), &number(*last), &count(*steps as u64)]);
-            line(h, points);
+            sparkline(h, points);
             h.raw("</figure>");
         }
         h.raw("</div>");

@@ -104,7 +104,7 @@ fn bf16(bits: __m512i) -> __m512bh {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_sums(sums: &[f32]) -> __m512 {
+pub(super) fn load_sums(sums: &[f32]) -> __m512 {
     assert!(sums.len() >= EDGE);
     // SAFETY: there are 16 numbers.
     unsafe { _mm512_loadu_ps(sums.as_ptr()) }
@@ -112,7 +112,7 @@ fn load_sums(sums: &[f32]) -> __m512 {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store(sums: __m512, out: &mut [f32]) {
+pub(super) fn store(sums: __m512, out: &mut [f32]) {
     assert!(out.len() >= EDGE);
     // SAFETY: there is room for 16 numbers.
     unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums) };

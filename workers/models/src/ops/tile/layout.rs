@@ -230,6 +230,25 @@ fn pieces(numbers: &[f32; DEPTH], tiles: &mut [Tile], at: usize) {
     }
 }
 
+/// Writes the tiles of a step of a right side.
+#[inline(always)]
+fn write_right(tiles: &mut [Tile], rows: &[[f32; EDGE]; DEPTH], precision: Precision) {
+    match precision {
+        Precision::F32 => singles_mut(tiles).copy_from_slice(rows.as_flattened()),
+        Precision::Int8 => int8::write_columns(&mut tiles[0], rows),
+        Precision::Bf16 | Precision::Bf16x3 => {
+            for (pair, [upper, lower]) in rows.as_chunks().0.iter().enumerate() {
+                let mut numbers = [0.0; DEPTH];
+                for column in 0..EDGE {
+                    numbers[2 * column] = upper[column];
+                    numbers[2 * column + 1] = lower[column];
+                }
+                pieces(&numbers, tiles, pair * DEPTH);
+            }
+        }
+    }
+}
+
 struct FillColumns<'a> {
     /// Of a block.
     tiles: &'a mut [Tile],
@@ -248,43 +267,16 @@ impl NullaryFnOnce for FillColumns<'_> {
     #[inline(always)]
     fn call(self) {
         let Self { tiles, precision, first, from, columns, depth, stride } = self;
-        let count = precision.pieces();
-        // One column's numbers as they would lie in a left side; their pairs then go to every 16th pair of the tile.
-        let mut row = [Tile::ZERO; 2];
-        let mut rows = [[0.0; EDGE]; DEPTH];
-        for (step, tiles) in tiles.chunks_exact_mut(count).enumerate() {
-            for column in 0..EDGE {
-                let number = first + column;
-                let from = if number < columns { &from[number * stride..][..depth] } else { &[] };
-                let part = from.get(step * DEPTH..).unwrap_or(&[]);
-                let mut numbers = [0.0; DEPTH];
-                let length = part.len().min(DEPTH);
-                numbers[..length].copy_from_slice(&part[..length]);
-                match precision {
-                    Precision::F32 => {
-                        for (out, number) in singles_mut(tiles)[column..].iter_mut().step_by(EDGE).zip(numbers) {
-                            *out = number;
-                        }
-                    }
-                    Precision::Int8 => {
-                        for (row, number) in rows.iter_mut().zip(numbers) {
-                            row[column] = number;
-                        }
-                    }
-                    Precision::Bf16 | Precision::Bf16x3 => {
-                        pieces(&numbers, &mut row[..count], 0);
-                        for (tile, row) in tiles.iter_mut().zip(&row) {
-                            for pair in 0..DEPTH / 2 {
-                                tile.0[pair * DEPTH + 2 * column] = row.0[2 * pair];
-                                tile.0[pair * DEPTH + 2 * column + 1] = row.0[2 * pair + 1];
-                            }
-                        }
-                    }
+        let width = columns.saturating_sub(first).min(EDGE);
+        for (step, tiles) in tiles.chunks_exact_mut(precision.pieces()).enumerate() {
+            let mut rows = [[0.0; EDGE]; DEPTH];
+            for column in 0..width {
+                let part = &from[(first + column) * stride..][step * DEPTH..depth.min((step + 1) * DEPTH)];
+                for (row, number) in rows.iter_mut().zip(part) {
+                    row[column] = *number;
                 }
             }
-            if precision == Precision::Int8 {
-                int8::write_columns(&mut tiles[0], &rows);
-            }
+            write_right(tiles, &rows, precision);
         }
     }
 }
@@ -315,20 +307,7 @@ impl NullaryFnOnce for FillRows<'_> {
                     row[..width].copy_from_slice(&from[number * stride + first..][..width]);
                 }
             }
-            match precision {
-                Precision::F32 => singles_mut(tiles).copy_from_slice(rows.as_flattened()),
-                Precision::Int8 => int8::write_columns(&mut tiles[0], &rows),
-                Precision::Bf16 | Precision::Bf16x3 => {
-                    for (pair, [upper, lower]) in rows.as_chunks().0.iter().enumerate() {
-                        let mut numbers = [0.0; DEPTH];
-                        for column in 0..EDGE {
-                            numbers[2 * column] = upper[column];
-                            numbers[2 * column + 1] = lower[column];
-                        }
-                        pieces(&numbers, tiles, pair * DEPTH);
-                    }
-                }
-            }
+            write_right(tiles, &rows, precision);
         }
     }
 }

@@ -18,6 +18,8 @@ mod ops;
 mod product;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use std::cell::Cell;
 use std::sync::OnceLock;
@@ -117,7 +119,7 @@ impl Instructions {
                 #[cfg(target_arch = "x86_64")]
                 (avx512::available as fn() -> bool, Self::Avx512),
                 #[cfg(target_arch = "x86_64")]
-                (int8::available, Self::Vnni),
+                (vnni::available, Self::Vnni),
                 (fma::available, Self::Fma),
             ]
             .into_iter()
@@ -171,10 +173,9 @@ enum Kernel {
     Amx(amx::Session),
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// For so many rows.
+    /// This and the next for so many rows.
     #[cfg(target_arch = "x86_64")]
     Vnni(usize),
-    /// For so many rows.
     Fma(usize),
 }
 
@@ -241,7 +242,7 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::multiply(&operands, out, stride),
             #[cfg(target_arch = "x86_64")]
-            Self::Vnni(count) => int8::multiply(&operands, count - row * rows, out, stride),
+            Self::Vnni(count) => vnni::multiply(&operands, count - row * rows, out, stride),
             Self::Fma(count) => fma::multiply(&operands, count - row * rows, out, stride),
         }
     }
