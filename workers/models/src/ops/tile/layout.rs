@@ -24,10 +24,6 @@ const MANY_TILES: usize = 64;
 #[repr(C, align(64))]
 pub(super) struct Tile(pub(super) [u16; EDGE * DEPTH]);
 
-impl Tile {
-    pub(super) const ZERO: Self = Self([0; EDGE * DEPTH]);
-}
-
 /// Tiles of f32: for each step [`EDGE`] by [`DEPTH`] numbers.
 #[inline(always)]
 pub(super) fn singles(tiles: &[Tile]) -> &[[f32; EDGE * DEPTH]] {

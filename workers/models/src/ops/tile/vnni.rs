@@ -2,8 +2,8 @@
 #![allow(unsafe_code, reason = "instructions that only some processors have; loads are bounded by the size of a tile")]
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512,
-    _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    __m512i, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
 };
 use std::hint::black_box;
 
