@@ -10,4 +10,5 @@ mod retry;
 mod run;
 mod study;
 mod takedown;
+mod trainers;
 mod world;

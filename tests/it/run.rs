@@ -221,39 +221,3 @@ fn models_are_promoted_and_rolled_back() {
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "run.name=other", "--set", &named]);
     assert!(code == 1 && said.contains("no usable captioner") && said.contains("text_decoder"), "{said}");
 }
-
-#[test]
-#[ignore = "needs PyTorch: TRANSFORMERS_PYTHON names a Python of scripts/requirements-goldens.txt"]
-fn an_external_trainer_in_pytorch_trains_on_the_exported_shards() {
-    let world = World::new(20);
-    let python = std::env::var("TRANSFORMERS_PYTHON").unwrap();
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/train_with_torch.py");
-    let command = format!("train.captioner={{ command = ['{python}', '{script}'], steps = 12, batch = 8, rate = 1e-3 }}");
-    let run = world.run(&[&command, "run.rounds=2", "build.min_itm=0.0", "retrain.confidence=0.0", "retrain.min_gain=-10"]);
-    assert_eq!(run["tasks_given_up"], 0);
-    let results = run["results"].as_array().unwrap();
-    let promoted = |round: usize| results[round]["promoted"].as_array().unwrap().iter().any(|role| role == "captioner");
-    assert!(promoted(0), "{}", results[0]);
-    // What it has trained is another model, and writes the captions of the next round.
-    let status = world.json(&["status", "run.toml", "--json", "--set", "run.rounds=2"]);
-    assert_ne!(status["rounds"][0]["captioner"], status["rounds"][1]["captioner"]);
-    assert_ne!(results[0]["metrics"]["captioner/rouge_l"], results[0]["challenger_metrics"]["captioner/rouge_l"]);
-}
-
-#[test]
-fn an_external_trainer_is_given_the_export_and_leaves_a_model() {
-    let world = World::new(20);
-    let script = "test -f $CAPFILT_EXPORT/manifest.json && cp $CAPFILT_CHAMPION/* $CAPFILT_OUTPUT && echo trained > $CAPFILT_OUTPUT/log.txt";
-    let command = format!("train.filter={{ command = ['sh', '-c', '{script}'] }}");
-    let run = world.run(&[&command, "run.rounds=1"]);
-    assert_eq!(run["tasks_given_up"], 0);
-    assert!(run["results"][0]["challenger_metrics"]["filter/auroc"].is_f64());
-    // Another run that shares the build has no version of its own yet; it must not depend on who built.
-    let other = world.run(&[&command, "run.rounds=1", "run.name=other"]);
-    assert_eq!(other["tasks_given_up"], 0);
-    let failing = "train.filter={ command = ['sh', '-c', 'echo out of paper >&2; exit 3'] }";
-    let (code, said) =
-        world.refuse(&["run", "run.toml", "--set", "run.rounds=1", "--set", failing, "--set", "worker.runtime.max_attempts=1"]);
-    assert_eq!(code, 1);
-    assert!(said.contains("out of paper"), "{said}");
-}

@@ -1,0 +1,101 @@
+//! Training by programs and services of others.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use axum::body::Body;
+use axum::http::{Method, Response, StatusCode};
+use serde_json::Value;
+
+use crate::world::World;
+
+#[test]
+#[ignore = "needs PyTorch: TRANSFORMERS_PYTHON names a Python of scripts/requirements-goldens.txt"]
+fn an_external_trainer_in_pytorch_trains_on_the_exported_shards() {
+    let world = World::new(20);
+    let python = std::env::var("TRANSFORMERS_PYTHON").unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/train_with_torch.py");
+    let command = format!("train.captioner={{ command = ['{python}', '{script}'], steps = 12, batch = 8, rate = 1e-3 }}");
+    let run = world.run(&[&command, "run.rounds=2", "build.min_itm=0.0", "retrain.confidence=0.0", "retrain.min_gain=-10"]);
+    assert_eq!(run["tasks_given_up"], 0);
+    let results = run["results"].as_array().unwrap();
+    let promoted = |round: usize| results[round]["promoted"].as_array().unwrap().iter().any(|role| role == "captioner");
+    assert!(promoted(0), "{}", results[0]);
+    // What it has trained is another model, and writes the captions of the next round.
+    let status = world.json(&["status", "run.toml", "--json", "--set", "run.rounds=2"]);
+    assert_ne!(status["rounds"][0]["captioner"], status["rounds"][1]["captioner"]);
+    assert_ne!(results[0]["metrics"]["captioner/rouge_l"], results[0]["challenger_metrics"]["captioner/rouge_l"]);
+}
+
+/// A service that trains by copying the champion, and is busy, then at work, before it is done. What it is asked is noted.
+fn training_service(runtime: &tokio::runtime::Runtime) -> (String, Arc<Mutex<Vec<Value>>>) {
+    let asked = Arc::new(Mutex::new(Vec::<Value>::new()));
+    let (noted, polls) = (Arc::clone(&asked), Arc::new(AtomicU64::new(0)));
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let app = axum::Router::new().fallback(move |method: Method, body: String| {
+        let answer = |code: StatusCode, body: &str| {
+            let answer = Response::builder().status(code).header("location", "/job").header("retry-after", "0");
+            answer.body(Body::from(body.to_owned())).unwrap()
+        };
+        let answer = match (method, polls.fetch_add(1, Ordering::Relaxed)) {
+            (_, 0) => answer(StatusCode::SERVICE_UNAVAILABLE, "busy"),
+            (Method::POST, _) => {
+                noted.lock().unwrap().push(serde_json::from_str(&body).unwrap());
+                answer(StatusCode::ACCEPTED, "")
+            }
+            (_, 2) => answer(StatusCode::ACCEPTED, ""),
+            _ => {
+                let job = noted.lock().unwrap()[0].clone();
+                for file in std::fs::read_dir(job["champion"].as_str().unwrap()).unwrap() {
+                    let file = file.unwrap();
+                    std::fs::copy(file.path(), Path::new(job["output"].as_str().unwrap()).join(file.file_name())).unwrap();
+                }
+                answer(StatusCode::OK, "{}")
+            }
+        };
+        async move { answer }
+    });
+    runtime.spawn(async move { axum::serve(listener, app).await });
+    (address, asked)
+}
+
+#[test]
+fn a_service_is_asked_to_train_and_waited_for() {
+    let world = World::new(20);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (address, asked) = training_service(&runtime);
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let command =
+        |url: &str| format!("train.filter={{ command = ['python3', '{root}/configs/trainers/webhook.py', '{url}'], steps = 7 }}");
+    let run = world.run(&[&command(&address), "run.rounds=1"]);
+    assert_eq!(run["tasks_given_up"], 0);
+    assert!(run["results"][0]["challenger_metrics"]["filter/auroc"].is_f64());
+    let asked = asked.lock().unwrap();
+    assert_eq!((asked.len(), &asked[0]["role"], &asked[0]["params"]["steps"]), (1, &Value::from("filter"), &Value::from(7)));
+    assert!(asked[0]["export"].as_str().is_some_and(|folder| folder.starts_with('/')), "{asked:?}");
+
+    let lost = ["run", "run.toml", "--set", "run.rounds=1", "--set", "worker.runtime.max_attempts=1", "--set"];
+    let refused = world.command(&lost).arg(command("http://127.0.0.1:9/jobs")).env("WEBHOOK_PATIENCE", "0").output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("http://127.0.0.1:9/jobs cannot be reached"), "{said}");
+}
+
+#[test]
+fn an_external_trainer_is_given_the_export_and_leaves_a_model() {
+    let world = World::new(20);
+    let script = "test -f $CAPFILT_EXPORT/manifest.json && cp $CAPFILT_CHAMPION/* $CAPFILT_OUTPUT && echo trained > $CAPFILT_OUTPUT/log.txt";
+    let command = format!("train.filter={{ command = ['sh', '-c', '{script}'] }}");
+    let run = world.run(&[&command, "run.rounds=1"]);
+    assert_eq!(run["tasks_given_up"], 0);
+    assert!(run["results"][0]["challenger_metrics"]["filter/auroc"].is_f64());
+    // Another run that shares the build has no version of its own yet; it must not depend on who built.
+    let other = world.run(&[&command, "run.rounds=1", "run.name=other"]);
+    assert_eq!(other["tasks_given_up"], 0);
+    let failing = "train.filter={ command = ['sh', '-c', 'echo out of paper >&2; exit 3'] }";
+    let (code, said) =
+        world.refuse(&["run", "run.toml", "--set", "run.rounds=1", "--set", failing, "--set", "worker.runtime.max_attempts=1"]);
+    assert_eq!(code, 1);
+    assert!(said.contains("out of paper"), "{said}");
+}
