@@ -41,7 +41,8 @@ def main() -> None:
     torch.manual_seed(seed)
     draw = random.Random(seed)
     preprocessor = BlipImageProcessor.from_pretrained(champion)
-    model = BlipForConditionalGeneration.from_pretrained(champion)
+    # The checkpoint may be stored in half precision, in which AdamW does not work.
+    model = BlipForConditionalGeneration.from_pretrained(champion, dtype=torch.float32)
     text = model.config.text_config
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{champion}/tokenizer.json")
     pairs = samples(export)
