@@ -270,6 +270,7 @@ impl RunConfig {
         self.worker.vision.check().map_err(|e| usage(&format!("worker.vision.device: {e}")))?;
         self.worker.trainer.check().map_err(|e| usage(&format!("worker.trainer.device: {e}")))?;
         self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
+        self.evaluate.check().map_err(|e| usage(&format!("[evaluate] {e}")))?;
         if self.discover.sources.is_empty() && self.annotated.sources.is_empty() {
             return Err(Failure::Usage("nothing says where pairs come from; add [[discover.sources]]".to_owned()));
         }

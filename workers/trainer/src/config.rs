@@ -1,7 +1,8 @@
 //! Settings of a training run.
 
 use capfilt_models::ModelError;
-use capfilt_models::config::{MedConfig, TextConfig};
+use capfilt_models::clip::{ClipConfig, ClipFamily, ClipTextConfig, ClipVision, ResNetConfig};
+use capfilt_models::config::{MedConfig, TextConfig, VisionConfig};
 use capfilt_models::device::{DType, built_for, check_name};
 use capfilt_models::special;
 use capfilt_models::train::{AdamWConfig, Augmentation, Precision, Recipe, Role, Schedule};
@@ -95,6 +96,19 @@ pub struct ModelSize {
     pub projection: usize,
     /// Longest text that it has positions for (BLIP base: 512).
     pub positions: usize,
+    /// In place of the vision transformer, for a CLIP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resnet: Option<ResNetSize>,
+}
+
+/// Sizes of CLIP's modified ResNet; the heads of its attention pool are 64 wide.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResNetSize {
+    /// Bottleneck blocks of the four stages (RN50: 3, 4, 6, 3).
+    pub layers: [usize; 4],
+    /// Channels after the stem (RN50: 64); the last stage has 32 times as many.
+    pub width: usize,
 }
 
 impl Default for ModelSize {
@@ -110,11 +124,42 @@ impl Default for ModelSize {
             text_layers: tiny.text_config.num_hidden_layers,
             projection: tiny.image_text_hidden_size,
             positions: tiny.text_config.max_position_embeddings,
+            resnet: None,
         }
     }
 }
 
 impl ModelSize {
+    /// The architecture of a CLIP with a vocabulary of `vocab_size`, whose last token ends a text.
+    pub(crate) fn clip(&self, vocab_size: usize) -> ClipConfig {
+        let Self { image_size, patch_size, width, heads, .. } = *self;
+        let vision = match &self.resnet {
+            Some(ResNetSize { layers, width }) => {
+                ClipVision::ResNet(ResNetConfig { layers: *layers, width: *width, heads: (width / 2).max(1), image_size })
+            }
+            None => ClipVision::Vit(VisionConfig {
+                hidden_size: width,
+                intermediate_size: 4 * width,
+                num_hidden_layers: self.vision_layers,
+                num_attention_heads: heads,
+                image_size,
+                patch_size,
+                ..VisionConfig::clip()
+            }),
+        };
+        let text = ClipTextConfig {
+            vocab_size,
+            hidden_size: width,
+            intermediate_size: 4 * width,
+            num_hidden_layers: self.text_layers,
+            num_attention_heads: heads,
+            max_position_embeddings: self.positions,
+            eos_token_id: vocab_size.saturating_sub(1) as u32,
+            ..ClipTextConfig::clip()
+        };
+        ClipConfig { family: ClipFamily::Clip, vision, text, projection_dim: self.projection }
+    }
+
     /// The architecture, with the vocabulary and special tokens of `parent`, or of a vocabulary of `vocab_size` made by
     /// [`train_wordpiece`](capfilt_models::tokenizer::train_wordpiece).
     pub(crate) fn config(&self, parent: Option<&MedConfig>, vocab_size: usize) -> MedConfig {
@@ -156,7 +201,7 @@ const fn is_one(folds: &usize) -> bool {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
-    /// `captioner` (LM loss), `filter` (ITC and ITM losses) or `med` (all three).
+    /// `captioner` (LM loss), `filter` (ITC and ITM losses), `med` (all three) or `clip` (contrast within the batch).
     pub role: Role,
     /// `fresh`, `parent` or `med`.
     pub init: Init,
@@ -284,6 +329,12 @@ impl TrainConfig {
         if self.steps == Some(0) || self.epochs.is_some_and(|epochs| !(epochs.is_finite() && epochs > 0.0)) {
             return fail("a run needs more than 0 `steps` or `epochs`".to_owned());
         }
+        if self.role == Role::Clip && (self.folds > 1 || self.init == Init::Med) {
+            return fail("a CLIP has no `folds`, and starts \"fresh\" or from a \"parent\"".to_owned());
+        }
+        if self.role != Role::Clip && self.model.resnet.is_some() {
+            return fail("`model.resnet` is for CLIPs alone; a MED has a vision transformer".to_owned());
+        }
         if self.role == Role::Med && self.init == Init::Med {
             return fail("`init` is \"med\" for the MED itself; use \"fresh\" or \"parent\"".to_owned());
         }
@@ -294,9 +345,6 @@ impl TrainConfig {
             return fail(
                 "`folds` are for filters, and for the MED that they start from; one captioner writes all captions".to_owned(),
             );
-        }
-        if self.role == Role::Clip {
-            return fail("`role` is \"clip\"; runs train captioner, filter and med".to_owned());
         }
         let contrasts = self.role != Role::Captioner;
         if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {

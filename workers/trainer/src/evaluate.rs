@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::checkpoint::{Checkpoint, Family};
+use capfilt_models::clip::ClipScorer;
 use capfilt_models::device::{DType, Device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::Med;
@@ -16,9 +17,9 @@ use image::RgbImage;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::metrics::{CaptionCase, Confusion, Relevance, auroc, bleu, bleu_counts, cider_d, ranks, recall, rouge_l};
+use crate::metrics::{CaptionCase, Confusion, Ranks, Relevance, auroc, bleu, bleu_counts, cider_d, ranks, recall, rouge_l};
 use crate::sampler::below;
-use crate::{TrainPair, TrainerError};
+use crate::{TrainPair, TrainerError, ZeroShot};
 
 /// Settings of an evaluation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +39,9 @@ pub struct EvaluateConfig {
     pub resamples: usize,
     /// Keys the choice of wrong captions and those draws.
     pub seed: u64,
+    /// Classes that a CLIP tells apart by their names alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_shot: Option<ZeroShot>,
 }
 
 impl Default for EvaluateConfig {
@@ -50,7 +54,18 @@ impl Default for EvaluateConfig {
             rerank: 32,
             resamples: 500,
             seed: 0,
+            zero_shot: None,
         }
+    }
+}
+
+impl EvaluateConfig {
+    /// Checks what serde cannot.
+    ///
+    /// # Errors
+    /// [`TrainerError::Config`] names the setting that makes no sense.
+    pub fn check(&self) -> Result<(), TrainerError> {
+        self.zero_shot.as_ref().map_or(Ok(()), ZeroShot::check)
     }
 }
 
@@ -67,7 +82,7 @@ pub struct Metric {
 }
 
 /// Metrics of a model on held-out pairs, in the order of their names: `captioner/…` if it has a decoder, `filter/…` if it has an
-/// encoder. All are in `0..=1` but CIDEr-D, which is in `0..=10`; higher is better for each.
+/// encoder, `clip/…` of a CLIP. All are in `0..=1` but CIDEr-D, which is in `0..=10`; higher is better for each.
 ///
 /// The model computes in f32 on `device`. Captions are written greedily. The filter's area under the ROC curve sets each image's own captions against as many captions of
 /// other images, drawn by key; a caption that any image of the pair's concept shares word by word is never drawn as wrong for it.
@@ -82,10 +97,10 @@ pub fn evaluate(
     config: &EvaluateConfig,
     device: &Device,
 ) -> Result<Vec<Metric>, TrainerError> {
+    config.check()?;
     if pairs.is_empty() {
         return Err(TrainerError::NoPairs { purpose: "judge by", reason: "the held-out set is empty".to_owned() });
     }
-    let (med, tokenizer) = (checkpoint.med(device, DType::F32)?, checkpoint.tokenizer()?);
     let preprocessor = checkpoint.preprocessor()?;
     let side = preprocessor.side() as u32;
     let pixels = pairs
@@ -101,6 +116,13 @@ pub fn evaluate(
     let set = HeldOut { pairs, pixels };
 
     let mut metrics = Metrics::new(pairs.len(), config);
+    if let Family::Clip(_) = checkpoint.family() {
+        let scorer = ClipScorer::new(checkpoint.clip(device, DType::F32)?, checkpoint.clip_tokenizer()?)?;
+        set.judge_clip(&scorer, config, &mut metrics)?;
+        metrics.found.sort_by(|a, b| a.name.cmp(&b.name));
+        return Ok(metrics.found);
+    }
+    let (med, tokenizer) = (checkpoint.med(device, DType::F32)?, checkpoint.tokenizer()?);
     let parts = med.parts();
     if parts.decoder {
         set.judge_captioner(&med, &tokenizer, config, &mut metrics)?;
@@ -201,13 +223,7 @@ impl HeldOut<'_> {
         metrics: &mut Metrics,
     ) -> Result<(), TrainerError> {
         let scorer = FilterScorer::new(med.clone(), tokenizer.clone(), config.first_token)?;
-        // Own captions first, wrong ones after them.
-        let texts: Vec<Vec<&str>> = (0..self.pairs.len())
-            .map(|i| {
-                let own = self.pairs[i].texts.iter().map(|text| text.text.as_str());
-                own.chain(self.wrong_captions(i, config.seed)).collect()
-            })
-            .collect();
+        let texts = self.own_and_wrong_captions(config.seed);
         let mut scored = Vec::new();
         for (pixels, texts) in self.pixels.chunks(self.together(med)).zip(texts.chunks(self.together(med))) {
             scored.extend(scorer.score(pixels, texts)?);
@@ -228,6 +244,15 @@ impl HeldOut<'_> {
         metrics.add("filter/precision", |weights| kept(weights).precision());
         metrics.add("filter/recall", |weights| kept(weights).recall());
         Ok(())
+    }
+
+    /// The captions of each image, those of other images after them.
+    fn own_and_wrong_captions(&self, seed: u64) -> Vec<Vec<&str>> {
+        let texts = |i: usize| {
+            let own = self.pairs[i].texts.iter().map(|text| text.text.as_str());
+            own.chain(self.wrong_captions(i, seed)).collect()
+        };
+        (0..self.pairs.len()).map(texts).collect()
     }
 
     /// As many captions of other images as pair `i` has of its own, or fewer if there are not as many.
@@ -258,7 +283,15 @@ impl HeldOut<'_> {
         config: &EvaluateConfig,
         metrics: &mut Metrics,
     ) -> Result<(), TrainerError> {
-        // Images may share a caption: it is one text with several right images.
+        let (texts, relevance) = self.distinct_captions()?;
+        let scores = retrieval_scores(med, tokenizer, &self.pixels, &texts, config.rerank)?;
+        let ranks = ranks(&scores.texts_of_image, &scores.images_of_text, &relevance)?;
+        add_recall(metrics, "filter", &ranks, &relevance);
+        Ok(())
+    }
+
+    /// Every caption once, as models see it, and which images it describes: they may share one.
+    fn distinct_captions(&self) -> Result<(Vec<String>, Relevance), TrainerError> {
         let mut numbers = BTreeMap::new();
         for text in self.pairs.iter().flat_map(|pair| &pair.texts) {
             numbers.insert(clean_caption(&text.text, MAX_WORDS), 0);
@@ -276,13 +309,59 @@ impl HeldOut<'_> {
             })
             .collect();
         let relevance = Relevance::new(texts_of_image, numbers.len())?;
-        let texts: Vec<&String> = numbers.keys().collect();
-        let scores = retrieval_scores(med, tokenizer, &self.pixels, &texts, config.rerank)?;
-        let ranks = ranks(&scores.texts_of_image, &scores.images_of_text, &relevance)?;
-        for (place, k) in [1, 5, 10].into_iter().enumerate() {
-            metrics.add(&format!("filter/tr_at_{k}"), |weights| Some(recall(&ranks, &relevance, weights)?.text_at[place]));
-            metrics.add(&format!("filter/ir_at_{k}"), |weights| Some(recall(&ranks, &relevance, weights)?.image_at[place]));
+        Ok((numbers.into_keys().collect(), relevance))
+    }
+
+    /// Retrieval, matching and zero-shot classification by cosines alone.
+    fn judge_clip(&self, scorer: &ClipScorer, config: &EvaluateConfig, metrics: &mut Metrics) -> Result<(), TrainerError> {
+        let images = scorer.image_features(&self.pixels)?;
+        let (texts, relevance) = self.distinct_captions()?;
+        let features = scorer.text_features(&texts.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let cosines: Vec<f32> = images.iter().flat_map(|image| features.iter().map(move |text| dot(image, text))).collect();
+        add_recall(metrics, "clip", &ranks(&cosines, &cosines, &relevance)?, &relevance);
+
+        let (mut scores, mut right, mut image_of) = (Vec::new(), Vec::new(), Vec::new());
+        let captions = self.own_and_wrong_captions(config.seed);
+        let features = scorer.text_features(&captions.concat())?;
+        let mut features = features.iter();
+        for (image, captions) in captions.iter().enumerate() {
+            for (place, text) in features.by_ref().take(captions.len()).enumerate() {
+                scores.push(dot(&images[image], text));
+                right.push(place < self.pairs[image].texts.len());
+                image_of.push(image);
+            }
+        }
+        let of_texts = |weights: &[f64]| image_of.iter().map(|&image| weights[image]).collect::<Vec<f64>>();
+        metrics.add("clip/auroc", |weights| auroc(&scores, &right, &of_texts(weights)));
+
+        let Some(zero_shot) = &config.zero_shot else { return Ok(()) };
+        let classes = zero_shot.features(scorer)?;
+        // Of each image that is of a class, whether that is among the first 1 and 5.
+        let mut found = Vec::new();
+        for (image, pair) in self.pairs.iter().enumerate() {
+            let Some(class) = zero_shot.class_of(pair) else { continue };
+            let cosines: Vec<f32> = classes.iter().map(|class| dot(&images[image], class)).collect();
+            let before =
+                cosines.iter().enumerate().filter(|(other, cosine)| *other != class && **cosine >= cosines[class]).count();
+            found.push((image, before));
+        }
+        for k in [1, 5].into_iter().filter(|k| *k < classes.len()) {
+            let hits: Vec<f64> = found.iter().map(|(_, before)| f64::from(u8::from(*before < k))).collect();
+            let of_images = |weights: &[f64]| found.iter().map(|(image, _)| weights[*image]).collect::<Vec<f64>>();
+            metrics.add(&format!("clip/zero_shot_at_{k}"), |weights| mean(&hits, &of_images(weights)));
         }
         Ok(())
     }
+}
+
+/// Recall at 1, 5 and 10 in both directions.
+fn add_recall(metrics: &mut Metrics, role: &str, ranks: &Ranks, relevance: &Relevance) {
+    for (place, k) in [1, 5, 10].into_iter().enumerate() {
+        metrics.add(&format!("{role}/tr_at_{k}"), |weights| Some(recall(ranks, relevance, weights)?.text_at[place]));
+        metrics.add(&format!("{role}/ir_at_{k}"), |weights| Some(recall(ranks, relevance, weights)?.image_at[place]));
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }

@@ -14,8 +14,9 @@ mod sampler;
 mod set;
 mod stage;
 mod train;
+mod zero_shot;
 
-pub use config::{Init, ModelSize, TrainConfig, TrainDType, TrainerWorkerConfig};
+pub use config::{Init, ModelSize, ResNetSize, TrainConfig, TrainDType, TrainerWorkerConfig};
 pub use error::TrainerError;
 pub use evaluate::{EvaluateConfig, Metric, evaluate};
 pub use pair::{PairText, TrainPair};
@@ -23,3 +24,4 @@ pub use sampler::Member;
 pub use set::TrainSet;
 pub use stage::{EvaluateStage, STAGE_VERSION, TrainStage};
 pub use train::{Progress, train};
+pub use zero_shot::ZeroShot;

@@ -58,7 +58,7 @@ impl Stage for TrainStage {
             };
             let side = match &parent {
                 Some(folder) if config.init != Init::Fresh => {
-                    Checkpoint::open(folder).and_then(|parent| Ok(parent.config()?.vision_config.image_size)).map_err(fail)?
+                    Checkpoint::open(folder).and_then(|parent| Ok(parent.preprocessor()?.side())).map_err(fail)?
                 }
                 _ => config.model.image_size,
             };

@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use capfilt_models::checkpoint::Checkpoint;
+use capfilt_models::clip::{ClipFamily, ClipTokenizer};
 use capfilt_models::device::Device;
+use capfilt_models::files;
 use capfilt_models::tokenizer::{MAX_WORDS, clean_caption, train_wordpiece};
-use capfilt_models::train::{Architecture, Losses, Recipe, StepReport, Trainer};
+use capfilt_models::train::{Architecture, Losses, Recipe, Role, StepReport, Trainer};
 use serde::{Deserialize, Serialize};
 
 use crate::loader::Loader;
@@ -103,7 +105,7 @@ pub fn train(
         Ok(())
     })?;
     log.flush()?;
-    let files = files(&trainer, config, &resume_dir.join("checkpoint"), &log.path)?;
+    let files = finished(&trainer, config, &resume_dir.join("checkpoint"), &log.path)?;
     Ok(files)
 }
 
@@ -119,6 +121,17 @@ fn start(
         (Init::Parent | Init::Med, Some(parent)) => Ok(Trainer::from_checkpoint(parent, recipe, device)?),
         (Init::Parent | Init::Med, None) => {
             Err(TrainerError::Config("a run that does not start fresh needs a parent model".to_owned()))
+        }
+        (Init::Fresh, parent) if config.role == Role::Clip => {
+            let tokenizer = match parent {
+                Some(parent) => parent.clip_tokenizer()?.json()?,
+                None => {
+                    let texts = set.entries().iter().flat_map(|entry| &entry.texts).map(|text| text.text.clone());
+                    ClipTokenizer::train(&texts.collect::<Vec<_>>(), config.vocab_size)?
+                }
+            };
+            let size = ClipTokenizer::from_json(&tokenizer, None, ClipFamily::Clip, Path::new(files::TOKENIZER))?.size();
+            Ok(Trainer::fresh(&Architecture::Clip(config.model.clip(size)), tokenizer, recipe, device)?)
         }
         (Init::Fresh, Some(parent)) => {
             let tokenizer = parent.tokenizer()?.json().to_owned();
@@ -136,7 +149,12 @@ fn start(
 }
 
 /// The files of the finished model, written to `folder` on the way.
-fn files(trainer: &Trainer, config: &TrainConfig, folder: &Path, log: &Path) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
+fn finished(
+    trainer: &Trainer,
+    config: &TrainConfig,
+    folder: &Path,
+    log: &Path,
+) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
     let fail = |path: &Path| {
         let path = path.to_owned();
         move |source| TrainerError::Io { path, source }

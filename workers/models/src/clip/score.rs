@@ -11,6 +11,9 @@ use crate::tokenizer::TextBatch;
 /// Texts are padded to a multiple of this many tokens, so that a text is computed at a length that depends on itself alone.
 const LENGTH_STEP: usize = 8;
 
+/// Images that a GPU encodes together; a CPU divides them itself.
+const GPU_BATCH: usize = 256;
+
 /// Texts that go through the text transformer together on a CPU thread.
 const CPU_CHUNK: usize = 16;
 
@@ -61,6 +64,19 @@ impl ClipScorer {
         let scores_of =
             |(image, texts): (&Vec<f32>, &Vec<S>)| next.by_ref().take(texts.len()).map(|text| dot(image, text)).collect();
         Ok(image_features.iter().zip(texts).map(scores_of).collect())
+    }
+
+    /// The features of images, of length 1, in their order.
+    ///
+    /// # Errors
+    /// An image has another size than the model takes, or the device fails.
+    pub fn image_features(&self, images: &[Pixels]) -> Result<Vec<Vec<f32>>> {
+        let together = if self.clip.device().is_cpu() { images.len().max(1) } else { GPU_BATCH };
+        let mut features = Vec::with_capacity(images.len());
+        for images in images.chunks(together) {
+            features.extend(rows(&self.clip.encode_images(images)?)?);
+        }
+        Ok(features)
     }
 
     /// The features of texts, of length 1, in their order.

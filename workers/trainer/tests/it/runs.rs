@@ -9,7 +9,8 @@ use capfilt_models::device::Device;
 use capfilt_models::train::{Precision, Role};
 use capfilt_schemas::Origin;
 use capfilt_trainer::{
-    EvaluateConfig, Init, Member, ModelSize, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, evaluate, train,
+    EvaluateConfig, Init, Member, ModelSize, PairText, ResNetSize, TrainConfig, TrainPair, TrainSet, TrainerError, ZeroShot,
+    evaluate, train,
 };
 
 const SIDE: usize = 16;
@@ -55,6 +56,7 @@ fn config(role: Role) -> TrainConfig {
             text_layers: 2,
             projection: 16,
             positions: 24,
+            resnet: None,
         },
         vocab_size: 100,
         steps: Some(120),
@@ -121,6 +123,48 @@ fn a_captioner_and_a_filter_learn_colours_and_shapes() {
     assert!(found["filter/auroc"] > 0.9, "{found:?}");
     let (_, found) = learn("med", &config(Role::Med), None);
     assert!(found["filter/auroc"] > 0.9, "{found:?}");
+}
+
+#[test]
+fn a_clip_learns_colours_and_shapes_by_either_image_side() {
+    let dir = tempfile::tempdir().unwrap();
+    let training = pairs(0..8, Origin::Web);
+    let held_out = pairs(8..10, Origin::Human);
+    let classes = COLOURS.iter().flat_map(|(colour, _)| SHAPES.map(|shape| format!("{colour} {shape}"))).collect();
+    let zero_shot = Some(ZeroShot { classes, templates: vec!["a {}".to_owned(), "the {}".to_owned()] });
+    let judge = EvaluateConfig { zero_shot, resamples: 20, ..EvaluateConfig::default() };
+    for (name, resnet) in [("vit", None), ("resnet", Some(ResNetSize { layers: [1, 1, 1, 1], width: 8 }))] {
+        let folder = dir.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let mut config = TrainConfig { vocab_size: 600, steps: Some(100), ..config(Role::Clip) };
+        // The ResNet makes one feature of 32 by 32 pixels.
+        config.model = ModelSize { resnet, image_size: if name == "vit" { SIDE } else { 32 }, ..config.model };
+        let enlarge = |pair: &TrainPair| {
+            let side = config.model.image_size / SIDE;
+            let pixel = |i: usize| {
+                let (x, y) = (i % (SIDE * side) / side, i / (SIDE * side) / side);
+                pair.pixels[3 * (y * SIDE + x)..][..3].to_vec()
+            };
+            let pixels: Vec<u8> = (0..(SIDE * side).pow(2)).flat_map(pixel).collect();
+            TrainPair { pixels: pixels.into(), ..pair.clone() }
+        };
+        let training: Vec<TrainPair> = training.iter().map(enlarge).collect();
+        let trained = open(&run(&training, &config, None, &folder), &folder.join("model"));
+        let held_out: Vec<TrainPair> = held_out.iter().map(enlarge).collect();
+        let found: BTreeMap<String, f64> =
+            evaluate(&trained, &held_out, &judge, &Device::Cpu).unwrap().into_iter().map(|m| (m.name, m.value)).collect();
+        assert!(found["clip/ir_at_5"] > 0.8 && found["clip/auroc"] > 0.9, "{name} {found:?}");
+        assert!(
+            found["clip/zero_shot_at_1"] > 0.7 && found["clip/zero_shot_at_5"] >= found["clip/zero_shot_at_1"],
+            "{name} {found:?}"
+        );
+        // It goes on from there, and its tokenizer is kept.
+        let onward = TrainConfig { init: Init::Parent, steps: Some(1), peak_lr: 1e-7, min_lr: 0.0, ..config.clone() };
+        let onward_folder = dir.path().join(format!("{name}-onward"));
+        std::fs::create_dir_all(&onward_folder).unwrap();
+        let child = run(&training, &onward, Some(&trained), &onward_folder);
+        assert!(!child["tokenizer.json"].is_empty());
+    }
 }
 
 #[test]
