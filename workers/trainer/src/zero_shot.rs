@@ -53,8 +53,8 @@ impl ZeroShot {
         let features = scorer.text_features(&prompts.iter().map(String::as_str).collect::<Vec<_>>())?;
         let mean = |prompts: &[Vec<f32>]| {
             let mut sum = vec![0.0; prompts[0].len()];
-            for (sum, x) in prompts.iter().flat_map(|prompt| sum.iter_mut().zip(prompt)) {
-                *sum += x;
+            for prompt in prompts {
+                sum.iter_mut().zip(prompt).for_each(|(sum, x)| *sum += x);
             }
             let length = sum.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
             sum.iter().map(|x| x / length).collect()
