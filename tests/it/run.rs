@@ -141,6 +141,27 @@ fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
 }
 
 #[test]
+fn a_clip_trained_on_each_version_measures_it() {
+    let world = World::new(20);
+    let clip = "train.clip={steps=4, batch=8, vocab_size=600, model={image_size=32, patch_size=16, width=32, heads=2, vision_layers=1, \
+                text_layers=1, projection=16, positions=24}}";
+    let classes = "evaluate.zero_shot={classes=['red', 'green', 'blue']}";
+    let run = world.run(&[clip, classes, "run.rounds=1"]);
+    assert_eq!(run["tasks_given_up"], 0);
+    let result = &run["results"][0];
+    for metric in ["clip/ir_at_1", "clip/tr_at_5", "clip/auroc", "clip/zero_shot_at_1"] {
+        let value = result["challenger_metrics"][metric].as_f64();
+        assert!(value.is_some_and(|value| (0.0..=1.0).contains(&value)), "{metric}: {result}");
+        assert!(result["metrics"][metric].is_null(), "{metric}: {result}");
+    }
+    assert!(result["promoted"].as_array().unwrap().iter().all(|role| role != "clip"), "{result}");
+    let (code, said) = world.refuse(&["run", "run.toml", "--set", clip, "--set", "train.clip.init=parent"]);
+    assert!(code == 2 && said.contains("plays no role"), "{said}");
+    let (code, said) = world.refuse(&["run", "run.toml", "--set", "evaluate.zero_shot={classes=['red']}"]);
+    assert!(code == 2 && said.contains("too few"), "{said}");
+}
+
+#[test]
 fn a_surplus_is_downloaded_and_the_cap_holds_all_the_same() {
     let world = World::new(40);
     let small = ["retrain.enabled=false", "run.rounds=1", "balance.per_query=3"];

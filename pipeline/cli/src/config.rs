@@ -303,11 +303,20 @@ impl RunConfig {
             let roles = capfilt_store::ROLES.join(" and ");
             return Err(Failure::Usage(format!("retrain.metric.{role}: the roles are {roles}")));
         }
-        let (med, roles) = (capfilt_coordinator::retrain::MED, capfilt_store::ROLES);
-        if let Some(role) = self.train.keys().find(|role| *role != med && !roles.contains(&role.as_str())) {
-            return Err(Failure::Usage(format!("[train.{role}]: there are {}, and {med} before them", roles.join(" and "))));
+        let (med, clip) = (capfilt_coordinator::retrain::MED, capfilt_coordinator::retrain::CLIP);
+        let roles = capfilt_store::ROLES;
+        if let Some(role) =
+            self.train.keys().find(|role| ![med, clip].contains(&role.as_str()) && !roles.contains(&role.as_str()))
+        {
+            let what = format!("[train.{role}]: there are {}, {med} before them, and {clip}", roles.join(" and "));
+            return Err(Failure::Usage(what));
         }
         let params = self.train_params()?;
+        if params.get(clip).is_some_and(|params| params["init"] == "parent") {
+            return Err(Failure::Usage(format!(
+                "train.{clip}.init is \"parent\", but a CLIP plays no role that it could start from"
+            )));
+        }
         if let Some(role) = params.keys().find(|role| params[*role]["init"] == med && !params.contains_key(med)) {
             return Err(Failure::Usage(format!("train.{role}.init is \"{med}\", but there is no [train.{med}]")));
         }

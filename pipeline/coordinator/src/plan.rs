@@ -350,7 +350,7 @@ impl<'a> Planner<'a> {
             }
         }
         let mut rests_on = BTreeSet::new();
-        let metrics = self.evaluate(record.captioner, record.filter, heldout, &mut rests_on);
+        let metrics = self.evaluate(record.captioner, record.filter, None, heldout, &mut rests_on);
         if !(samples.all && scored.all && annotated.all && heldout.all) {
             return false;
         }

@@ -314,7 +314,8 @@ async fn finish_round(store: &Store, config: &PlanConfig, finish: &Finish, seen:
     };
     for (role, why) in &finish.reasons {
         let Some(model) = finish.promoted.get(role) else {
-            store.log_event(&config.run, &format!("round {round} keeps its {role}: {why}")).await?;
+            let what = if role == retrain::CLIP { "trained a" } else { "keeps its" };
+            store.log_event(&config.run, &format!("round {round} {what} {role}: {why}")).await?;
             continue;
         };
         let reason = format!("run {} round {round}: {why}", config.run);

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub const CAPTIONER: &str = "captioner";
 /// The role that judges texts.
 pub const FILTER: &str = "filter";
+/// A model that plays no role: how well one is that was trained on a version measures the version.
+pub const CLIP: &str = "clip";
 /// What a model is trained as that captioner and filter can both start from.
 pub const MED: &str = "med";
 

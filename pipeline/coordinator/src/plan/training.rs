@@ -52,8 +52,13 @@ impl<'a> Planner<'a> {
         let pick = |role: &str, now: Digest| challengers.get(role).copied().unwrap_or(now);
         let captioner = pick(retrain::CAPTIONER, finish.record.captioner);
         let filter = pick(retrain::FILTER, finish.record.filter);
-        let Some(metrics) = self.evaluate(captioner, filter, heldout, &mut finish.rests_on) else { return false };
+        let clip = challengers.get(retrain::CLIP).copied();
+        let Some(metrics) = self.evaluate(captioner, filter, clip, heldout, &mut finish.rests_on) else { return false };
         for (role, model) in challengers {
+            if role == retrain::CLIP {
+                finish.reasons.insert(role, format!("model {} measures the version, and plays no role", model.short()));
+                continue;
+            }
             let verdict = self.config.retrain.verdict(&role, champion, &metrics);
             finish.reasons.insert(role.clone(), verdict.why);
             if verdict.challenger_wins {
@@ -72,8 +77,8 @@ impl<'a> Planner<'a> {
         built.map_or(0, rows)
     }
 
-    /// The captioner and the filter that are trained on what was built, without those that were given up; `None` while that goes on. Where a
-    /// MED is pre-trained, it comes first, and is what those start from that ask for it. Tells which tasks that took.
+    /// The captioner and the filter that are trained on what was built, and the CLIP, without those that were given up; `None` while that goes on.
+    /// Where a MED is pre-trained, it comes first, and is what those start from that ask for it. Tells which tasks that took.
     fn train(
         &mut self,
         in_service: Option<&RoundRecord>,
@@ -104,10 +109,12 @@ impl<'a> Planner<'a> {
         let roles = [
             (retrain::CAPTIONER, in_service.map(|record| record.captioner)),
             (retrain::FILTER, in_service.map(|record| record.filter)),
+            (retrain::CLIP, None),
         ];
         for (role, champion) in roles {
             let from_med = stages.train.get(role).is_some_and(|params| params["init"] == retrain::MED);
-            if from_med && med.is_none() {
+            // A first version is no round's: nobody asks how good it is.
+            if (from_med && med.is_none()) || (role == retrain::CLIP && in_service.is_none()) {
                 continue;
             }
             match one(self, role, if from_med { med } else { champion }) {
@@ -118,11 +125,12 @@ impl<'a> Planner<'a> {
         all.then_some(trained)
     }
 
-    /// The metrics of two models on the held-out pairs; `None` while they are worked out. Tells which tasks they come from.
+    /// The metrics of models on the held-out pairs; `None` while they are worked out. Tells which tasks they come from.
     pub(super) fn evaluate(
         &mut self,
         captioner: Digest,
         filter: Digest,
+        clip: Option<Digest>,
         heldout: &Settled<'a>,
         rests_on: &mut BTreeSet<TaskId>,
     ) -> Option<Measured> {
@@ -132,7 +140,8 @@ impl<'a> Planner<'a> {
         let inputs: Vec<Input> = heldout.commits.iter().flat_map(|c| c.as_inputs()).collect();
         let mut metrics = Measured::default();
         let mut settled = true;
-        for (role, model) in [(retrain::CAPTIONER, captioner), (retrain::FILTER, filter)] {
+        let clip = clip.map(|clip| (retrain::CLIP, clip));
+        for (role, model) in [(retrain::CAPTIONER, captioner), (retrain::FILTER, filter)].into_iter().chain(clip) {
             if inputs.is_empty() {
                 break;
             }

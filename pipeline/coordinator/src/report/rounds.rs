@@ -107,6 +107,9 @@ fn table(h: &mut Html, judged: &[&Round], roles: &BTreeMap<&str, Vec<&str>>, val
             h.raw("<td colspan=\"3\" class=\"group\">");
             match (result.promoted.iter().any(|p| p == role), trained) {
                 (true, _) => h.raw("<span class=\"badge good\">promoted</span>"),
+                (false, true) if *role == crate::retrain::CLIP => {
+                    h.raw("<span class=\"badge plain\">measures the version</span>")
+                }
                 (false, true) => h.raw("<span class=\"badge plain\">champion stays</span>"),
                 (false, false) => h.raw("<span class=\"badge plain\">not trained</span>"),
             };

@@ -232,7 +232,12 @@ fn bad_settings_and_sets_are_refused_before_any_step() {
     assert!(refused(TrainConfig { epochs: Some(1.0), ..base.clone() }, &training).contains("exactly one"));
     assert!(refused(TrainConfig { steps: None, ..base.clone() }, &training).contains("exactly one"));
     assert!(refused(TrainConfig { batch: 1, ..base.clone() }, &training).contains("`batch`"));
-    assert!(refused(TrainConfig { role: Role::Clip, ..base.clone() }, &training).contains("`role`"));
+    assert!(refused(TrainConfig { role: Role::Clip, folds: 2, ..base.clone() }, &training).contains("`folds`"));
+    assert!(refused(TrainConfig { folds: 21, ..base.clone() }, &training).contains("1 to 20"));
+    assert!(refused(TrainConfig { role: Role::Captioner, folds: 2, ..base.clone() }, &training).contains("`folds`"));
+    let resnet = Some(ResNetSize { layers: [1; 4], width: 8 });
+    let model = ModelSize { resnet, ..base.model.clone() };
+    assert!(refused(TrainConfig { model, ..base.clone() }, &training).contains("`model.resnet`"));
     assert!(refused(TrainConfig { clip: f64::NAN, ..base.clone() }, &training).contains("`clip`"));
     assert!(refused(base.clone(), &[]).contains("no pairs"));
     let mut misshapen = training;
