@@ -236,7 +236,7 @@ fn bad_settings_and_sets_are_refused_before_any_step() {
     assert!(refused(TrainConfig { folds: 21, ..base.clone() }, &training).contains("1 to 20"));
     assert!(refused(TrainConfig { role: Role::Captioner, folds: 2, ..base.clone() }, &training).contains("`folds`"));
     let resnet = Some(ResNetSize { layers: [1; 4], width: 8 });
-    let model = ModelSize { resnet, ..base.model.clone() };
+    let model = ModelSize { resnet, ..base.model };
     assert!(refused(TrainConfig { model, ..base.clone() }, &training).contains("`model.resnet`"));
     assert!(refused(TrainConfig { clip: f64::NAN, ..base.clone() }, &training).contains("`clip`"));
     assert!(refused(base.clone(), &[]).contains("no pairs"));
