@@ -32,7 +32,13 @@ from glob import glob
 ARMS = {"web": (False, False), "filter": (True, False), "captioner": (False, True), "both": (True, True), "shared": (True, True)}
 METRICS = ("filter/tr_at_1", "filter/ir_at_1", "filter/tr_at_5", "filter/ir_at_5", "captioner/cider_d", "captioner/rouge_l", "filter/auroc")
 # Table 1 (14 million images, ViT-B) and table 4 of arXiv 2201.12086: COCO after fine-tuning, TR@1, IR@1, CIDEr.
-BLIP = {"web": (78.4, 60.7, 127.8), "filter": (79.1, 61.5, 128.2), "captioner": (79.7, 62.0, 128.9), "both": (80.6, 63.1, 129.7), "shared": (79.8, 62.2, 129.0)}
+BLIP = {
+    "web": (78.4, 60.7, 127.8),
+    "filter": (79.1, 61.5, 128.2),
+    "captioner": (79.7, 62.0, 128.9),
+    "both": (80.6, 63.1, 129.7),
+    "shared": (79.8, 62.2, 129.0),
+}
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -70,7 +76,8 @@ class Study:
 
     def med(self, run: str, model: str | None) -> str:
         """The MED that a run has trained last, from a model or from none."""
-        trained = [c for c in self.records("commits/train/*.json") if c["run"] == run and c["task"]["params"]["role"] == "med" and c["task"].get("model") == model]
+        mine = lambda task: task["params"]["role"] == "med" and task.get("model") == model
+        trained = [c for c in self.records("commits/train/*.json") if c["run"] == run and mine(c["task"])]
         if not trained:
             sys.exit(f"study: run {run} has trained no MED; the config needs a [train.med], and must name no models")
         return max(trained, key=lambda c: c["committed_at_ms"])["outputs"][0]["digest"]

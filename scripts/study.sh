@@ -3,8 +3,8 @@
 #
 #     scripts/study.sh CORPUS SERVER [FOLDER] [-- FURTHER ARGUMENTS OF study.py]
 #
-# CORPUS and SERVER are as for tests/judge_corpus.sh. FOLDER (default: .cache/study) keeps the store and the reports; called again with it, the study goes on.
-# docs/study gets the result.
+# CORPUS and SERVER are as for tests/judge_corpus.sh. FOLDER (default: .cache/study) keeps the store and the reports; called again with it, the
+# study goes on. docs/study gets the result.
 set -euo pipefail
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2 && exit 2; }
 [ $# -ge 2 ] || usage

@@ -84,8 +84,8 @@ pub struct Metric {
 /// Metrics of a model on held-out pairs, in the order of their names: `captioner/…` if it has a decoder, `filter/…` if it has an
 /// encoder, `clip/…` of a CLIP. All are in `0..=1` but CIDEr-D, which is in `0..=10`; higher is better for each.
 ///
-/// The model computes in f32 on `device`. Captions are written greedily. The filter's area under the ROC curve sets each image's own captions against as many captions of
-/// other images, drawn by key; a caption that any image of the pair's concept shares word by word is never drawn as wrong for it.
+/// The model computes in f32 on `device`. Captions are written greedily. Areas under the ROC curve set each image's own captions against as many
+/// captions of other images, drawn by key; a caption that any image of the pair's concept shares word by word is never drawn as wrong for it.
 /// The pairs' pixels must be as large as the model's images.
 ///
 /// # Errors
@@ -119,17 +119,16 @@ pub fn evaluate(
     if let Family::Clip(_) = checkpoint.family() {
         let scorer = ClipScorer::new(checkpoint.clip(device, DType::F32)?, checkpoint.clip_tokenizer()?)?;
         set.judge_clip(&scorer, config, &mut metrics)?;
-        metrics.found.sort_by(|a, b| a.name.cmp(&b.name));
-        return Ok(metrics.found);
-    }
-    let (med, tokenizer) = (checkpoint.med(device, DType::F32)?, checkpoint.tokenizer()?);
-    let parts = med.parts();
-    if parts.decoder {
-        set.judge_captioner(&med, &tokenizer, config, &mut metrics)?;
-    }
-    if parts.encoder {
-        set.judge_matching(&med, &tokenizer, config, &mut metrics)?;
-        set.judge_retrieval(&med, &tokenizer, config, &mut metrics)?;
+    } else {
+        let (med, tokenizer) = (checkpoint.med(device, DType::F32)?, checkpoint.tokenizer()?);
+        let parts = med.parts();
+        if parts.decoder {
+            set.judge_captioner(&med, &tokenizer, config, &mut metrics)?;
+        }
+        if parts.encoder {
+            set.judge_matching(&med, &tokenizer, config, &mut metrics)?;
+            set.judge_retrieval(&med, &tokenizer, config, &mut metrics)?;
+        }
     }
     metrics.found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(metrics.found)

@@ -55,8 +55,8 @@ pub struct Progress<'a> {
 /// Trains one member of a model and returns its files, name → bytes: the checkpoint, the training log and the settings.
 ///
 /// The result depends on the pairs as a set, the settings, the member, the parent and the kind of device alone. `resume_dir`, one for each member,
-/// takes the state of the unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may stop the run by
-/// [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (`model.image_size`, or the parent's).
+/// takes the state of the unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may
+/// stop the run by [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (`model.image_size`, or the parent's).
 ///
 /// # Errors
 ///
