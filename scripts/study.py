@@ -142,7 +142,7 @@ class Study:
                 models = (shared, shared) if arm == "shared" else (first["captioner"], first["filter"])
                 runs.append(self.arm(arm, seed, *models))
         return {
-            "config": self.config,
+            "settings": {section: self.config.get(section, {}) for section in ("build", "train")},
             "runs": runs,
             "arms": {arm: summary(runs, arm) for arm in ARMS},
             "filter_on_known_noise": self.judged("both"),

@@ -27,12 +27,7 @@ python=.venv-study/bin/python
 
 scripts/setup.sh study
 cargo build --package capfilt --locked
-exec {lines}< <(exec "$python" "$server" "$corpus" --port 0 2>/dev/null)
-pid=$!
-trap 'kill "$pid" 2>/dev/null || true' EXIT
-read -r -t 60 -u "$lines" first || { echo "study: $server did not start" >&2 && exit 1; }
-port=$(sed -n 's/.*127\.0\.0\.1:\([0-9]\{1,\}\).*/\1/p' <<<"$first")
-[ -n "$port" ] || { echo "study: no port in the server's first line: $first" >&2 && exit 1; }
+. scripts/serve_corpus.sh
 
 "$python" scripts/study.py configs/study.toml --capfilt "${CARGO_TARGET_DIR:-target}/debug/capfilt" --out docs/study \
   --truth "$corpus/truth.jsonl" --queries "$corpus/queries.tsv" \

@@ -29,12 +29,7 @@ python=.venv/bin/python
 
 scripts/setup.sh test
 cargo build --package capfilt --locked
-exec {lines}< <(exec "$python" "$server" "$corpus" --port 0 2>/dev/null)
-pid=$!
-trap 'kill "$pid" 2>/dev/null || true' EXIT
-read -r -t 60 -u "$lines" first || { echo "judge_corpus: $server did not start" >&2 && exit 1; }
-port=$(sed -n 's/.*127\.0\.0\.1:\([0-9]\{1,\}\).*/\1/p' <<<"$first")
-[ -n "$port" ] || { echo "judge_corpus: no port in the server's first line: $first" >&2 && exit 1; }
+. scripts/serve_corpus.sh
 
 started=$SECONDS
 status=0

@@ -9,7 +9,8 @@ The service is sent a POST with JSON: `role`, `export` (the folder of the export
     else        it failed; what it says is passed on
 
 An answer of 200 or 201 may name the address of a tar file in `checkpoint`, for services that do not share the folder; it is unpacked there. While
-nobody answers, and at 429, 502, 503 and 504, it is tried again for WEBHOOK_PATIENCE seconds (600). WEBHOOK_TOKEN is sent as a bearer token.
+nobody answers, and at 429, 502, 503 and 504, it is tried again for WEBHOOK_PATIENCE seconds (600). WEBHOOK_TOKEN is sent as a bearer token,
+to the scheme and host of the service alone.
 The same task is sent with the same `Idempotency-Key`, so that a run which was killed asks for the same work again. Standard library only.
 """
 
@@ -21,24 +22,31 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 BUSY = (429, 502, 503, 504)
 
 
+def request(url: str, body: bytes | None = None) -> urllib.request.Request:
+    """A request with the token, if it goes to the service itself: an answer may send us elsewhere."""
+    made = urllib.request.Request(url, data=body)
+    if (token := os.environ.get("WEBHOOK_TOKEN")) and urlsplit(url)[:2] == urlsplit(sys.argv[1])[:2]:
+        # Not handed on when the answer is a redirect.
+        made.add_unredirected_header("Authorization", f"Bearer {token}")
+    return made
+
+
 def ask(url: str, body: bytes | None, key: str) -> tuple[int, dict, bytes]:
     """Status, headers and body of the answer."""
-    request = urllib.request.Request(url, data=body, method="GET" if body is None else "POST")
-    request.add_header("Idempotency-Key", key)
+    asked = request(url, body)
+    asked.add_header("Idempotency-Key", key)
     if body is not None:
-        request.add_header("Content-Type", "application/json")
-    if token := os.environ.get("WEBHOOK_TOKEN"):
-        request.add_header("Authorization", f"Bearer {token}")
+        asked.add_header("Content-Type", "application/json")
     patience = time.monotonic() + float(os.environ.get("WEBHOOK_PATIENCE", "600"))
     pause = 1.0
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
                 return answer.status, dict(answer.headers), answer.read(1 << 20)
         except urllib.error.HTTPError as error:
             said = error.read(1000).decode(errors="replace")
@@ -53,7 +61,7 @@ def ask(url: str, body: bytes | None, key: str) -> tuple[int, dict, bytes]:
 
 def fetch(url: str, output: str) -> None:
     """Unpacks a tar of plain files into `output`."""
-    with urllib.request.urlopen(url, timeout=60) as answer, tarfile.open(fileobj=answer, mode="r|*") as tar:
+    with urllib.request.urlopen(request(url), timeout=60) as answer, tarfile.open(fileobj=answer, mode="r|*") as tar:
         tar.extractall(output, filter="data")
 
 

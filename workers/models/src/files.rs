@@ -1,4 +1,5 @@
-//! Which files a checkpoint is made of, by their names: of a folder, or of a repository that is yet to be fetched; and where the members of a model lie.
+//! Which files a checkpoint is made of, by their names: of a folder, or of a repository that is yet to be fetched; and where the members of a
+//! model lie.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

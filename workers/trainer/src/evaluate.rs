@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use capfilt_models::checkpoint::{Checkpoint, Family};
-use capfilt_models::clip::ClipScorer;
+use capfilt_models::clip::{ClipScorer, cosine};
 use capfilt_models::device::{DType, Device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::Med;
@@ -316,7 +316,7 @@ impl HeldOut<'_> {
         let images = scorer.image_features(&self.pixels)?;
         let (texts, relevance) = self.distinct_captions()?;
         let features = scorer.text_features(&texts.iter().map(String::as_str).collect::<Vec<_>>())?;
-        let cosines: Vec<f32> = images.iter().flat_map(|image| features.iter().map(move |text| dot(image, text))).collect();
+        let cosines: Vec<f32> = images.iter().flat_map(|image| features.iter().map(move |text| cosine(image, text))).collect();
         add_recall(metrics, "clip", &ranks(&cosines, &cosines, &relevance)?, &relevance);
 
         let (mut scores, mut right, mut image_of) = (Vec::new(), Vec::new(), Vec::new());
@@ -325,7 +325,7 @@ impl HeldOut<'_> {
         let mut features = features.iter();
         for (image, captions) in captions.iter().enumerate() {
             for (place, text) in features.by_ref().take(captions.len()).enumerate() {
-                scores.push(dot(&images[image], text));
+                scores.push(cosine(&images[image], text));
                 right.push(place < self.pairs[image].texts.len());
                 image_of.push(image);
             }
@@ -339,9 +339,8 @@ impl HeldOut<'_> {
         let mut found = Vec::new();
         for (image, pair) in self.pairs.iter().enumerate() {
             let Some(class) = zero_shot.class_of(pair) else { continue };
-            let cosines: Vec<f32> = classes.iter().map(|class| dot(&images[image], class)).collect();
-            let before =
-                cosines.iter().enumerate().filter(|(other, cosine)| *other != class && **cosine >= cosines[class]).count();
+            let near: Vec<f32> = classes.iter().map(|class| cosine(&images[image], class)).collect();
+            let before = near.iter().enumerate().filter(|(other, x)| *other != class && **x >= near[class]).count();
             found.push((image, before));
         }
         for k in [1, 5].into_iter().filter(|k| *k < classes.len()) {
@@ -359,8 +358,4 @@ fn add_recall(metrics: &mut Metrics, role: &str, ranks: &Ranks, relevance: &Rele
         metrics.add(&format!("{role}/tr_at_{k}"), |weights| Some(recall(ranks, relevance, weights)?.text_at[place]));
         metrics.add(&format!("{role}/ir_at_{k}"), |weights| Some(recall(ranks, relevance, weights)?.image_at[place]));
     }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }

@@ -67,8 +67,8 @@ impl Stage for TrainStage {
             let scratch = work.scratch()?;
             // Dropped with this future: a training that nobody waits for any more stops at its next log line.
             let _stop = work.cancel.clone().drop_guard();
-            let progress = work.clone();
-            let run = move || train_members(&pairs, &config, parent.as_deref(), &device, &scratch, &progress);
+            let task = work.clone();
+            let run = move || train_members(&pairs, &config, parent.as_deref(), &device, &scratch, &task);
             let files = on_blocking(run).await?.map_err(caused)?;
             let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
             Ok::<_, StageError>(stream::iter(parts.into_iter().map(Ok)))

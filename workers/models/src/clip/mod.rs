@@ -14,7 +14,7 @@ use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
 
 pub use config::{ClipConfig, ClipFamily, ClipTextConfig, ClipVision, ResNetConfig};
-pub use score::{ClipScorer, clip_score};
+pub use score::{ClipScorer, clip_score, cosine};
 pub use tokenizer::ClipTokenizer;
 
 use crate::error::Result;

@@ -58,11 +58,11 @@ impl ClipScorer {
             return Ok(Vec::new());
         }
         let flat: Vec<&str> = texts.iter().flatten().map(AsRef::as_ref).collect();
-        let image_features = rows(&self.clip.encode_images(images)?)?;
+        let image_features = self.image_features(images)?;
         let text_features = self.text_features(&flat)?;
         let mut next = text_features.iter();
         let scores_of =
-            |(image, texts): (&Vec<f32>, &Vec<S>)| next.by_ref().take(texts.len()).map(|text| dot(image, text)).collect();
+            |(image, texts): (&Vec<f32>, &Vec<S>)| next.by_ref().take(texts.len()).map(|text| cosine(image, text)).collect();
         Ok(image_features.iter().zip(texts).map(scores_of).collect())
     }
 
@@ -114,6 +114,8 @@ fn rows(features: &Tensor) -> Result<Vec<Vec<f32>>> {
     Ok(features.to_dtype(DType::F32)?.to_vec2()?)
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+/// The cosine of two features of length 1.
+#[must_use]
+pub fn cosine(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
