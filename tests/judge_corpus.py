@@ -95,6 +95,9 @@ class Queries:
         return any(" ".join(tokens[i : i + n]) in self.texts for i in range(len(tokens)) for n in range(1, self.longest + 1))
 
 
+# Where the scores of a judged text stand.
+SCORES = {"itm": 2, "itc": 3}
+
 # ---------------------------------------------------------------- what became of the pairs
 
 NO_TEXT, NO_QUERY, CLOSED, OPT_OUT_PAGE = "no text", "text matches no query", "page closed by robots.txt", "page opts out"
@@ -176,6 +179,12 @@ def find_setting(value, name: str):
     return None
 
 
+def rule(settings: dict) -> tuple[str, float] | None:
+    """The score by which texts were kept, and from where on; none if they were ranked."""
+    policy = find_setting(settings, "policy")
+    return (policy, find_setting(settings, f"min_{policy}") or 0.0) if policy in SCORES else None
+
+
 def judge_gathering(truth: list[dict], tables: dict, queries: Queries) -> tuple[dict, dict[str, dict]]:
     """(numbers, {sample id: placement} of the pairs whose image was fetched)."""
     counts, unexplained, examples, gathered, forbidden = collections.Counter(), collections.Counter(), {}, {}, []
@@ -223,7 +232,7 @@ def judge_duplicates(gathered: dict[str, dict], kept: set[str]) -> dict:
     return {"offered": dict(offered), "slipped": dict(slipped)}
 
 
-def judge_filter(gathered: dict[str, dict], texts: dict[str, str], scores: dict, kept_web: set[str], threshold: float | None) -> dict:
+def judge_filter(gathered: dict[str, dict], texts: dict[str, str], scores: dict, kept_web: set[str], rule: tuple | None) -> dict:
     """How well the filter tells wrong web texts from right ones."""
     judged = []  # (kind, right?, itm, itc, kept?)
     for sample, p in gathered.items():
@@ -233,17 +242,18 @@ def judge_filter(gathered: dict[str, dict], texts: dict[str, str], scores: dict,
             judged.append((kind, ok, *scores[sample], sample in kept_web))
     good, bad = [j for j in judged if j[1]], [j for j in judged if not j[1]]
     print(f"FILTER  {len(judged)} fetched web texts of known truth, {len(bad) / max(1, len(judged)):.1%} wrong")
-    numbers = {"judged": len(judged), "wrong": len(bad), "threshold": threshold}
-    if threshold is not None:
-        removed, passed = sum(j[2] < threshold for j in bad), sum(j[2] >= threshold for j in good)
-        print(f"  at itm >= {threshold:g}: wrong texts removed {share(removed, len(bad))}   right texts kept {share(passed, len(good))}")
+    numbers = {"judged": len(judged), "wrong": len(bad), "rule": rule}
+    if rule is not None:
+        score, least = rule
+        removed, passed = sum(j[SCORES[score]] < least for j in bad), sum(j[SCORES[score]] >= least for j in good)
+        print(f"  at {score} >= {least:g}: wrong texts removed {share(removed, len(bad))}   right texts kept {share(passed, len(good))}")
         numbers |= {"wrong_removed": removed / max(1, len(bad)), "right_kept": passed / max(1, len(good))}
     gone, there = sum(not j[4] for j in bad), sum(j[4] for j in good)
     print(f"  in the dataset (after deduplication): wrong texts gone {share(gone, len(bad))}   right texts there {share(there, len(good))}")
     if there + len(bad) - gone:
         print(f"  web texts of known truth in the dataset that are right: {share(there, there + len(bad) - gone)}")
     numbers |= {"wrong_gone": gone / max(1, len(bad)), "right_there": there / max(1, len(good))}
-    for name, column in (("itm", 2), ("itc", 3)):
+    for name, column in SCORES.items():
         good_scores = [j[column] for j in good if j[column] is not None]
         line = {"overall": auroc(good_scores, [j[column] for j in bad if j[column] is not None])}
         for kind in sorted({j[0] for j in bad}):
@@ -309,7 +319,7 @@ def main() -> int:
     numbers["duplicates"] = judge_duplicates(gathered, {r["sample_id"] for r in rows if r["origin"] != "human"})
     numbers["filter"] = judge_filter(
         gathered, {r["sample_id"]: r["text"] for r in samples}, scores, {r["sample_id"] for r in rows if r["origin"] == "web"},
-        find_setting(version["settings"], "min_itm"),
+        rule(version["settings"]),
     )
     if args.stats:
         numbers["manners"] = judge_manners(args.stats)

@@ -230,7 +230,7 @@ pub(crate) async fn score(args: ScoreArgs) -> Result<ExitCode, Failure> {
         FirstTokenArg::Enc => ItmToken::Enc,
         FirstTokenArg::Cls => ItmToken::Cls,
     };
-    let config = ScoreConfig { first_token, dtype: args.hand.dtype() };
+    let config = ScoreConfig { first_token, dtype: args.hand.dtype(), ..ScoreConfig::default() };
     let work = move || {
         let paths: Vec<&Path> = folders.iter().map(|folder| folder.path.as_path()).collect();
         let scorer = ImageScorer::open(&paths, &config, &args.hand.worker()).context("no scores can be had of these models")?;

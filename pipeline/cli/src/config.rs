@@ -109,6 +109,9 @@ pub(crate) struct ModelsSection {
     pub(crate) clip: Option<String>,
 }
 
+/// The setting of `[train.<role>]` that names files.
+const TRUNK_WEIGHTS: &str = "trunk_weights";
+
 /// `[train.<role>]`: the built-in trainer's settings, or a command and whatever settings it wants.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -185,6 +188,8 @@ pub(crate) struct Models {
     pub(crate) first: Option<(Digest, Digest)>,
     /// That of all rounds.
     pub(crate) clip: Option<Digest>,
+    /// By role, the weights of the trunk that its fresh models have.
+    pub(crate) trunks: BTreeMap<String, Digest>,
 }
 
 impl RunConfig {
@@ -238,6 +243,14 @@ impl RunConfig {
         for model in [captioner, filter, clip].into_iter().flatten() {
             if let Source::Folder(_) = Source::of_config(model, folder)? {
                 text(model);
+            }
+        }
+        for section in self.train.values_mut() {
+            if let TrainSection::BuiltIn(table) = section
+                && let Some(toml::Value::String(weights)) = table.get_mut(TRUNK_WEIGHTS)
+                && let Source::Folder(_) = Source::of_config(weights, folder)?
+            {
+                text(weights);
             }
         }
         if let Some(export) = &mut self.export {
@@ -356,6 +369,14 @@ impl RunConfig {
         Ok(Inputs { queries, discover, annotate: clean.and(kept_apart), annotated, heldout })
     }
 
+    /// By role, where the weights of the trunk that its fresh models have are to be found.
+    pub(crate) fn trunk_weights(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.train.iter().filter_map(|(role, section)| match section {
+            TrainSection::BuiltIn(table) => Some((role.as_str(), table.get(TRUNK_WEIGHTS)?.as_str()?)),
+            TrainSection::External(_) => None,
+        })
+    }
+
     fn train_params(&self) -> Result<BTreeMap<String, Value>, Failure> {
         let mut params = BTreeMap::new();
         for (role, section) in &self.train {
@@ -381,6 +402,12 @@ impl RunConfig {
 
     /// What the planner needs.
     pub(crate) fn plan(&self, inputs: &Inputs, models: &Models) -> Result<PlanConfig, Failure> {
+        let mut train = self.train_params()?;
+        for (role, digest) in &models.trunks {
+            if let Some(params) = train.get_mut(role) {
+                params[TRUNK_WEIGHTS] = digest.to_string().into();
+            }
+        }
         let stages = StageParams {
             discover: inputs.discover.iter().map(json).collect::<Result<_, _>>()?,
             balance: json(&self.balance)?,
@@ -390,7 +417,7 @@ impl RunConfig {
             caption: json(&self.caption.params(&self.worker.vision))?,
             score: json(&self.score.params(&self.worker.vision, models.clip))?,
             build: json(&self.build)?,
-            train: self.train_params()?,
+            train,
             evaluate: json(&self.evaluate)?,
             versions: BTreeMap::from([
                 (StageKind::Discover, capfilt_crawler::DISCOVER_VERSION),

@@ -95,7 +95,7 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
                         disk("store's disk", &folder, &mut findings);
                     }
                     let models = models::of_run(&config, &store, false).await;
-                    let says = models.map(|Models { first, clip }| match first {
+                    let says = models.map(|Models { first, clip, .. }| match first {
                         Some((captioner, filter)) => {
                             let clip = clip.map_or_else(String::new, |clip| format!(", CLIP {}", clip.short()));
                             format!("captioner {}, filter {}{clip}", captioner.short(), filter.short())

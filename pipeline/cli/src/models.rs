@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use capfilt_schemas::{AliasEvent, Digest, StageKind};
 use capfilt_store::{IMPORTED, ROLES, Store};
-use capfilt_vision::files::member_folders;
+use capfilt_vision::files::{Files, member_folders};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -237,13 +237,24 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
         Some(model) => Some(digest("clip", model).await?),
         None => None,
     };
+    let mut trunks = BTreeMap::new();
+    for (role, weights) in config.trunk_weights() {
+        let source = Source::of_config(weights, Path::new(""))?;
+        if !matches!(source, Source::Folder(_) | Source::Hub(_)) {
+            let what = "is neither a folder nor a repository of the hub (`owner/name`)";
+            return Err(Failure::Usage(format!("train.{role}.trunk_weights: `{source}` {what}")));
+        }
+        let folder = checkpoint(&source, None).await?;
+        let files = Files::of_folder(&folder.path).with_context(|| format!("train.{role}.trunk_weights cannot be read"))?;
+        trunks.insert(role.to_owned(), stored(write.then_some(store), &folder.path, &[&files.weights]).await?);
+    }
     for (role, digest) in ROLES.iter().zip(first.into_iter().flat_map(|(captioner, filter)| [captioner, filter])) {
         if write && store.model_in_role(role).await?.is_none() {
             let reason = format!("first model of run {}", config.run.name);
             store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
         }
     }
-    Ok(Models { first, clip })
+    Ok(Models { first, clip, trunks })
 }
 
 /// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
@@ -283,11 +294,16 @@ async fn import(store: Option<&Store>, source: &Source, folder: &Path, role: Opt
             .context("cannot bring the checkpoint into the store's layout")?;
         written.path()
     };
-    let model = Store::open("memory:").await?.put_files(folder, &names).await?;
+    stored(store, folder, &names).await
+}
+
+/// Tells the digest of files of a folder, and puts them into the store, if one is given and has them not.
+async fn stored(store: Option<&Store>, folder: &Path, names: &[&str]) -> Result<Digest, Failure> {
+    let model = Store::open("memory:").await?.put_files(folder, names).await?;
     if let Some(store) = store
         && !store.holds(&model).await?
     {
-        store.put_files(folder, &names).await?;
+        store.put_files(folder, names).await?;
     }
     Ok(model.digest)
 }

@@ -64,7 +64,7 @@ fn main() {
         let config = config(size);
         let side = config.vision_config.image_size;
         let tokenizer = train_wordpiece(&[texts.as_slice(), texts.as_slice()].concat(), VOCABULARY).unwrap();
-        let mut trainer = Trainer::fresh(&Architecture::Med(config), tokenizer, recipe, &Device::Cpu).unwrap();
+        let mut trainer = Trainer::fresh(&Architecture::Med(config), tokenizer, None, recipe, &Device::Cpu).unwrap();
         let images: Vec<Vec<u8>> =
             (0..BATCH).map(|n| (0..3 * side * side).map(|i| ((n * 7919 + i * 104_729) % 256) as u8).collect()).collect();
         let names: Vec<String> = (0..BATCH).map(|i| i.to_string()).collect();

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::clip::{Clip, ClipConfig, ClipFamily, ClipTokenizer, ClipVision, openclip};
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result, TensorProblem, TensorProblems};
-use crate::files::{CONFIG, Files, OPEN_CLIP_CONFIG, PREPROCESSOR, TOKENIZER_CONFIG, WEIGHTS, read_text};
+use crate::files::{CONFIG, Files, IMAGE_MOMENTS, OPEN_CLIP_CONFIG, PREPROCESSOR, TOKENIZER_CONFIG, WEIGHTS, read_text};
 use crate::med::{Med, Parts};
 use crate::original::{infer_config, is_original, translate};
 use crate::parameters::{Asked, asked_for};
@@ -274,7 +274,7 @@ impl Checkpoint {
     pub fn digest(&self) -> Result<String> {
         let mut paths = vec![self.dir.join(CONFIG), self.dir.join(OPEN_CLIP_CONFIG)];
         paths.extend(self.weights.files().map(Path::to_owned));
-        paths.extend([tokenizer::file(&self.dir), preprocess::file(&self.dir)]);
+        paths.extend([tokenizer::file(&self.dir), preprocess::file(&self.dir), self.dir.join(IMAGE_MOMENTS)]);
         let mut hash = Sha256::new();
         let mut buffer = vec![0; 1 << 20];
         for path in paths.iter().filter(|path| path.exists()) {
@@ -332,6 +332,10 @@ impl Checkpoint {
         if matches!(self.family, Family::Clip(_)) && settings.exists() {
             let path = dir.join(TOKENIZER_CONFIG);
             std::fs::write(&path, read_text(&settings)?).map_err(|source| ModelError::Io { path, source })?;
+        }
+        let moments = self.dir.join(IMAGE_MOMENTS);
+        if moments.exists() {
+            std::fs::copy(&moments, dir.join(IMAGE_MOMENTS)).map_err(|source| ModelError::Io { path: moments, source })?;
         }
         Ok(())
     }

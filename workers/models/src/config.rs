@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{ModelError, Result};
 use crate::files::read_text;
 use crate::ops::Activation;
+use crate::trunk::TrunkKind;
 
 /// No width, side or vocabulary is larger, so that sizes of tensors can be reckoned with.
 pub(crate) const MAX_SIZE: usize = 1 << 24;
@@ -33,6 +34,9 @@ pub struct VisionConfig {
     pub hidden_act: Activation,
     /// Epsilon of every layer norm.
     pub layer_norm_eps: f64,
+    /// A frozen network whose feature map stands in the place of the patches. Not a field of `BlipConfig`: transformers has no such model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trunk: Option<TrunkKind>,
 }
 
 impl Default for VisionConfig {
@@ -46,6 +50,7 @@ impl Default for VisionConfig {
             patch_size: 16,
             hidden_act: Activation::Gelu,
             layer_norm_eps: 1e-5,
+            trunk: None,
         }
     }
 }
@@ -234,6 +239,12 @@ impl MedConfig {
             if value % divisor != 0 {
                 return Err(ModelError::Config(format!("{part} {divisor} does not divide {whole} {value}")));
             }
+        }
+        if v.trunk.is_some() && v.patch_size != TrunkKind::STRIDE {
+            let (size, stride) = (v.patch_size, TrunkKind::STRIDE);
+            return Err(ModelError::Config(format!(
+                "vision_config.patch_size is {size}, but the trunk makes patches of {stride}"
+            )));
         }
         if t.hidden_act != Activation::Gelu {
             return Err(ModelError::Config(format!("text_config.hidden_act is {:?}, BERT has only gelu", t.hidden_act)));

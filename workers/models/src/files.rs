@@ -20,6 +20,8 @@ pub const PROCESSOR: &str = "processor_config.json";
 pub const TOKENIZER: &str = "tokenizer.json";
 /// What a tokenizer says besides: how texts of CLIP are padded.
 pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+/// How the image features of a filter are spread, beside its weights.
+pub const IMAGE_MOMENTS: &str = "image_moments.safetensors";
 /// The one weight file of our own checkpoints.
 pub const WEIGHTS: &str = "model.safetensors";
 

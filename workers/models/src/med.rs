@@ -134,7 +134,23 @@ impl Med {
     /// # Errors
     /// The images have another size than the config says.
     pub fn encode_image(&self, pixels: &Tensor) -> Result<Tensor> {
-        Ok(self.vision.forward(&pixels.to_dtype(self.dtype)?)?)
+        Ok(self.vision.forward(pixels)?)
+    }
+
+    /// What the transformer sees of normalised pixels `(b, 3, s, s)`, for [`Self::encode_patches`] and [`Self::patch_features`]. Without gradients.
+    ///
+    /// # Errors
+    /// As [`Self::encode_image`].
+    pub(crate) fn patches(&self, pixels: &Tensor) -> Result<Tensor> {
+        Ok(self.vision.patches(pixels)?.detach())
+    }
+
+    /// [`Self::encode_image`] from [`Self::patches`].
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub(crate) fn encode_patches(&self, patches: &Tensor) -> Result<Tensor> {
+        Ok(self.vision.forward_patches(patches)?)
     }
 
     /// [`Self::encode_image`] for prepared images. On a CPU each image is encoded by itself, several at a time, so that its states do not
@@ -159,12 +175,12 @@ impl Med {
         Ok(l2_normalize(&encoder.vision_proj.forward(&first(image_states)?)?)?)
     }
 
-    /// [`Self::image_features`] of normalised pixels `(b, 3, s, s)`, where no other states of the images are wanted.
+    /// [`Self::image_features`] from [`Self::patches`], where no other states of the images are wanted.
     ///
     /// # Errors
     /// There is no encoder part, or shapes do not fit.
-    pub(crate) fn pixel_features(&self, pixels: &Tensor) -> Result<Tensor> {
-        let state = self.vision.forward_first(&pixels.to_dtype(self.dtype)?)?;
+    pub(crate) fn patch_features(&self, patches: &Tensor) -> Result<Tensor> {
+        let state = self.vision.forward_patches_first(patches)?;
         Ok(l2_normalize(&self.encoder("image features")?.vision_proj.forward(&state)?)?)
     }
 

@@ -13,8 +13,8 @@ use crate::error::{ModelError, Result};
 use crate::files::{PREPROCESSOR, PROCESSOR, read_text};
 
 /// Mean and deviation of CLIP's training images, per channel, in units of full brightness.
-const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
+pub(crate) const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
+pub(crate) const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// `Image.Resampling` of Pillow.
 const BILINEAR: u32 = 2;

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{ModelError, Result};
 use crate::med::Med;
+use crate::moments::ImageMoments;
 use crate::preprocess::Pixels;
 use crate::text::CrossCache;
 use crate::tokenizer::{FirstToken, MAX_WORDS, TextBatch, TextTokenizer, clean_caption};
@@ -27,6 +28,26 @@ pub enum ItmToken {
     Cls,
 }
 
+/// What is told of the ITC features of an image and a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Itc {
+    /// Their cosine.
+    #[default]
+    Cosine,
+    /// By how many standard deviations it lies above the text's cosines with other images ([`ImageMoments`]).
+    Standardized,
+}
+
+impl Itc {
+    /// Whether it is the cosine.
+    #[must_use]
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+    pub const fn is_cosine(&self) -> bool {
+        matches!(self, Self::Cosine)
+    }
+}
+
 /// The scores of one text for one image.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScoredText {
@@ -34,7 +55,8 @@ pub struct ScoredText {
     pub logits: [f32; 2],
     /// Probability of a match by the ITM head: softmax of the logits.
     pub itm: f32,
-    /// Cosine of the ITC features.
+    /// Cosine of the ITC features; of a scorer that is [standardized](FilterScorer::standardized), by how many standard deviations it lies above those of
+    /// the text with other images.
     pub itc: f32,
 }
 
@@ -45,6 +67,7 @@ pub struct FilterScorer {
     tokenizer: TextTokenizer,
     first_token: ItmToken,
     max_length: usize,
+    moments: Option<ImageMoments>,
 }
 
 /// A text ready for both encoders; they differ in the first token only.
@@ -75,7 +98,13 @@ impl FilterScorer {
             )));
         }
         let max_length = Self::MAX_LENGTH.min(text.max_position_embeddings);
-        Ok(Self { med, tokenizer, first_token, max_length })
+        Ok(Self { med, tokenizer, first_token, max_length, moments: None })
+    }
+
+    /// Tells ITC from now on as standard deviations above the mean of a text's cosines.
+    #[must_use]
+    pub fn standardized(self, moments: ImageMoments) -> Self {
+        Self { moments: Some(moments), ..self }
     }
 
     /// Scores `texts[i]` against `images[i]`; each image is encoded once. Texts are cleaned first ([`clean_caption`]).
@@ -153,7 +182,11 @@ impl FilterScorer {
         let itc_rows: Vec<&[u32]> = rows.iter().map(|(_, text)| text.itc.as_slice()).collect();
         let (ids, mask) = TextBatch::pad(&itc_rows, width, pad).tensors(device)?;
         let texts = self.med.text_features(&ids, &mask)?;
-        let cosines = (texts * features.index_select(&images, 0)?)?.sum(D::Minus1)?;
+        let cosines = (&texts * features.index_select(&images, 0)?)?.sum(D::Minus1)?;
+        let cosines = match &self.moments {
+            Some(moments) => moments.standardized(&texts, &cosines)?,
+            None => cosines,
+        };
         let cosines = cosines.to_dtype(DType::F32)?.to_vec1::<f32>()?;
 
         let scored = |pair: &[f32], itc| {

@@ -1,13 +1,14 @@
 //! The vision transformer (pre-norm, Dosovitskiy et al. 2021, arXiv 2010.11929) as BLIP, CLIP and SigLIP have it: `vision_model.*` in
 //! the weight file.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::block::{Block, BlockConfig, load_blocks};
 use crate::config::VisionConfig;
 use crate::layers::{INIT_WEIGHT, LayerNorm, Linear};
 use crate::ops::Precision;
+use crate::trunk::{Trunk, TrunkKind};
 
 /// Whose vision transformer it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +25,7 @@ pub(crate) enum VisionFamily {
 #[derive(Debug, Clone)]
 pub(crate) struct VisionModel {
     config: VisionConfig,
+    trunk: Option<Trunk>,
     patch: Linear,
     class: Option<Tensor>,
     positions: Tensor,
@@ -43,7 +45,9 @@ impl VisionModel {
         let patches = config.num_patches();
         let embeddings = vb.pp("embeddings");
         // A convolution whose stride is its kernel is a matrix product over flattened patches.
-        let kernel = embeddings.get_with_hints((d, 3, p, p), "patch_embedding.weight", INIT_WEIGHT)?.reshape((d, 3 * p * p))?;
+        let (channels, p) = if config.trunk.is_some() { (TrunkKind::CHANNELS, 1) } else { (3, p) };
+        let kernel = embeddings.get_with_hints((d, channels, p, p), "patch_embedding.weight", INIT_WEIGHT)?;
+        let kernel = kernel.reshape((d, channels * p * p))?;
         let bias = match family {
             VisionFamily::Clip => Tensor::zeros(d, vb.dtype(), vb.device())?,
             VisionFamily::Blip | VisionFamily::Siglip => embeddings.get(d, "patch_embedding.bias")?,
@@ -73,6 +77,7 @@ impl VisionModel {
             fused: family == VisionFamily::Blip,
         };
         Ok(Self {
+            trunk: config.trunk.map(|kind| Trunk::load(kind, &vb.pp("trunk"))).transpose()?,
             patch: Linear::new(kernel, bias)?,
             class,
             positions,
@@ -101,7 +106,15 @@ impl VisionModel {
     /// # Errors
     /// The images are not `image_size` square.
     pub(crate) fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
-        self.post_layernorm.forward(&self.through(self.embed(pixels)?, &self.blocks)?)
+        self.forward_patches(&self.patches(pixels)?)
+    }
+
+    /// [`Self::forward`] from [`Self::patches`].
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub(crate) fn forward_patches(&self, patches: &Tensor) -> Result<Tensor> {
+        self.post_layernorm.forward(&self.through(self.embed(patches)?, &self.blocks)?)
     }
 
     /// The first state of [`Self::forward`], that of the class token: `(b, d)`. The last block leaves the others out.
@@ -109,7 +122,15 @@ impl VisionModel {
     /// # Errors
     /// As [`Self::forward`].
     pub(crate) fn forward_first(&self, pixels: &Tensor) -> Result<Tensor> {
-        let x = self.embed(pixels)?;
+        self.forward_patches_first(&self.patches(pixels)?)
+    }
+
+    /// [`Self::forward_first`] from [`Self::patches`].
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub(crate) fn forward_patches_first(&self, patches: &Tensor) -> Result<Tensor> {
+        let x = self.embed(patches)?;
         let first = match self.blocks.split_last() {
             Some((last, blocks)) => last.forward_first(&self.through(x, blocks)?)?,
             None => x.narrow(1, 0, 1)?.contiguous()?,
@@ -117,9 +138,9 @@ impl VisionModel {
         self.post_layernorm.forward(&first)?.squeeze(1)
     }
 
-    /// Pixels to what goes into the first block.
-    fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
-        let patches = self.patch.forward(&self.patches(pixels)?)?;
+    /// Patches to what goes into the first block.
+    fn embed(&self, patches: &Tensor) -> Result<Tensor> {
+        let patches = self.patch.forward(&patches.to_dtype(self.positions.dtype())?)?;
         let b = patches.dim(0)?;
         let states = match &self.class {
             Some(class) => Tensor::cat(&[&class.broadcast_as((b, 1, self.config.hidden_size))?, &patches], 1)?,
@@ -133,12 +154,19 @@ impl VisionModel {
         blocks.iter().try_fold(x, |x, block| block.forward(&x, None))
     }
 
-    /// `(b, 3, s, s)` to `(b, patches, 3·p·p)`. Pixels to the right and below of the last whole patch are left out, as a convolution does.
-    fn patches(&self, pixels: &Tensor) -> Result<Tensor> {
+    /// Normalised pixels `(b, 3, s, s)` to what the transformer sees of them: `(b, patches, 3·p·p)`, or what the trunk makes of them,
+    /// `(b, patches, 1280)`. Pixels to the right and below of the last whole patch are left out, as a convolution does.
+    ///
+    /// # Errors
+    /// The images are not `image_size` square.
+    pub(crate) fn patches(&self, pixels: &Tensor) -> Result<Tensor> {
         let (s, p) = (self.config.image_size, self.config.patch_size);
         let (b, channels, height, width) = pixels.dims4()?;
         if (channels, height, width) != (3, s, s) {
             candle_core::bail!("the model takes images of shape [3, {s}, {s}], got [{channels}, {height}, {width}]");
+        }
+        if let Some(trunk) = &self.trunk {
+            return trunk.forward(&pixels.to_dtype(DType::F32)?);
         }
         let grid = s / p;
         let pixels = pixels.narrow(2, 0, grid * p)?.narrow(3, 0, grid * p)?;

@@ -62,7 +62,7 @@ impl Vqa {
     /// # Errors
     /// The images have another size than the config says.
     pub fn encode_image(&self, pixels: &Tensor) -> Result<Tensor> {
-        Ok(self.vision.forward(&pixels.to_dtype(self.dtype)?)?)
+        Ok(self.vision.forward(pixels)?)
     }
 
     /// Keys and values of image states `(b, n, d_v)` for the question encoder.

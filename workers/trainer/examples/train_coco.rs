@@ -66,7 +66,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         &TrainSet::in_memory(pairs),
         &settings.train,
         Member::ONLY,
-        parent.as_ref(),
+        (parent.as_ref(), None),
         &Device::Cpu,
         &unfinished,
         |progress| {

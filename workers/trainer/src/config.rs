@@ -6,6 +6,7 @@ use capfilt_models::config::{MedConfig, TextConfig, VisionConfig};
 use capfilt_models::device::{DType, built_for, check_name};
 use capfilt_models::special;
 use capfilt_models::train::{AdamWConfig, Augmentation, Precision, Recipe, Role, Schedule};
+use capfilt_models::trunk::TrunkKind;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainerError;
@@ -96,6 +97,10 @@ pub struct ModelSize {
     pub projection: usize,
     /// Longest text that it has positions for (BLIP base: 512).
     pub positions: usize,
+    /// What stands before the vision transformer: the feature map of a frozen network, with its weights from `trunk_weights`, takes the place of the
+    /// patches. `efficientnet_lite0` to `efficientnet_lite4`; for captioners, filters and MEDs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trunk: Option<TrunkKind>,
     /// In place of the vision transformer, for a CLIP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resnet: Option<ResNetSize>,
@@ -124,6 +129,7 @@ impl Default for ModelSize {
             text_layers: tiny.text_config.num_hidden_layers,
             projection: tiny.image_text_hidden_size,
             positions: tiny.text_config.max_position_embeddings,
+            trunk: None,
             resnet: None,
         }
     }
@@ -176,7 +182,7 @@ impl ModelSize {
             };
         }
         let vision = &mut config.vision_config;
-        (vision.image_size, vision.patch_size) = (self.image_size, self.patch_size);
+        (vision.image_size, vision.patch_size, vision.trunk) = (self.image_size, self.patch_size, self.trunk);
         (vision.hidden_size, vision.intermediate_size) = (self.width, 4 * self.width);
         (vision.num_attention_heads, vision.num_hidden_layers) = (self.heads, self.vision_layers);
         let text = &mut config.text_config;
@@ -207,6 +213,9 @@ pub struct TrainConfig {
     pub init: Init,
     /// Size of a fresh model.
     pub model: ModelSize,
+    /// Where the weights of a fresh model's trunk lie: the digest of a model's files in the store.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trunk_weights: Option<String>,
     /// Size of the vocabulary that a fresh model without parent learns from its texts. With a parent, its tokenizer is kept.
     pub vocab_size: usize,
     /// Steps of the run. Exactly one of `steps` and `epochs` is set.
@@ -280,6 +289,7 @@ impl Default for TrainConfig {
             role: Role::Captioner,
             init: Init::Fresh,
             model: ModelSize::default(),
+            trunk_weights: None,
             vocab_size: 2_000,
             steps: None,
             epochs: None,
@@ -334,6 +344,12 @@ impl TrainConfig {
         }
         if self.role != Role::Clip && self.model.resnet.is_some() {
             return fail("`model.resnet` is for CLIPs alone; a MED has a vision transformer".to_owned());
+        }
+        if self.role == Role::Clip && self.model.trunk.is_some() {
+            return fail("`model.trunk` is for captioners, filters and MEDs; a CLIP has none".to_owned());
+        }
+        if self.init == Init::Fresh && self.model.trunk.is_some() != self.trunk_weights.is_some() {
+            return fail("`model.trunk` and `trunk_weights` go together: a trunk is not trained here".to_owned());
         }
         if self.role == Role::Med && self.init == Init::Med {
             return fail("`init` is \"med\" for the MED itself; use \"fresh\" or \"parent\"".to_owned());

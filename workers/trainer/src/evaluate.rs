@@ -13,11 +13,11 @@ use capfilt_models::retrieval::retrieval_scores;
 use capfilt_models::sampling::{Sampling, Strategy};
 use capfilt_models::score::{FilterScorer, ItmToken};
 use capfilt_models::tokenizer::{MAX_WORDS, TextTokenizer, clean_caption};
-use image::RgbImage;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::metrics::{CaptionCase, Confusion, Ranks, Relevance, auroc, bleu, bleu_counts, cider_d, ranks, recall, rouge_l};
+use crate::pair::prepared;
 use crate::sampler::below;
 use crate::{TrainPair, TrainerError, ZeroShot};
 
@@ -102,16 +102,9 @@ pub fn evaluate(
         return Err(TrainerError::NoPairs { purpose: "judge by", reason: "the held-out set is empty".to_owned() });
     }
     let preprocessor = checkpoint.preprocessor()?;
-    let side = preprocessor.side() as u32;
     let pixels = pairs
         .iter()
-        .map(|pair| {
-            let image = RgbImage::from_raw(side, side, pair.pixels.to_vec()).ok_or_else(|| TrainerError::NoPairs {
-                purpose: "judge by",
-                reason: format!("image {} is not {side}x{side}", pair.sample_id),
-            })?;
-            Ok(preprocessor.prepare(&image)?)
-        })
+        .map(|pair| prepared(&preprocessor, &pair.sample_id, &pair.pixels))
         .collect::<Result<Vec<Pixels>, TrainerError>>()?;
     let set = HeldOut { pairs, pixels };
 

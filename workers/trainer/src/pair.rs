@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use capfilt_models::preprocess::{Pixels, Preprocessor};
 use capfilt_models::train::shrink;
 use capfilt_schemas::Origin;
 use image::RgbImage;
@@ -37,4 +38,18 @@ impl TrainPair {
     pub fn new(sample_id: String, texts: Vec<PairText>, image: &RgbImage, side: usize) -> Result<Self, TrainerError> {
         Ok(Self { sample_id, texts, pixels: shrink(image, side)?.into() })
     }
+}
+
+/// Pixels of a [`TrainPair`] as a model sees them when it is not trained.
+///
+/// # Errors
+///
+/// They are no square of the size that the model takes.
+pub(crate) fn prepared(preprocessor: &Preprocessor, sample_id: &str, pixels: &[u8]) -> Result<Pixels, TrainerError> {
+    let side = preprocessor.side() as u32;
+    let image = RgbImage::from_raw(side, side, pixels.to_vec()).ok_or_else(|| TrainerError::NoPairs {
+        purpose: "judge by",
+        reason: format!("image {sample_id} is not {side}x{side}"),
+    })?;
+    Ok(preprocessor.prepare(&image)?)
 }

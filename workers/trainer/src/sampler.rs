@@ -51,7 +51,7 @@ impl Member {
     pub const ONLY: Self = Self { fold: 0, folds: 1 };
 
     /// Whether the sample is one that the member judges, and so is not trained on.
-    fn judges(self, sample_id: &str) -> bool {
+    pub(crate) fn judges(self, sample_id: &str) -> bool {
         self.folds > 1 && fold(sample_id, self.folds) == self.fold
     }
 }

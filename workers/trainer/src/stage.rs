@@ -56,6 +56,10 @@ impl Stage for TrainStage {
                 Some(model) => Some(work.model_folder(&model).await?),
                 None => None,
             };
+            let trunk = match &config.trunk_weights {
+                Some(digest) => Some(work.model_folder(&digest.parse().map_err(|_| no_digest(digest))?).await?),
+                None => None,
+            };
             let side = match &parent {
                 Some(folder) if config.init != Init::Fresh => {
                     Checkpoint::open(folder).and_then(|parent| Ok(parent.preprocessor()?.side())).map_err(fail)?
@@ -68,7 +72,7 @@ impl Stage for TrainStage {
             // Dropped with this future: a training that nobody waits for any more stops at its next log line.
             let _stop = work.cancel.clone().drop_guard();
             let task = work.clone();
-            let run = move || train_members(&pairs, &config, parent.as_deref(), &device, &scratch, &task);
+            let run = move || train_members(&pairs, &config, (parent.as_deref(), trunk.as_deref()), &device, &scratch, &task);
             let files = on_blocking(run).await?.map_err(caused)?;
             let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
             Ok::<_, StageError>(stream::iter(parts.into_iter().map(Ok)))
@@ -116,7 +120,7 @@ impl Stage for EvaluateStage {
 fn train_members(
     pairs: &TrainSet,
     config: &TrainConfig,
-    parent: Option<&Path>,
+    (parent, trunk): (Option<&Path>, Option<&Path>),
     device: &Device,
     scratch: &Path,
     work: &Work,
@@ -128,7 +132,7 @@ fn train_members(
         let scratch = scratch.join(&folder);
         std::fs::create_dir_all(&scratch).map_err(|source| TrainerError::Io { path: scratch.clone(), source })?;
         let (mut pairs_per_second, mut waited) = (0.0, 0.0);
-        let trained = train(pairs, config, member, parent.as_ref(), device, &scratch, |p| {
+        let trained = train(pairs, config, member, (parent.as_ref(), trunk), device, &scratch, |p| {
             (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
             work.progress(fold as u64 * p.steps + p.line.step, config.folds as u64 * p.steps, "steps");
             if work.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -170,6 +174,10 @@ fn parent_of(member: Member, folder: &Path, config: &TrainConfig) -> Result<Chec
              with as many folds"
         ))),
     }
+}
+
+fn no_digest(text: &str) -> StageError {
+    StageError::Input(format!("trunk_weights is `{text}`, which is no digest of files in the store"))
 }
 
 fn fail(e: capfilt_models::ModelError) -> StageError {

@@ -9,14 +9,19 @@ use std::time::Instant;
 
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::clip::{ClipFamily, ClipTokenizer};
-use capfilt_models::device::Device;
+use capfilt_models::device::{DType, Device};
 use capfilt_models::files;
+use capfilt_models::moments::ImageMoments;
 use capfilt_models::tokenizer::{MAX_WORDS, clean_caption, train_wordpiece};
 use capfilt_models::train::{Architecture, Losses, Recipe, Role, StepReport, Trainer};
+use capfilt_models::weights::Weights;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::loader::Loader;
+use crate::pair::prepared;
 use crate::sampler::{Member, Sampler};
+use crate::set::Entry;
 use crate::{Init, TrainConfig, TrainSet, TrainerError};
 
 /// Name of the training log, lines of JSON ([`LogLine`]), among the files of a model.
@@ -54,7 +59,7 @@ pub struct Progress<'a> {
 
 /// Trains one member of a model and returns its files, name → bytes: the checkpoint, the training log and the settings.
 ///
-/// The result depends on the pairs as a set, the settings, the member, the parent and the kind of device alone. `resume_dir`, one for each member,
+/// The result depends on the pairs as a set, the settings, the member, the parent, the weights of the trunk (a folder) and the kind of device alone. `resume_dir`, one for each member,
 /// takes the state of the unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may
 /// stop the run by [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (`model.image_size`, or the parent's).
 ///
@@ -65,7 +70,7 @@ pub fn train(
     set: &TrainSet,
     config: &TrainConfig,
     member: Member,
-    parent: Option<&Checkpoint>,
+    (parent, trunk): (Option<&Checkpoint>, Option<&Path>),
     device: &Device,
     resume_dir: &Path,
     mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()>,
@@ -73,7 +78,7 @@ pub fn train(
     config.check()?;
     let sampler = Sampler::new(set, config.mixture(), config.shuffle_shards, member, config.seed)?;
     let steps = config.total_steps(sampler.pairs());
-    let mut trainer = start(set, config, parent, config.recipe(steps, sampler.pairs()), device)?;
+    let mut trainer = start(set, config, (parent, trunk), config.recipe(steps, sampler.pairs()), device)?;
     let state = resume_dir.join("state.safetensors");
     if state.exists() {
         trainer.load_state(&state)?;
@@ -105,7 +110,16 @@ pub fn train(
         Ok(())
     })?;
     log.flush()?;
-    let files = finished(&trainer, config, &resume_dir.join("checkpoint"), &log.path)?;
+    let folder = resume_dir.join("checkpoint");
+    let mut files = finished(&trainer, config, &folder, &log.path)?;
+    if config.role.parts().encoder
+        && let Some(moments) = image_moments(set, member, &Checkpoint::open(&folder)?, device)?
+    {
+        let path = folder.join(files::IMAGE_MOMENTS);
+        moments.write(&path)?;
+        let bytes = std::fs::read(&path).map_err(|source| TrainerError::Io { path, source })?;
+        files.insert(files::IMAGE_MOMENTS.to_owned(), bytes);
+    }
     Ok(files)
 }
 
@@ -113,10 +127,11 @@ pub fn train(
 fn start(
     set: &TrainSet,
     config: &TrainConfig,
-    parent: Option<&Checkpoint>,
+    (parent, trunk): (Option<&Checkpoint>, Option<&Path>),
     recipe: Recipe,
     device: &Device,
 ) -> Result<Trainer, TrainerError> {
+    let trunk = trunk.filter(|_| config.init == Init::Fresh).map(Weights::open).transpose()?;
     match (config.init, parent) {
         (Init::Parent | Init::Med, Some(parent)) => Ok(Trainer::from_checkpoint(parent, recipe, device)?),
         (Init::Parent | Init::Med, None) => {
@@ -131,21 +146,56 @@ fn start(
                 }
             };
             let size = ClipTokenizer::from_json(&tokenizer, None, ClipFamily::Clip, Path::new(files::TOKENIZER))?.size();
-            Ok(Trainer::fresh(&Architecture::Clip(config.model.clip(size)), tokenizer, recipe, device)?)
+            Ok(Trainer::fresh(&Architecture::Clip(config.model.clip(size)), tokenizer, None, recipe, device)?)
         }
         (Init::Fresh, Some(parent)) => {
             let tokenizer = parent.tokenizer()?.json().to_owned();
             let parent = parent.config()?;
             let model = config.model.config(Some(parent), parent.text_config.vocab_size);
-            Ok(Trainer::fresh(&Architecture::Med(model), tokenizer, recipe, device)?)
+            Ok(Trainer::fresh(&Architecture::Med(model), tokenizer, trunk, recipe, device)?)
         }
         (Init::Fresh, None) => {
             let texts = set.entries().iter().flat_map(|entry| &entry.texts);
             let texts = texts.map(|text| clean_caption(&text.text, MAX_WORDS)).chain([config.prompt.clone()]);
             let tokenizer = train_wordpiece(&texts.collect::<Vec<_>>(), config.vocab_size)?;
-            Ok(Trainer::fresh(&Architecture::Med(config.model.config(None, config.vocab_size)), tokenizer, recipe, device)?)
+            Ok(Trainer::fresh(
+                &Architecture::Med(config.model.config(None, config.vocab_size)),
+                tokenizer,
+                trunk,
+                recipe,
+                device,
+            )?)
         }
     }
+}
+
+/// How the features of those images are spread that a filter will judge: of its fold, which it has not seen, or of all that no person annotated.
+/// Nothing where there are hardly any.
+fn image_moments(
+    set: &TrainSet,
+    member: Member,
+    checkpoint: &Checkpoint,
+    device: &Device,
+) -> Result<Option<ImageMoments>, TrainerError> {
+    const MOST: usize = 4096;
+    let entries = set.entries();
+    let judged = |entry: &Entry| !entry.is_human() && (member.folds == 1 || member.judges(&entry.sample_id));
+    let mut wanted: Vec<usize> = (0..entries.len()).filter(|i| judged(&entries[*i])).collect();
+    // Ids are hashes: their order is a draw.
+    wanted.sort_by(|a, b| entries[*a].sample_id.cmp(&entries[*b].sample_id));
+    wanted.truncate(MOST);
+    if wanted.len() < 2 {
+        return Ok(None);
+    }
+    let (preprocessor, med) = (checkpoint.preprocessor()?, checkpoint.med(device, DType::F32)?);
+    let mut images = Vec::with_capacity(wanted.len());
+    for wanted in wanted.chunks(256) {
+        let pixels = set.pixels(wanted)?;
+        let of_chunk = wanted.par_iter().zip(&pixels);
+        let of_chunk = of_chunk.map(|(&entry, pixels)| prepared(&preprocessor, &entries[entry].sample_id, pixels));
+        images.extend(of_chunk.collect::<Result<Vec<_>, TrainerError>>()?);
+    }
+    Ok(Some(ImageMoments::of(&med, &images)?))
 }
 
 /// The files of the finished model, written to `folder` on the way.

@@ -71,7 +71,8 @@ impl ImageScorer {
         }
         let dtype = NumberType::settle(config.dtype, worker);
         let device = device(&worker.device)?;
-        let (judge, preprocessors) = Judge::open(&filters, clips.first().copied(), config.first_token, dtype, &device)?;
+        let (judge, preprocessors) =
+            Judge::open(&filters, clips.first().copied(), (config.first_token, config.itc), dtype, &device)?;
         Ok(Self { judge, preprocessors })
     }
 

@@ -6,7 +6,7 @@ use capfilt_models::ModelError;
 use capfilt_models::clip::{ClipScorer, clip_score};
 use capfilt_models::device::Device;
 use capfilt_models::preprocess::Preprocessor;
-use capfilt_models::score::{FilterScorer, ItmToken};
+use capfilt_models::score::{FilterScorer, Itc, ItmToken};
 use capfilt_schemas::fold;
 use serde::Serialize;
 
@@ -45,11 +45,11 @@ impl Judge {
     pub(crate) fn open(
         filter_folders: &[impl AsRef<Path>],
         clip_folder: Option<&Path>,
-        first_token: ItmToken,
+        scores: (ItmToken, Itc),
         dtype: Option<NumberType>,
         device: &Device,
     ) -> Result<(Self, Vec<Preprocessor>), ModelError> {
-        let opened = filter_folders.iter().map(|folder| filter(folder.as_ref(), first_token, dtype, device));
+        let opened = filter_folders.iter().map(|folder| filter(folder.as_ref(), scores, dtype, device));
         let (members, mut preprocessors): (Vec<_>, Vec<_>) = opened.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         // Members are alike but for their weights.
         preprocessors.truncate(1);

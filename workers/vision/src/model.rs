@@ -9,10 +9,11 @@ use capfilt_models::clip::ClipScorer;
 use capfilt_models::device::{DType, Device, built_for, check_name, device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::{Med, Parts};
+use capfilt_models::moments::ImageMoments;
 use capfilt_models::ops::{Precision, is_fast, multiplies};
 use capfilt_models::preprocess::Preprocessor;
 use capfilt_models::sampling::Sampling;
-use capfilt_models::score::{FilterScorer, ItmToken};
+use capfilt_models::score::{FilterScorer, Itc, ItmToken};
 use capfilt_models::{ModelError, files};
 use capfilt_runtime::{ModelThread, StageError, Work};
 use capfilt_schemas::Digest;
@@ -207,7 +208,7 @@ pub(crate) fn captioner(
 /// A filter and its image transform, from a checkpoint folder.
 pub(crate) fn filter(
     folder: &Path,
-    first_token: ItmToken,
+    (first_token, itc): (ItmToken, Itc),
     dtype: Option<NumberType>,
     device: &Device,
 ) -> Result<(FilterScorer, Preprocessor), ModelError> {
@@ -217,6 +218,13 @@ pub(crate) fn filter(
         checkpoint.tokenizer()?,
         first_token,
     )?;
+    let filter = match itc {
+        Itc::Cosine => filter,
+        Itc::Standardized => {
+            let width = checkpoint.config()?.image_text_hidden_size;
+            filter.standardized(ImageMoments::read(&folder.join(files::IMAGE_MOMENTS), width, device)?)
+        }
+    };
     Ok((filter, checkpoint.preprocessor()?))
 }
 
@@ -301,13 +309,17 @@ pub fn stored_files(folder: &Path) -> Result<Vec<&'static str>, ModelError> {
     if matches!(Checkpoint::open(folder)?.family(), Family::Clip(_)) && folder.join(files::TOKENIZER_CONFIG).is_file() {
         names.push(files::TOKENIZER_CONFIG);
     }
+    if folder.join(files::IMAGE_MOMENTS).is_file() {
+        names.push(files::IMAGE_MOMENTS);
+    }
     Ok(names)
 }
 
 /// Whether [`write_checkpoint`] writes a file of this name.
 #[must_use]
 pub fn is_checkpoint_file(name: &OsStr) -> bool {
-    let written = [files::CONFIG, files::WEIGHTS, files::TOKENIZER, files::PREPROCESSOR, files::TOKENIZER_CONFIG];
+    let written =
+        [files::CONFIG, files::WEIGHTS, files::TOKENIZER, files::PREPROCESSOR, files::TOKENIZER_CONFIG, files::IMAGE_MOMENTS];
     written.iter().any(|file| name == *file)
 }
 

@@ -8,7 +8,7 @@ use arrow::array::{ArrayRef, AsArray, Float32Array, Float32Builder, ListBuilder,
 use arrow::datatypes::{DataType, Field};
 use capfilt_models::device::Device;
 use capfilt_models::files;
-use capfilt_models::score::ItmToken;
+use capfilt_models::score::{Itc, ItmToken};
 use capfilt_runtime::{RowStream, Stage, StageError, Work};
 use capfilt_schemas::{Digest, StageKind, Table, column};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -24,6 +24,9 @@ use crate::pixels::{RowPixels, prepared, spread, status_columns, text_column};
 pub struct ScoreConfig {
     /// The first token of a text for the image-grounded encoder: `enc`, as BLIP was trained, or `cls`, as Hugging Face's class does.
     pub first_token: ItmToken,
+    /// What ITC tells: `cosine`, or `standardized`, by how many standard deviations the cosine lies above those of the text with other images; for
+    /// filters that were trained here.
+    pub itc: Itc,
     /// The number type in which the models compute; if not given, `bf16` on a GPU, `bf16x3` on a CPU with AMX, `f32` on another.
     pub dtype: Option<NumberType>,
 }
@@ -32,7 +35,7 @@ impl ScoreConfig {
     /// The parameters of the stage's tasks, for workers with these settings and the CLIP model of the run.
     #[must_use]
     pub fn params(&self, worker: &VisionWorkerConfig, clip: Option<Digest>) -> ScoreParams {
-        ScoreParams { first_token: self.first_token, dtype: NumberType::settle(self.dtype, worker), clip }
+        ScoreParams { first_token: self.first_token, itc: self.itc, dtype: NumberType::settle(self.dtype, worker), clip }
     }
 }
 
@@ -42,6 +45,9 @@ impl ScoreConfig {
 pub struct ScoreParams {
     /// As in [`ScoreConfig`].
     pub first_token: ItmToken,
+    /// As in [`ScoreConfig`]; `cosine` if it is not there.
+    #[serde(default, skip_serializing_if = "Itc::is_cosine")]
+    pub itc: Itc,
     /// As in [`ScoreConfig`]; `f32` if it is not there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<NumberType>,
@@ -75,7 +81,7 @@ impl Stage for ScoreStage {
             let params: ScoreParams = work.params()?;
             let make = move |folders: &[PathBuf], device: &Device| {
                 let clip = folders.get(1).map(PathBuf::as_path);
-                Judge::open(&files::member_folders(&folders[0]), clip, params.first_token, params.dtype, device)
+                Judge::open(&files::member_folders(&folders[0]), clip, (params.first_token, params.itc), params.dtype, device)
             };
             let loaded = slot.get(&work, params.clip.as_slice(), make).await?;
             let rows = prepared(input, Arc::clone(&loaded.preprocessors))

@@ -13,6 +13,8 @@ pub enum Policy {
     /// texts alike.
     #[default]
     Itm,
+    /// The same by the filter's ITC: a text stays from `min_itc` on.
+    Itc,
     /// BLIP-2's rule (arXiv 2301.12597, section 3.4): the texts of an image, web and synthetic, are ranked by score and the best
     /// `keep` stay.
     Rank,
@@ -22,7 +24,7 @@ pub enum Policy {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Score {
-    /// Cosine of image and text by the filter.
+    /// Cosine of image and text by the filter, or what `score.itc` says.
     #[default]
     Itc,
     /// Probability that image and text match, by the filter.
@@ -39,6 +41,9 @@ pub struct BuildConfig {
     pub policy: Policy,
     /// For `itm`: the least probability of a match, 0 to 1.
     pub min_itm: f64,
+    /// For `itc`: the least ITC; a cosine, or with `score.itc = "standardized"` standard deviations above those of other images.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub min_itc: f64,
     /// For `rank`: the score to rank by.
     pub rank_by: Score,
     /// For `rank`: texts kept of an image.
@@ -58,11 +63,18 @@ pub struct BuildConfig {
     pub shard_rows: usize,
 }
 
+/// What settings that no ITC is asked of leave out.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(least: &f64) -> bool {
+    *least == 0.0
+}
+
 impl Default for BuildConfig {
     fn default() -> Self {
         Self {
             policy: Policy::Itm,
             min_itm: 0.5,
+            min_itc: 0.0,
             rank_by: Score::Itc,
             keep: 2,
             min_width: 0,
@@ -84,6 +96,9 @@ impl BuildConfig {
         let bad = |setting, problem: String| Err(CoordinatorError::Setting { setting, problem });
         if !(0.0..=1.0).contains(&self.min_itm) {
             return bad("build.min_itm", format!("is {}; a probability is from 0 to 1 (BLIP used 0.5)", self.min_itm));
+        }
+        if !self.min_itc.is_finite() {
+            return bad("build.min_itc", format!("is {}; it is a number", self.min_itc));
         }
         if self.keep == 0 {
             return bad("build.keep", "is 0, which keeps nothing; use 1 or more (BLIP-2 kept 2)".to_owned());

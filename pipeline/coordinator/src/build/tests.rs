@@ -299,6 +299,7 @@ fn naive(config: &BuildConfig, samples: &[Sample]) -> Vec<(String, String, Strin
         texts.retain(|t| !t.1.is_empty() && said.insert(normalise(t.1)));
         match config.policy {
             Policy::Itm => texts.retain(|t| t.2.unwrap() >= config.min_itm as f32),
+            Policy::Itc => texts.retain(|t| t.3.unwrap() >= config.min_itc as f32),
             Policy::Rank => {
                 let score =
                     |t: &(&str, &str, Option<f32>, Option<f32>)| if config.rank_by == Score::Itc { t.3 } else { t.2 }.unwrap();
@@ -317,7 +318,7 @@ proptest! {
     #[test]
     fn builds_what_the_rules_say_in_whatever_order_the_shards_come(
         samples in some_samples(),
-        rank in any::<bool>(),
+        policy in proptest::sample::select(vec![Policy::Itm, Policy::Itc, Policy::Rank]),
         by_itm in any::<bool>(),
         keep in 1_u64..4,
         min_itm in 0.0_f64..=1.0,
@@ -325,10 +326,11 @@ proptest! {
         cut in 0_usize..50,
     ) {
         let config = BuildConfig {
-            policy: if rank { Policy::Rank } else { Policy::Itm },
+            policy,
             rank_by: if by_itm { Score::Itm } else { Score::Itc },
             keep,
             min_itm,
+            min_itc: min_itm,
             perceptual,
             shard_rows: 11,
             ..BuildConfig::default()
@@ -428,6 +430,7 @@ async fn bad_settings_are_named() {
     for (config, name) in [
         (BuildConfig { min_itm: 1.5, ..default() }, "build.min_itm"),
         (BuildConfig { min_itm: f64::NAN, ..default() }, "build.min_itm"),
+        (BuildConfig { min_itc: f64::INFINITY, ..default() }, "build.min_itc"),
         (BuildConfig { keep: 0, ..default() }, "build.keep"),
         (BuildConfig { max_phash_distance: 9, ..default() }, "build.max_phash_distance"),
         (BuildConfig { shard_rows: 0, ..default() }, "build.shard_rows"),
@@ -435,7 +438,7 @@ async fn bad_settings_are_named() {
         let error = build(&store, &sql(), &config, BuildInputs::default()).await.unwrap_err().to_string();
         assert!(error.contains(name), "{error}");
     }
-    assert!(serde_json::from_value::<BuildConfig>(json!({"min_itc": 0.5})).is_err());
+    assert!(serde_json::from_value::<BuildConfig>(json!({"min_clip": 0.5})).is_err());
     let back: BuildConfig = serde_json::from_value(serde_json::to_value(default()).unwrap()).unwrap();
     assert_eq!(back, default());
 }

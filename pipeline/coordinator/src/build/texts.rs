@@ -68,7 +68,10 @@ impl Texts {
 }
 
 /// BLIP's policy. A text without a score is neither kept nor rejected: `kept` is null.
-const ITM: &str = "SELECT *, itm >= $min_itm AS kept FROM texts";
+const ITM: &str = "SELECT *, itm >= $least AS kept FROM texts";
+
+/// The same by ITC.
+const ITC: &str = "SELECT *, itc >= $least AS kept FROM texts";
 
 /// Where no model has judged yet.
 const ALL: &str = "SELECT *, TRUE AS kept FROM texts";
@@ -105,11 +108,12 @@ impl Job<'_> {
         self.register_human(images)?;
         let keep = ("keep", ScalarValue::UInt64(Some(self.config.keep)));
         // Scores are single precision, and so must be what they are held against.
-        let min_itm = ("min_itm", ScalarValue::Float32(Some(self.config.min_itm as f32)));
+        let least = |score: f64| ("least", ScalarValue::Float32(Some(score as f32)));
         let judged = self.unjudged.is_empty();
         let (policy, parameter) = match (self.config.policy, self.config.rank_by) {
             _ if !judged => (ALL.to_owned(), None),
-            (Policy::Itm, _) => (ITM.to_owned(), Some(min_itm)),
+            (Policy::Itm, _) => (ITM.to_owned(), Some(least(self.config.min_itm))),
+            (Policy::Itc, _) => (ITC.to_owned(), Some(least(self.config.min_itc))),
             (Policy::Rank, Score::Itc) => (rank(column::ITC), Some(keep)),
             (Policy::Rank, Score::Itm) => (rank(column::ITM), Some(keep)),
             (Policy::Rank, Score::Clip) => (rank(column::CLIP), Some(keep)),

@@ -185,6 +185,7 @@ impl ClipConfig {
                 patch_size: vision_cfg.patch_size.unwrap_or(16),
                 hidden_act,
                 layer_norm_eps: 1e-5,
+                trunk: None,
             }),
             OpenClipLayers::ResNet(layers) => ClipVision::ResNet(ResNetConfig {
                 layers,

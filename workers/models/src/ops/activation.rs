@@ -18,6 +18,9 @@ pub enum Activation {
     /// `½ x (1 + tanh(√(2/π) (x + 0.044715 x³)))`, of SigLIP.
     #[serde(rename = "gelu_pytorch_tanh")]
     TanhGelu,
+    /// `x` between 0 and 6, of EfficientNet-Lite.
+    #[serde(rename = "relu6")]
+    Relu6,
 }
 
 impl Activation {
@@ -33,6 +36,7 @@ impl Activation {
             Self::Gelu => x.gelu_erf(),
             Self::QuickGelu => x * candle_nn::ops::sigmoid(&(x * f64::from(SLOPE))?)?,
             Self::TanhGelu => x.gelu(),
+            Self::Relu6 => x.clamp(0f32, 6f32),
         }
     }
 
@@ -46,6 +50,7 @@ impl Activation {
                 return (x * cumulative, cumulative + x * density);
             }
             Self::QuickGelu => (SLOPE * x, SLOPE),
+            Self::Relu6 => return (x.clamp(0.0, 6.0), if x > 0.0 && x < 6.0 { 1.0 } else { 0.0 }),
             Self::TanhGelu => (TANH_SLOPE * x * (1.0 + CUBIC * x * x), TANH_SLOPE * (1.0 + 3.0 * CUBIC * x * x)),
         };
         let open = 1.0 / (1.0 + exp(-gate));

@@ -17,6 +17,8 @@ use crate::parameters::fresh_tensors;
 use crate::preprocess::Preprocessor;
 use crate::text::CrossCache;
 use crate::tokenizer::{FirstToken, TextBatch, TextTokenizer};
+use crate::trunk::{self, TRUNK};
+use crate::weights::Weights;
 
 /// Name of the contrastive temperature among the trained variables. It is no part of a checkpoint.
 pub(super) const TEMPERATURE: &str = "temperature";
@@ -64,12 +66,28 @@ pub(super) struct Start {
 }
 
 impl Start {
-    pub(super) fn fresh(config: &MedConfig, tokenizer_json: String, recipe: &Recipe, device: &Device) -> Result<Self> {
+    /// Fresh weights; those of a trunk are `trunk`.
+    pub(super) fn fresh(
+        config: &MedConfig,
+        tokenizer_json: String,
+        trunk: Option<Weights>,
+        recipe: &Recipe,
+        device: &Device,
+    ) -> Result<Self> {
         let config = config.clone().checked()?;
+        let mut tensors = drawn(&config, recipe, device)?;
+        match (config.vision_config.trunk, trunk) {
+            (Some(kind), Some(weights)) => tensors.extend(trunk::pretrained(kind, weights, device)?),
+            (None, None) => {}
+            (Some(_), None) => return Err(ModelError::Config("a trunk is not trained here: it needs weights".to_owned())),
+            (None, Some(_)) => {
+                return Err(ModelError::Config("there are weights for a trunk, but the model has none".to_owned()));
+            }
+        }
         Ok(Self {
             tokenizer: TextTokenizer::from_json(tokenizer_json, &config.text_config, Path::new("tokenizer.json"))?,
             preprocessor: Preprocessor::new(config.vision_config.image_size),
-            tensors: drawn(&config, recipe, device)?,
+            tensors,
             config,
         })
     }
@@ -107,6 +125,8 @@ pub(super) struct MedObjective {
     pub(super) tokenizer: TextTokenizer,
     pub(super) preprocessor: Preprocessor,
     parts: Parts,
+    /// What is not trained: the trunk.
+    frozen: BTreeMap<String, Tensor>,
     /// In f32; of another number type it is made anew for each batch.
     med: Med,
     momentum: Option<Momentum>,
@@ -128,7 +148,9 @@ impl MedObjective {
             )));
         }
         let both = parts == Parts::FULL;
-        let mut variables = tensors
+        let (frozen, trained): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            tensors.into_iter().partition(|(name, _)| name.starts_with(TRUNK));
+        let mut variables = trained
             .into_iter()
             .filter(|(name, _)| !both || tied(name).is_none())
             .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
@@ -136,12 +158,12 @@ impl MedObjective {
         if parts.encoder {
             variables.insert(TEMPERATURE.to_owned(), Var::from_tensor(&Tensor::new(FIRST_TEMPERATURE, device)?)?);
         }
-        let med = load(&config, &variables, parts, DType::F32, device)?;
+        let med = load(&config, named(&variables, &frozen, parts), parts, DType::F32, device)?;
         let momentum = match recipe.momentum > 0.0 && parts.encoder {
-            true => Some(Momentum::new(&config, &variables, recipe.momentum, recipe.queue, (recipe.seed, device))?),
+            true => Some(Momentum::new(&config, (&variables, &frozen), recipe.momentum, recipe.queue, (recipe.seed, device))?),
             false => None,
         };
-        Ok((Self { config, tokenizer, preprocessor, parts, med, momentum, prompt_tokens }, variables))
+        Ok((Self { config, tokenizer, preprocessor, parts, frozen, med, momentum, prompt_tokens }, variables))
     }
 
     /// Before a batch: the slow encoders follow.
@@ -163,11 +185,12 @@ impl MedObjective {
         let med = match recipe.dtype {
             DType::F32 => &self.med,
             other => {
-                cast = load(&self.config, variables, self.parts, other, device)?;
+                cast = load(&self.config, named(variables, &self.frozen, self.parts), self.parts, other, device)?;
                 &cast
             }
         };
-        let states = med.encode_image(pixels)?;
+        let patches = med.patches(pixels)?;
+        let states = med.encode_patches(&patches)?;
         // Cross-attention has the same weights in both text transformers, where there are both.
         let cross = if self.parts.encoder { med.encoder_cross_cache(&states)? } else { med.decoder_cross_cache(&states)? };
         let mut losses = Losses::default();
@@ -186,7 +209,7 @@ impl MedObjective {
             let (ids, mask) = self.encode(texts, FirstToken::Cls, recipe)?.tensors(device)?;
             let (of_images, of_texts) = (med.image_features(&states)?, med.text_features(&ids, &mask)?);
             let slow = match &self.momentum {
-                Some(momentum) => momentum.features(pixels, &ids, &mask, &keys)?,
+                Some(momentum) => momentum.features(&patches, &ids, &mask, &keys)?,
                 None => SlowFeatures::of_batch(&of_images, &of_texts, &keys),
             };
             let matches = Matches::new(&keys, &slow.keys);
@@ -270,7 +293,7 @@ impl MedObjective {
 
     /// The tensors of a checkpoint, in Hugging Face's layout: what is tied is there under both names.
     pub(super) fn tensors(&self, variables: &BTreeMap<String, Var>) -> BTreeMap<String, Tensor> {
-        let mut tensors = named(variables, self.parts);
+        let mut tensors = named(variables, &self.frozen, self.parts);
         tensors.remove(TEMPERATURE);
         tensors
     }
@@ -280,10 +303,10 @@ fn temperature(variables: &BTreeMap<String, Var>) -> Result<&Var> {
     variables.get(TEMPERATURE).ok_or_else(|| ModelError::Input("this model does not train a temperature".to_owned()))
 }
 
-/// The variables under all names that they have in a model with these parts.
-fn named(variables: &BTreeMap<String, Var>, parts: Parts) -> BTreeMap<String, Tensor> {
-    let mut tensors: BTreeMap<String, Tensor> =
-        variables.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())).collect();
+/// The variables under all names that they have in a model with these parts, and what is not trained.
+fn named(variables: &BTreeMap<String, Var>, frozen: &BTreeMap<String, Tensor>, parts: Parts) -> BTreeMap<String, Tensor> {
+    let mut tensors = frozen.clone();
+    tensors.extend(variables.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())));
     if parts == Parts::FULL {
         let twins = variables.iter().filter_map(|(name, variable)| {
             let twin = format!("{DECODER}{}", name.strip_prefix(ENCODER)?);
@@ -294,9 +317,10 @@ fn named(variables: &BTreeMap<String, Var>, parts: Parts) -> BTreeMap<String, Te
     tensors
 }
 
-/// The model of these variables, in this number type: gradients go through the cast.
-fn load(config: &MedConfig, variables: &BTreeMap<String, Var>, parts: Parts, dtype: DType, device: &Device) -> Result<Med> {
-    let tensors = named(variables, parts).into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)));
+/// The model of these tensors, in this number type but for the trunk: gradients go through the cast.
+fn load(config: &MedConfig, tensors: BTreeMap<String, Tensor>, parts: Parts, dtype: DType, device: &Device) -> Result<Med> {
+    let cast = |name: &str, tensor: Tensor| if name.starts_with(TRUNK) { Ok(tensor) } else { tensor.to_dtype(dtype) };
+    let tensors = tensors.into_iter().map(|(name, tensor)| Ok((name.clone(), cast(&name, tensor)?)));
     let tensors = tensors.collect::<Result<HashMap<String, Tensor>>>()?;
     Med::load(config, VarBuilder::from_tensors(tensors, dtype, device), parts)
 }

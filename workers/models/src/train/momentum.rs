@@ -50,10 +50,10 @@ pub(super) struct SlowFeatures {
 }
 
 impl Momentum {
-    /// Copies of the weights with these names, and a queue of `length` random features, keyed by `seed`, that belong to nothing.
+    /// Copies of the trained weights with these names, and a queue of `length` random features, keyed by `seed`, that belong to nothing.
     pub(super) fn new(
         config: &MedConfig,
-        online: &BTreeMap<String, Var>,
+        (online, frozen): (&BTreeMap<String, Var>, &BTreeMap<String, Tensor>),
         decay: f64,
         length: usize,
         (seed, device): (u64, &Device),
@@ -65,10 +65,9 @@ impl Momentum {
             .map(|(name, variable)| Ok((name.clone(), Var::from_tensor(&variable.as_tensor().copy()?)?)))
             .collect::<Result<BTreeMap<_, _>>>()?;
         // What is not used needs a shape all the same: the trained weights have it.
-        let tensors: HashMap<String, Tensor> = online
-            .iter()
-            .map(|(name, trained)| (name.clone(), weights.get(name).unwrap_or(trained).as_tensor().clone()))
-            .collect();
+        let trained =
+            online.iter().map(|(name, trained)| (name.clone(), weights.get(name).unwrap_or(trained).as_tensor().clone()));
+        let tensors: HashMap<String, Tensor> = frozen.clone().into_iter().chain(trained).collect();
         let med = Med::load(config, VarBuilder::from_tensors(tensors, DType::F32, device), Parts::FILTER)?;
         Ok(Self { med, weights, decay, queue: Queue::new(length, config.image_text_hidden_size, (seed, device))? })
     }
@@ -83,9 +82,9 @@ impl Momentum {
         Ok(())
     }
 
-    /// The features of a batch: pixels `(b, 3, s, s)`, ids and mask `(b, t)` with `[CLS]` first. Without gradients.
-    pub(super) fn features(&self, pixels: &Tensor, ids: &Tensor, mask: &Tensor, keys: &[Key]) -> Result<SlowFeatures> {
-        let images = self.med.pixel_features(pixels)?.detach();
+    /// The features of a batch: what [`Med::patches`] makes of its images, ids and mask `(b, t)` with `[CLS]` first. Without gradients.
+    pub(super) fn features(&self, patches: &Tensor, ids: &Tensor, mask: &Tensor, keys: &[Key]) -> Result<SlowFeatures> {
+        let images = self.med.patch_features(patches)?.detach();
         let texts = self.med.text_features(ids, mask)?.detach();
         let behind = |batch: &Tensor, queue: &Tensor| match self.queue.keys.is_empty() {
             true => Ok(batch.clone()),

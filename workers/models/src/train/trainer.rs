@@ -16,6 +16,7 @@ use crate::clip::ClipConfig;
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result};
 use crate::preprocess::{Pixels, Preprocessor};
+use crate::weights::Weights;
 
 /// Losses of one step; those that the role does not have are `None`.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -78,18 +79,24 @@ pub enum Architecture {
 }
 
 impl Trainer {
-    /// A fresh model for this config and tokenizer (the text of a `tokenizer.json`).
+    /// A fresh model for this config and tokenizer (the text of a `tokenizer.json`). The weights of its trunk, if it has one, are `trunk`, and stay so.
     ///
     /// # Errors
     ///
     /// The config, the tokenizer or the recipe is unusable.
-    pub fn fresh(config: &Architecture, tokenizer_json: String, recipe: Recipe, device: &Device) -> Result<Self> {
+    pub fn fresh(
+        config: &Architecture,
+        tokenizer_json: String,
+        trunk: Option<Weights>,
+        recipe: Recipe,
+        device: &Device,
+    ) -> Result<Self> {
         let (objective, variables) = match (config, recipe.role) {
-            (Architecture::Clip(config), Role::Clip) => {
+            (Architecture::Clip(config), Role::Clip) if trunk.is_none() => {
                 Objective::clip(clip::Start::fresh(config, tokenizer_json, &recipe, device)?, device)?
             }
             (Architecture::Med(config), Role::Captioner | Role::Filter | Role::Med) => {
-                Objective::med(med::Start::fresh(config, tokenizer_json, &recipe, device)?, &recipe, device)?
+                Objective::med(med::Start::fresh(config, tokenizer_json, trunk, &recipe, device)?, &recipe, device)?
             }
             (_, role) => return Err(ModelError::Config(format!("no model of this kind becomes a {role:?}"))),
         };

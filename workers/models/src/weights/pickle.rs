@@ -58,6 +58,8 @@ pub(super) struct Pickle<'a> {
     dicts: Vec<Vec<(Value<'a>, Value<'a>)>>,
     storages: Vec<Storage<'a>>,
     tensors: Vec<View<'a>>,
+    /// What was put into lists, in order.
+    listed: Vec<Value<'a>>,
     /// What it is a pickle of.
     root: Option<Value<'a>>,
 }
@@ -68,16 +70,34 @@ impl<'a> Pickle<'a> {
     /// # Errors
     /// What in it cannot be read, and where.
     pub(super) fn read(bytes: &'a [u8]) -> Result<Self, String> {
+        Ok(Self::read_first(bytes)?.0)
+    }
+
+    /// Reads the pickle that some bytes begin with, and says how many of them it is.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub(super) fn read_first(bytes: &'a [u8]) -> Result<(Self, usize), String> {
         let mut machine =
             Machine { bytes, at: 0, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), pickle: Self::default() };
         loop {
             let at = machine.at;
             match machine.step() {
                 Ok(true) => {}
-                Ok(false) => return Ok(machine.pickle),
+                Ok(false) => return Ok((machine.pickle, machine.at)),
                 Err(what) => return Err(format!("{what} at byte {at} of the pickle")),
             }
         }
+    }
+
+    /// The texts that were put into lists, in order.
+    pub(super) fn listed_texts(&self) -> impl Iterator<Item = &'a str> {
+        self.listed.iter().filter_map(|value| if let Value::Text(text) = value { Some(*text) } else { None })
+    }
+
+    /// Every run of numbers that it names, as often as it does.
+    pub(super) fn storages(&self) -> &[Storage<'a>] {
+        &self.storages
     }
 
     /// The state dict in it, by name: the dictionary that it is, or that it keeps under `state_dict` or `model`, as training scripts
@@ -188,10 +208,14 @@ impl<'a> Machine<'a> {
             }
             // EMPTY_LIST, EMPTY_SET; APPEND; APPENDS, ADDITEMS: no tensor is made of lists.
             b']' | 0x8f => self.stack.push(Value::Opaque),
-            b'a' => drop(self.pop()?),
+            b'a' => {
+                let item = self.pop()?;
+                self.pickle.listed.push(item);
+            }
             b'e' | 0x90 => {
                 let above = self.above_mark()?;
-                self.drain(above)?;
+                let items = self.drain(above)?;
+                self.pickle.listed.extend(items);
             }
             // EMPTY_DICT, DICT, SETITEM, SETITEMS
             b'}' => self.dict(),

@@ -65,6 +65,35 @@ fn torch_file(pickle: &[u8], numbers: &[u8]) -> Vec<u8> {
     archive(&[("data.pkl", pickle), ("byteorder", b"little"), ("data/0", numbers)])
 }
 
+/// A file of `torch.save` before version 1.6, with one storage that says to have `count` numbers.
+fn old_torch_file(pickle: &[u8], count: u64, numbers: &[u8]) -> Vec<u8> {
+    let magic = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
+    let (version, system, order) = (b"\x80\x02M\xe9\x03.", b"\x80\x02}.", b"\x80\x02]X\x01\x00\x00\x000a.");
+    [magic.as_slice(), version, system, pickle, order, &count.to_le_bytes(), numbers].concat()
+}
+
+#[test]
+fn files_without_an_archive_are_read_and_held_to_their_length() {
+    let pickle = pickled(1, &[2], &[1]);
+    let numbers: Vec<u8> = [1.0_f32, 2.0, 3.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let folder = TempDir::new().unwrap();
+    std::fs::write(folder.path().join("old.pth"), old_torch_file(&pickle, 3, &numbers)).unwrap();
+    let read = Weights::open(folder.path()).unwrap().read("a", &Device::Cpu).unwrap();
+    assert_eq!(read.to_vec1::<f32>().unwrap(), [2.0, 3.0]);
+    let whole = old_torch_file(&pickle, 3, &numbers);
+    for (bytes, part) in [
+        (old_torch_file(&pickle, 4, &numbers), "cut off"),
+        (old_torch_file(&pickle, u64::MAX, &numbers), "cut off"),
+        (old_torch_file(&pickle, u64::MAX / 4, &numbers), "cut off"),
+        (old_torch_file(&pickled(2, &[2], &[1]), 3, &numbers), "reaches beyond its numbers"),
+        (whole[..whole.len() - 20].to_vec(), "fill whole buffer|UnexpectedEof"),
+        (whole[..40].to_vec(), "an end in the middle"),
+    ] {
+        let text = failure("old.pth", &bytes);
+        assert!(part.split('|').any(|part| text.contains(part)), "{text}");
+    }
+}
+
 #[test]
 fn headers_that_lie_are_refused_before_memory_is_taken() {
     let entry = |shape: &str, end: &str| format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,{end}]}}}}"#);
@@ -135,8 +164,8 @@ fn archives_that_are_not_torch_s_are_told() {
     let good = pickled(0, &[1], &[1]);
     let with_torch_script = archive(&[("data.pkl", &good), ("constants.pkl", b""), ("data/0", &[0; 4])]);
     for (bytes, part) in [
-        (b"\x80\x02\x8a\x0a".to_vec(), "before version 1.6"),
-        ([vec![b'm'; 257], b"ustar".to_vec()].concat(), "before version 1.6"),
+        (b"\x80\x02\x8a\x0a".to_vec(), "was not written by torch.save"),
+        ([vec![b'm'; 257], b"ustar".to_vec()].concat(), "before version 0.1.10"),
         (b"GGUF".to_vec(), "not written by torch.save"),
         (Vec::new(), "not written by torch.save"),
         (b"PK\x03\x04rubbish".to_vec(), "no whole archive"),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import open_clip
+import timm
 import torch
 from safetensors.torch import save_file
 from transformers import (
@@ -222,7 +223,20 @@ def open_clips(name, config):
     }, shapes=json.dumps(shapes))  # fmt: skip
 
 
+@torch.no_grad()
+def trunk(name, side):
+    model = timm.create_model(f"tf_{name}", pretrained=False)
+    fill(model)
+    # What timm takes for pixels, from those that CLIP and BLIP normalise.
+    mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    pixels = (255 * (images(2, side) * std + mean) - 127) / 128
+    save(name, json.dumps({"side": side}), {"map": sample(model.forward_features(pixels).flatten(2).transpose(1, 2))})
+
+
 def main():
+    # Feature maps of odd sides are padded unevenly.
+    trunk("efficientnet_lite0", 96)
+    trunk("efficientnet_lite3", 64)
     questions("vqa_small", SMALL_VQA, 101, [11, 6, 8], 14)
     for name, config in CLIPS.items():
         contrastive(name, config)

@@ -231,6 +231,6 @@ if __name__ == "__main__":
     vqa = reference("vqa", BlipForQuestionAnswering, 4, QUESTIONS)
     torch.save(as_blip_had_it(vqa), folder("vqa-pth", "vqa") / "model_vqa.pth")
     old = folder("before-1.6", "filter") / "model.pth"
-    torch.save({"a": torch.zeros(2)}, old, _use_new_zipfile_serialization=False)
+    torch.save(as_blip_had_it(matcher), old, _use_new_zipfile_serialization=False)
     program = folder("torchscript", "filter") / "model.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), program)

@@ -14,6 +14,7 @@ use capfilt_models::med::{Med, Parts};
 use capfilt_models::preprocess::Pixels;
 use capfilt_models::sampling::{Sampling, Strategy};
 use capfilt_models::tokenizer::TextTokenizer;
+use capfilt_models::trunk::{Trunk, TrunkKind};
 use capfilt_models::vqa::Vqa;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
@@ -186,6 +187,18 @@ fn same_features(golden: &Golden, clip: &Clip, pixels: &Tensor, ids: &Tensor) {
     golden.whole("image_features", &images);
     golden.whole("text_features", &texts);
     golden.whole("logits", &clip.logits(&images, &texts).unwrap());
+}
+
+#[test]
+fn trunks_agree_with_timm() {
+    for (name, kind, side) in
+        [("efficientnet_lite0", TrunkKind::EfficientNetLite0, 96), ("efficientnet_lite3", TrunkKind::EfficientNetLite3, 64)]
+    {
+        let golden = Golden::read(name);
+        let map = Trunk::load(kind, &rule()).unwrap().forward(&golden.pixels(side, 2)).unwrap();
+        assert_eq!(map.dims(), [2, side / 32 * (side / 32), 1280]);
+        golden.sampled("map", &map);
+    }
 }
 
 #[test]

@@ -42,7 +42,7 @@ fn recipe() -> Recipe {
 fn trainer(recipe: Recipe) -> Trainer {
     let small = config();
     let config = MedConfig { text_config: TextConfig { vocab_size: 19, ..small.text_config }, ..small };
-    Trainer::fresh(&Architecture::Med(config), tokenizer("med"), recipe, &Device::Cpu).unwrap()
+    Trainer::fresh(&Architecture::Med(config), tokenizer("med"), None, recipe, &Device::Cpu).unwrap()
 }
 
 fn tokenizer(folder: &str) -> String {
@@ -164,7 +164,7 @@ fn three_steps_of_a_clip_are_those_of_the_reference() {
         projection_dim: 16,
     };
     let recipe = Recipe { role: Role::Clip, ..recipe() };
-    let mut trainer = Trainer::fresh(&Architecture::Clip(config), tokenizer("clip"), recipe, &Device::Cpu).unwrap();
+    let mut trainer = Trainer::fresh(&Architecture::Clip(config), tokenizer("clip"), None, recipe, &Device::Cpu).unwrap();
     let mut before = state(&trainer, &path);
     for (name, tensor) in &mut before {
         *tensor = match name.split_once('/').unwrap() {

@@ -5,8 +5,13 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use capfilt_models::checkpoint::Checkpoint;
-use capfilt_models::device::Device;
+use capfilt_models::config::{MedConfig, VisionConfig};
+use capfilt_models::device::{DType, Device};
+use capfilt_models::med::Parts;
+use capfilt_models::moments::ImageMoments;
+use capfilt_models::parameters::fresh_tensors;
 use capfilt_models::train::{Precision, Role};
+use capfilt_models::trunk::TrunkKind;
 use capfilt_schemas::Origin;
 use capfilt_trainer::{
     EvaluateConfig, Init, Member, ModelSize, PairText, ResNetSize, TrainConfig, TrainPair, TrainSet, TrainerError, ZeroShot,
@@ -56,6 +61,7 @@ fn config(role: Role) -> TrainConfig {
             text_layers: 2,
             projection: 16,
             positions: 24,
+            trunk: None,
             resnet: None,
         },
         vocab_size: 100,
@@ -76,12 +82,16 @@ fn config(role: Role) -> TrainConfig {
 type Files = BTreeMap<String, Vec<u8>>;
 
 fn attempt(pairs: &[TrainPair], config: &TrainConfig, dir: &Path) -> Result<Files, TrainerError> {
-    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, None, &Device::Cpu, dir, |_| ControlFlow::Continue(()))
+    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, (None, None), &Device::Cpu, dir, |_| {
+        ControlFlow::Continue(())
+    })
 }
 
 fn run(pairs: &[TrainPair], config: &TrainConfig, parent: Option<&Checkpoint>, dir: &Path) -> Files {
-    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, parent, &Device::Cpu, dir, |_| ControlFlow::Continue(()))
-        .unwrap()
+    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, (parent, None), &Device::Cpu, dir, |_| {
+        ControlFlow::Continue(())
+    })
+    .unwrap()
 }
 
 fn open(files: &Files, dir: &Path) -> Checkpoint {
@@ -185,7 +195,8 @@ fn a_stopped_run_goes_on_to_the_same_files() {
             if p.line.step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let error =
-            train(&TrainSet::in_memory(training.clone()), &config, Member::ONLY, None, &Device::Cpu, &resumed, halt).unwrap_err();
+            train(&TrainSet::in_memory(training.clone()), &config, Member::ONLY, (None, None), &Device::Cpu, &resumed, halt)
+                .unwrap_err();
         assert!(matches!(error, TrainerError::Stopped { step } if step == stop) && error.is_retryable());
         let files = run(&training, &config, None, &resumed);
         assert!(files == straight, "stopped at {stop}: {:?}", files.keys().filter(|k| files[*k] != straight[*k]));
@@ -194,6 +205,94 @@ fn a_stopped_run_goes_on_to_the_same_files() {
     let mut reversed = training;
     reversed.reverse();
     assert!(run(&reversed, &config, None, &folder("reversed")) == straight);
+}
+
+/// Random weights of a trunk, in a safetensors file named as timm names them; name → bytes.
+fn trunk_weights(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let trunk = Some(TrunkKind::EfficientNetLite0);
+    let vision_config = VisionConfig { trunk, image_size: 32, patch_size: 32, ..MedConfig::tiny(100).vision_config };
+    let config = MedConfig { vision_config, ..MedConfig::tiny(100) };
+    let drawn = fresh_tensors(&config, Parts::FILTER, 5, &Device::Cpu).unwrap();
+    let (mut entries, mut numbers, mut named) = (Vec::new(), Vec::new(), BTreeMap::new());
+    for (name, tensor) in drawn {
+        let Some(name) = name.strip_prefix("vision_model.trunk.") else { continue };
+        let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let (start, end) = (numbers.len(), numbers.len() + bytes.len());
+        entries.push(format!(r#""{name}":{{"dtype":"F32","shape":{:?},"data_offsets":[{start},{end}]}}"#, tensor.dims()));
+        numbers.extend_from_slice(&bytes);
+        named.insert(name.to_owned(), bytes);
+    }
+    let header = format!("{{{}}}", entries.join(","));
+    let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &numbers].concat();
+    std::fs::write(folder.join("model.safetensors"), file).unwrap();
+    named
+}
+
+#[test]
+fn a_trunk_stays_as_it_came_and_goes_with_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = |name: &str| {
+        let folder = dir.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    };
+    let enlarged = |pair: TrainPair| {
+        let image = image::RgbImage::from_raw(SIDE as u32, SIDE as u32, pair.pixels.to_vec()).unwrap();
+        TrainPair::new(pair.sample_id, pair.texts, &image, 32).unwrap()
+    };
+    let training: Vec<TrainPair> = pairs(0..3, Origin::Web).into_iter().map(enlarged).collect();
+    let trunk = Some(TrunkKind::EfficientNetLite0);
+    let config = TrainConfig {
+        model: ModelSize { image_size: 32, patch_size: 32, trunk, ..config(Role::Med).model },
+        trunk_weights: Some("a digest".to_owned()),
+        steps: Some(4),
+        batch: 6,
+        momentum: 0.9,
+        queue: 12,
+        checkpoint_every: 2,
+        log_every: 2,
+        ..config(Role::Med)
+    };
+    let (weights, set) = (folder("weights"), || TrainSet::in_memory(training.clone()));
+    let given = trunk_weights(&weights);
+    let learn = |config: &TrainConfig, (parent, trunk): (Option<&Checkpoint>, Option<&Path>), name: &str, stop: u64| {
+        let halt = |p: capfilt_trainer::Progress<'_>| {
+            if p.line.step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        train(&set(), config, Member::ONLY, (parent, trunk), &Device::Cpu, &folder(name), halt)
+    };
+    let files = learn(&config, (None, Some(&weights)), "med", 0).unwrap();
+    learn(&config, (None, Some(&weights)), "resumed", 2).unwrap_err();
+    assert!(learn(&config, (None, Some(&weights)), "resumed", 0).unwrap() == files);
+
+    let med = open(&files, &folder("med-files"));
+    let trunk_of = |checkpoint: &Checkpoint| -> BTreeMap<String, Vec<u8>> {
+        let mut named = BTreeMap::new();
+        for (name, tensor) in checkpoint.tensors(&Device::Cpu).unwrap() {
+            if let Some(name) = name.strip_prefix("vision_model.trunk.") {
+                let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                named.insert(name.to_owned(), values.iter().flat_map(|x| x.to_le_bytes()).collect());
+            }
+        }
+        named
+    };
+    assert_eq!(trunk_of(&med), given);
+    // What starts from the MED brings the trunk along, and needs no weights.
+    let tuned = TrainConfig { role: Role::Filter, init: Init::Med, trunk_weights: None, ..config.clone() };
+    let filter = open(&learn(&tuned, (Some(&med), None), "filter", 0).unwrap(), &folder("filter-files"));
+    assert_eq!(trunk_of(&filter), given);
+    assert!(metrics(&filter, &training).contains_key("filter/auroc"));
+
+    // The model knows how its image features are spread.
+    let moments = folder("filter-files").join("image_moments.safetensors");
+    ImageMoments::read(&moments, 16, &Device::Cpu).unwrap();
+    assert!(filter.med(&Device::Cpu, DType::F32).is_ok());
+
+    std::fs::write(weights.join("model.safetensors"), std::fs::read(folder("med-files").join("model.safetensors")).unwrap())
+        .unwrap();
+    let error = learn(&config, (None, Some(&weights)), "wrong", 0).unwrap_err().to_string();
+    assert!(error.contains("conv_stem"), "{error}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use arrow::datatypes::Float32Type;
 use capfilt_models::ops::{Precision, multiplies};
 use capfilt_schemas::{Digest, Table, column, fold};
 use capfilt_vision::{
-    CaptionConfig, CaptionStage, ImageCaptioner, ImageScorer, ItmToken, NumberType, Sampling, ScoreConfig, ScoreStage, Strategy,
+    CaptionConfig, CaptionStage, ImageCaptioner, ImageScorer, NumberType, Sampling, ScoreConfig, ScoreStage, Strategy,
     VisionWorkerConfig,
 };
 use serde_json::json;
@@ -69,7 +69,7 @@ async fn scores_are_those_of_the_models_tried_by_hand() {
     let folder = tempfile::tempdir().unwrap();
     clip(folder.path());
     let (filter, clip) = (place.model(&checkpoint("filter")).await, place.model(folder.path()).await);
-    let config = ScoreConfig { first_token: ItmToken::Enc, dtype: None };
+    let config = ScoreConfig::default();
     let scored = async |clip: Option<Digest>, at_once: usize| {
         place.run(&ScoreStage::new(worker()), json!(config.params(&worker(), clip)), filter, &rows, at_once).await.unwrap()
     };
@@ -159,7 +159,7 @@ async fn a_caption_tried_by_hand_is_keyed_by_its_key_alone() {
 #[tokio::test]
 async fn fewer_digits_change_the_numbers_but_little() {
     let score = |dtype| {
-        let config = ScoreConfig { first_token: ItmToken::Enc, dtype: Some(dtype) };
+        let config = ScoreConfig { dtype: Some(dtype), ..ScoreConfig::default() };
         let scorer = ImageScorer::open(&[checkpoint("filter")], &config, &worker()).map_err(|e| e.to_string())?;
         Ok::<_, String>(scorer.score(&image_files()[..1], &["a picture of a dog".to_owned()]).unwrap().remove(0).unwrap()[0])
     };

@@ -73,6 +73,11 @@ pub(super) fn activate(activation: Activation, numbers: &mut [f32; DEPTH]) {
                 *x = gated(*x, TANH_FACTOR * *x * (0.044_715 * *x).mul_add(*x, 1.0));
             }
         }
+        Activation::Relu6 => {
+            for x in numbers {
+                *x = x.clamp(0.0, 6.0);
+            }
+        }
     }
 }
 
@@ -104,6 +109,12 @@ pub(crate) fn activate_with_slope(activation: Activation, numbers: &mut [f32], s
                 let square = *x * *x;
                 let g = (TANH_FACTOR * *x * 0.044_715f32.mul_add(square, 1.0), TANH_FACTOR * 0.134_145f32.mul_add(square, 1.0));
                 (*x, *slope) = gated(*x, g);
+            }
+        }
+        Activation::Relu6 => {
+            for (x, slope) in numbers.iter_mut().zip(slopes) {
+                *slope = if *x > 0.0 && *x < 6.0 { 1.0 } else { 0.0 };
+                *x = x.clamp(0.0, 6.0);
             }
         }
     }
@@ -156,7 +167,7 @@ mod tests {
             assert!((f64::from(exp(x)) / right - 1.0).abs() < 5e-7, "e^{x}");
             let above = x.abs() * 1e6 + 1.0;
             assert!((reciprocal(above) * above - 1.0).abs() < 3e-7, "1 / {above}");
-            for activation in [Activation::Gelu, Activation::QuickGelu, Activation::TanhGelu] {
+            for activation in [Activation::Gelu, Activation::QuickGelu, Activation::TanhGelu, Activation::Relu6] {
                 let right = f64::from(activation.at(x).0);
                 let mut numbers = [x; DEPTH];
                 activate(activation, &mut numbers);
