@@ -1,8 +1,9 @@
 """MED pre-training in PyTorch: the peer of the bench `training`.
 
-    training_peer.py THREADS WIDTH BLOCKS HEADS SIDE VOCABULARY BATCH TOKENS QUEUE STEPS
+    training_peer.py THREADS WIDTH BLOCKS HEADS SIDE VOCABULARY QUEUE STEPS LENGTH...
 
-For every line that it reads it makes some steps on the same batch and answers with the pairs a second.
+For every line that it reads it makes some steps on the same batch, of texts with these lengths in tokens, padded to the longest, and answers
+with the pairs a second.
 """
 
 import sys
@@ -15,7 +16,8 @@ from transformers import BlipConfig
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "goldens"))
 import training
 
-threads, width, blocks, heads, side, vocabulary, batch, tokens, queue, steps = map(int, sys.argv[1:])
+threads, width, blocks, heads, side, vocabulary, queue, steps, *lengths = map(int, sys.argv[1:])
+batch = len(lengths)
 torch.set_num_threads(threads)
 torch.manual_seed(0)
 config = BlipConfig(
@@ -39,8 +41,8 @@ unit = lambda: torch.nn.functional.normalize(torch.randn(queue, 64), dim=1)
 model.start(unit(), unit())
 optimizer = training.optimizer(model, rate=1e-4, decay=0.05)
 pixels = torch.randn(batch, 3, side, side)
-ids = torch.randint(7, vocabulary, (batch, tokens))
-mask = torch.ones_like(ids)
+mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+ids = torch.randint(7, vocabulary, mask.shape) * mask
 for _ in sys.stdin:
     began = time.perf_counter()
     for _ in range(steps):

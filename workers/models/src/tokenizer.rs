@@ -206,15 +206,6 @@ impl TextTokenizer {
         Ok(ids)
     }
 
-    /// [`Self::encode`] for several texts, padded to the longest.
-    ///
-    /// # Errors
-    /// As [`Self::encode`].
-    pub fn encode_batch<S: AsRef<str>>(&self, texts: &[S], first: FirstToken, max_len: usize) -> Result<TextBatch> {
-        let rows = texts.iter().map(|text| self.encode(text.as_ref(), first, max_len)).collect::<Result<Vec<_>>>()?;
-        Ok(TextBatch::pad(&rows, 0, self.pad))
-    }
-
     /// The ids that generation starts from: `[DEC]` and the pieces of the prompt, without an end.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 
+use super::groups::TextGroups;
 use super::losses::{HardNegatives, Key, Matches, contrastive_loss, itm_loss, lm_loss, similarities, soft_targets};
 use super::momentum::{Momentum, SlowFeatures};
 use super::{Losses, Recipe};
@@ -16,7 +17,7 @@ use crate::med::{Med, Parts};
 use crate::parameters::fresh_tensors;
 use crate::preprocess::Preprocessor;
 use crate::text::CrossCache;
-use crate::tokenizer::{FirstToken, TextBatch, TextTokenizer};
+use crate::tokenizer::{FirstToken, TextTokenizer};
 use crate::trunk::{self, TRUNK};
 use crate::weights::Weights;
 
@@ -197,19 +198,19 @@ impl MedObjective {
         let mut terms = Vec::new();
         if self.parts.decoder {
             let texts: Vec<String> = texts.iter().map(|text| format!("{}{text}", recipe.prompt)).collect();
-            let (ids, mask) = self.encode(&texts, FirstToken::Dec, recipe)?.tensors(device)?;
-            let logits = med.lm_logits_cached(&ids, &mask, &cross)?.to_dtype(DType::F32)?;
-            let lm = lm_loss(&logits, &ids, &mask, self.prompt_tokens, recipe.label_smoothing)?;
+            let lm = self.lm(med, &cross, &texts, recipe)?;
             losses.lm = Some(lm.to_scalar()?);
             terms.push(lm);
         }
         if self.parts.encoder {
             let keys: Vec<Key> = images.iter().zip(texts).map(|(image, text)| Key::new(image, text)).collect();
             let temperature = temperature(variables)?.as_tensor();
-            let (ids, mask) = self.encode(texts, FirstToken::Cls, recipe)?.tensors(device)?;
-            let (of_images, of_texts) = (med.image_features(&states)?, med.text_features(&ids, &mask)?);
+            let encoded = self.encode(texts, FirstToken::Cls, recipe)?;
+            let groups = self.groups(encoded.iter(), device)?;
+            let of_texts = groups.forward(|group| med.text_features(&group.ids, &group.mask))?;
+            let of_images = med.image_features(&states)?;
             let slow = match &self.momentum {
-                Some(momentum) => momentum.features(&patches, &ids, &mask, &keys)?,
+                Some(momentum) => momentum.features(&patches, &groups, &keys)?,
                 None => SlowFeatures::of_batch(&of_images, &of_texts, &keys),
             };
             let matches = Matches::new(&keys, &slow.keys);
@@ -246,6 +247,23 @@ impl MedObjective {
         Ok((losses, total))
     }
 
+    /// Language-model loss over all tokens of the texts.
+    fn lm(&self, med: &Med, cross: &CrossCache, texts: &[String], recipe: &Recipe) -> Result<Tensor> {
+        let encoded = self.encode(texts, FirstToken::Dec, recipe)?;
+        // The first token and the prompt are given.
+        let written = |row: usize| encoded[row].len() - self.prompt_tokens.max(1);
+        let all: usize = (0..encoded.len()).map(written).sum();
+        let mut sum = Tensor::zeros((), DType::F32, med.device())?;
+        for group in self.groups(encoded.iter(), med.device())?.groups() {
+            let images = Tensor::from_iter(group.rows.iter().map(|row| *row as u32), med.device())?;
+            let logits = med.lm_logits_cached(&group.ids, &group.mask, &cross.select(&images)?)?.to_dtype(DType::F32)?;
+            let of_group = lm_loss(&logits, &group.ids, &group.mask, self.prompt_tokens, recipe.label_smoothing)?;
+            let share = group.rows.iter().map(|row| written(*row)).sum::<usize>() as f64 / all as f64;
+            sum = (sum + (of_group * share)?)?;
+        }
+        Ok(sum)
+    }
+
     /// Matching loss of each pair, of each image with a wrong text, and of each text with a wrong image.
     fn itm(&self, med: &Med, cross: &CrossCache, texts: &[String], negatives: &HardNegatives, recipe: &Recipe) -> Result<Tensor> {
         let device = med.device();
@@ -253,18 +271,21 @@ impl MedObjective {
         let wrong_texts = negatives.text_for_image.iter().enumerate().filter_map(|(i, text)| Some((i, (*text)?, false)));
         let wrong_images = negatives.image_for_text.iter().enumerate().filter_map(|(i, image)| Some(((*image)?, i, false)));
         let rows: Vec<(usize, usize, bool)> = positives.chain(wrong_texts).chain(wrong_images).collect();
-        let column =
-            |pick: fn(&(usize, usize, bool)) -> usize| Tensor::from_iter(rows.iter().map(|row| pick(row) as u32), device);
-        let (of_images, of_texts) = (column(|row| row.0)?, column(|row| row.1)?);
         let labels: Vec<bool> = rows.iter().map(|row| row.2).collect();
-        let (ids, mask) = self.encode(texts, FirstToken::Enc, recipe)?.tensors(device)?;
-        let images = cross.select(&of_images)?;
-        let logits = med.itm_logits_cached(&ids.index_select(&of_texts, 0)?, &mask.index_select(&of_texts, 0)?, &images)?;
+        let encoded = self.encode(texts, FirstToken::Enc, recipe)?;
+        let logits = self.groups(rows.iter().map(|row| &encoded[row.1]), device)?.forward(|group| {
+            let images = Tensor::from_iter(group.rows.iter().map(|row| rows[*row].0 as u32), device)?;
+            med.itm_logits_cached(&group.ids, &group.mask, &cross.select(&images)?)
+        })?;
         itm_loss(&logits.to_dtype(DType::F32)?, &labels)
     }
 
-    fn encode(&self, texts: &[String], first: FirstToken, recipe: &Recipe) -> Result<TextBatch> {
-        self.tokenizer.encode_batch(texts, first, recipe.max_tokens)
+    fn encode(&self, texts: &[String], first: FirstToken, recipe: &Recipe) -> Result<Vec<Vec<u32>>> {
+        texts.iter().map(|text| self.tokenizer.encode(text, first, recipe.max_tokens)).collect()
+    }
+
+    fn groups<'a>(&self, encoded: impl Iterator<Item = &'a Vec<u32>>, device: &Device) -> Result<TextGroups> {
+        TextGroups::new(&encoded.map(Vec::as_slice).collect::<Vec<_>>(), self.tokenizer.pad_id(), device)
     }
 
     /// After an update: the temperature is kept in its range, and told.

@@ -6,6 +6,7 @@
 
 pub mod augment;
 mod clip;
+mod groups;
 pub mod losses;
 mod med;
 mod momentum;

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 
+use super::groups::TextGroups;
 use super::losses::Key;
 use super::optimizer::average;
 use crate::config::MedConfig;
@@ -82,10 +83,10 @@ impl Momentum {
         Ok(())
     }
 
-    /// The features of a batch: what [`Med::patches`] makes of its images, ids and mask `(b, t)` with `[CLS]` first. Without gradients.
-    pub(super) fn features(&self, patches: &Tensor, ids: &Tensor, mask: &Tensor, keys: &[Key]) -> Result<SlowFeatures> {
+    /// The features of a batch: what [`Med::patches`] makes of its images, and its texts with `[CLS]` first. Without gradients.
+    pub(super) fn features(&self, patches: &Tensor, texts: &TextGroups, keys: &[Key]) -> Result<SlowFeatures> {
         let images = self.med.patch_features(patches)?.detach();
-        let texts = self.med.text_features(ids, mask)?.detach();
+        let texts = texts.forward(|group| self.med.text_features(&group.ids, &group.mask))?.detach();
         let behind = |batch: &Tensor, queue: &Tensor| match self.queue.keys.is_empty() {
             true => Ok(batch.clone()),
             false => Tensor::cat(&[batch, queue], 0),

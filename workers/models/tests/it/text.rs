@@ -79,7 +79,8 @@ fn long_texts_are_cut_before_their_end() {
 #[test]
 fn batches_are_padded_on_the_right() {
     let tokenizer = tokenizer();
-    let batch = tokenizer.encode_batch(&["a dog", "a"], FirstToken::Cls, 30).unwrap();
+    let rows = ["a dog", "a"].map(|text| tokenizer.encode(text, FirstToken::Cls, 30).unwrap());
+    let batch = TextBatch::pad(&rows, 0, tokenizer.pad_id());
     let long = tokenizer.encode("a dog", FirstToken::Cls, 30).unwrap().len();
     assert_eq!(batch.width, long);
     assert_eq!(batch.mask[..long], vec![1; long]);
