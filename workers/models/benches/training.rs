@@ -46,7 +46,9 @@ fn main() {
     for size in SIZES.into_iter().filter(|size| wanted.is_empty() || wanted.contains(&size.0)) {
         let vocabulary: Vec<String> = (0..400).map(|i| format!("w{i}")).collect();
         let texts: Vec<String> = (0..BATCH)
-            .map(|i| (0..words(i)).map(|j| vocabulary[(i * 37 + j * 101) % vocabulary.len()].as_str()).collect::<Vec<_>>().join(" "))
+            .map(|i| {
+                (0..words(i)).map(|j| vocabulary[(i * 37 + j * 101) % vocabulary.len()].as_str()).collect::<Vec<_>>().join(" ")
+            })
             .collect();
         let recipe = Recipe {
             role: Role::Med,
