@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Raised whenever the same dataset and settings would give another model, or the same model other metrics.
-pub const STAGE_VERSION: u32 = 4;
+pub const STAGE_VERSION: u32 = 5;
 
 /// Trains a model on a dataset version. The task's model is the one in service: its tokenizer is kept, and its weights are the start if
 /// the settings say so.

@@ -291,8 +291,9 @@ fn a_trunk_stays_as_it_came_and_goes_with_the_model() {
 
     std::fs::write(weights.join("model.safetensors"), std::fs::read(folder("med-files").join("model.safetensors")).unwrap())
         .unwrap();
-    let error = learn(&config, (None, Some(&weights)), "wrong", 0).unwrap_err().to_string();
-    assert!(error.contains("conv_stem"), "{error}");
+    let error = learn(&config, (None, Some(&weights)), "wrong", 0).unwrap_err();
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("blocks.0.0.bn1.bias"), "{cause}");
 }
 
 #[test]
