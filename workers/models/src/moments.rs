@@ -61,10 +61,10 @@ impl ImageMoments {
         let single = |values: Vec<f64>, by: f64| values.into_iter().map(|value| (value / by) as f32).collect::<Vec<f32>>();
         let mean = Tensor::from_vec(single(mean, 1.0), width, &Device::Cpu)?;
         let covariance = Tensor::from_vec(single(covariance, features.len() as f64), (width, width), &Device::Cpu)?;
-        Self::new(mean, covariance, med.device())
+        Self::new(&mean, &covariance, med.device())
     }
 
-    fn new(mean: Tensor, covariance: Tensor, device: &Device) -> Result<Self> {
+    fn new(mean: &Tensor, covariance: &Tensor, device: &Device) -> Result<Self> {
         let none = mean.zeros_like()?.to_device(device)?;
         Ok(Self { mean: mean.to_device(device)?, covariance: Linear::new(covariance.to_device(device)?, none)? })
     }
@@ -96,7 +96,7 @@ impl ImageMoments {
             let found = tensors.remove(name).filter(|tensor| tensor.dims() == shape && tensor.dtype() == DType::F32);
             found.ok_or_else(damaged)
         };
-        Self::new(take(MEAN, &[width])?, take(COVARIANCE, &[width, width])?, device)
+        Self::new(&take(MEAN, &[width])?, &take(COVARIANCE, &[width, width])?, device)
     }
 
     /// By how many standard deviations the cosines `(rows)` lie above those that the text features `(rows, p)` have with other images.
@@ -121,7 +121,7 @@ mod tests {
     fn moments() -> ImageMoments {
         let device = &Device::Cpu;
         let covariance = Tensor::new(&[[1.0_f32, 0.0], [0.0, 4.0]], device).unwrap();
-        ImageMoments::new(Tensor::new(&[1.0_f32, 0.0], device).unwrap(), covariance, device).unwrap()
+        ImageMoments::new(&Tensor::new(&[1.0_f32, 0.0], device).unwrap(), &covariance, device).unwrap()
     }
 
     #[test]

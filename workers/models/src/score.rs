@@ -42,7 +42,6 @@ pub enum Itc {
 impl Itc {
     /// Whether it is the cosine.
     #[must_use]
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
     pub const fn is_cosine(&self) -> bool {
         matches!(self, Self::Cosine)
     }

@@ -1,8 +1,8 @@
 //! A frozen convolutional trunk in front of the vision transformer, which then reads its last feature map in place of patches: the hybrid
-//! architecture of Dosovitskiy et al. 2021 (arXiv 2010.11929, section 3.1). What an ImageNet classifier has learned is worth much to a model that is
+//! architecture of Dosovitskiy et al. 2021 (arXiv 2010.11929, section 3.1). What an image classifier has learned is worth much to a model that is
 //! trained on some thousand pairs.
 //!
-//! The trunks are EfficientNet-Lite (github.com/tensorflow/tpu, `efficientnet/lite`): MBConv blocks without squeeze-and-excitation, ReLU6, batch
+//! The trunks are EfficientNet-Lite (github.com/tensorflow/tpu, `efficientnet/lite`): `MBConv` blocks without squeeze-and-excitation, `ReLU6`, batch
 //! norms with epsilon 1e-3, padding as TensorFlow has it. Their tensors are named as in timm, `vision_model.trunk.*` in a checkpoint. They are always
 //! computed in f32.
 //!

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::kernel::{RowKernel, for_row_blocks, unwritten};
 use super::{on_cpu, with_slices};
 
-/// The least and the largest output of ReLU6.
+/// The least and the largest output of `ReLU6`.
 const SIX: (f32, f32) = (0.0, 6.0);
 
 /// Zeros before and behind `size` numbers so that a window whose stride is `stride` makes `⌈size / stride⌉` outputs of them: `SAME` of TensorFlow,
