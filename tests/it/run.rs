@@ -112,7 +112,9 @@ fn without_rounds_it_gathers_and_needs_no_models() {
 fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
     let world = World::new(20);
     world.begin_cold();
-    let one = ["run.rounds=1", "build.min_itm=0.0"];
+    // Its words begin as those of another model, by which the store knows it.
+    let words = format!("train.med.word_weights={}/../demo/checkpoints/filter", env!("CARGO_MANIFEST_DIR"));
+    let one = ["run.rounds=1", "build.min_itm=0.0", &words];
     let run = world.run(&one);
     assert_eq!((&run["complete"], &run["tasks_given_up"]), (&Value::from(true), &Value::from(0)));
     let versions = world.json(&["dataset", "list", "--store", "store", "--json"]);
@@ -130,6 +132,16 @@ fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
 
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "train.med.folds=3"]);
     assert!(code == 2 && said.contains("train.filter.folds is 2, but train.med.folds is 3: it would start from a MED"), "{said}");
+    for (change, part) in [
+        ("train.med.word_weights=nowhere", "train.med.word_weights cannot be read"),
+        ("train.med.word_weights=promoted", "neither a folder nor a repository"),
+        ("train.filter.word_weights=nowhere", "other models bring their words along"),
+        ("train.med.trunk_weights=nowhere", "`model.trunk` and `trunk_weights` go together"),
+        ("train.med.model.trunk=resnet", "efficientnet_lite0"),
+    ] {
+        let (code, said) = world.refuse(&["run", "run.toml", "--set", change]);
+        assert!(code == 2 && said.contains(part), "{change}: {said}");
+    }
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "models.captioner=promoted"]);
     assert!(code == 2 && said.contains("name both, or neither"), "{said}");
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "retrain.enabled=false"]);

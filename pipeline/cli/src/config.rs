@@ -109,8 +109,8 @@ pub(crate) struct ModelsSection {
     pub(crate) clip: Option<String>,
 }
 
-/// The setting of `[train.<role>]` that names files.
-const TRUNK_WEIGHTS: &str = "trunk_weights";
+/// The settings of `[train.<role>]` that name files.
+const WEIGHTS: [&str; 2] = ["trunk_weights", "word_weights"];
 
 /// `[train.<role>]`: the built-in trainer's settings, or a command and whatever settings it wants.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -188,8 +188,8 @@ pub(crate) struct Models {
     pub(crate) first: Option<(Digest, Digest)>,
     /// That of all rounds.
     pub(crate) clip: Option<Digest>,
-    /// By role, the weights of the trunk that its fresh models have.
-    pub(crate) trunks: BTreeMap<String, Digest>,
+    /// By role and setting, the files that its fresh models begin with.
+    pub(crate) known: BTreeMap<(String, &'static str), Digest>,
 }
 
 impl RunConfig {
@@ -246,11 +246,14 @@ impl RunConfig {
             }
         }
         for section in self.train.values_mut() {
-            if let TrainSection::BuiltIn(table) = section
-                && let Some(toml::Value::String(weights)) = table.get_mut(TRUNK_WEIGHTS)
-                && let Source::Folder(_) = Source::of_config(weights, folder)?
-            {
-                text(weights);
+            if let TrainSection::BuiltIn(table) = section {
+                for setting in WEIGHTS {
+                    if let Some(toml::Value::String(weights)) = table.get_mut(setting)
+                        && let Source::Folder(_) = Source::of_config(weights, folder)?
+                    {
+                        text(weights);
+                    }
+                }
             }
         }
         if let Some(export) = &mut self.export {
@@ -369,10 +372,11 @@ impl RunConfig {
         Ok(Inputs { queries, discover, annotate: clean.and(kept_apart), annotated, heldout })
     }
 
-    /// By role, where the weights of the trunk that its fresh models have are to be found.
-    pub(crate) fn trunk_weights(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.train.iter().filter_map(|(role, section)| match section {
-            TrainSection::BuiltIn(table) => Some((role.as_str(), table.get(TRUNK_WEIGHTS)?.as_str()?)),
+    /// Where the files are to be found that fresh models of a role begin with: role, setting and place.
+    pub(crate) fn weights(&self) -> impl Iterator<Item = (&str, &'static str, &str)> {
+        let all = self.train.iter().flat_map(|section| WEIGHTS.map(|setting| (section, setting)));
+        all.filter_map(|((role, section), setting)| match section {
+            TrainSection::BuiltIn(table) => Some((role.as_str(), setting, table.get(setting)?.as_str()?)),
             TrainSection::External(_) => None,
         })
     }
@@ -403,9 +407,9 @@ impl RunConfig {
     /// What the planner needs.
     pub(crate) fn plan(&self, inputs: &Inputs, models: &Models) -> Result<PlanConfig, Failure> {
         let mut train = self.train_params()?;
-        for (role, digest) in &models.trunks {
+        for ((role, setting), digest) in &models.known {
             if let Some(params) = train.get_mut(role) {
-                params[TRUNK_WEIGHTS] = digest.to_string().into();
+                params[*setting] = digest.to_string().into();
             }
         }
         let stages = StageParams {

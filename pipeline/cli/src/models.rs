@@ -237,16 +237,23 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
         Some(model) => Some(digest("clip", model).await?),
         None => None,
     };
-    let mut trunks = BTreeMap::new();
-    for (role, weights) in config.trunk_weights() {
+    let mut known = BTreeMap::new();
+    for (role, setting, weights) in config.weights() {
         let source = Source::of_config(weights, Path::new(""))?;
         if !matches!(source, Source::Folder(_) | Source::Hub(_)) {
             let what = "is neither a folder nor a repository of the hub (`owner/name`)";
-            return Err(Failure::Usage(format!("train.{role}.trunk_weights: `{source}` {what}")));
+            return Err(Failure::Usage(format!("train.{role}.{setting}: `{source}` {what}")));
         }
         let folder = checkpoint(&source, None).await?;
-        let files = Files::of_folder(&folder.path).with_context(|| format!("train.{role}.trunk_weights cannot be read"))?;
-        trunks.insert(role.to_owned(), stored(write.then_some(store), &folder.path, &[&files.weights]).await?);
+        let files = Files::of_folder(&folder.path)
+            .map_err(|e| Failure::Usage(format!("train.{role}.{setting} cannot be read: {}", capfilt_store::chain(&e))))?;
+        if files.is_sharded() {
+            return Err(Failure::Usage(format!(
+                "train.{role}.{setting}: `{source}` has its weights in shards; name one with a single file"
+            )));
+        }
+        let names: Vec<&str> = [&files.weights].into_iter().chain(&files.small).map(String::as_str).collect();
+        known.insert((role.to_owned(), setting), stored(write.then_some(store), &folder.path, &names).await?);
     }
     for (role, digest) in ROLES.iter().zip(first.into_iter().flat_map(|(captioner, filter)| [captioner, filter])) {
         if write && store.model_in_role(role).await?.is_none() {
@@ -254,7 +261,7 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
             store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
         }
     }
-    Ok(Models { first, clip, trunks })
+    Ok(Models { first, clip, known })
 }
 
 /// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.

@@ -11,7 +11,7 @@ use std::time::Instant;
 use capfilt_models::config::MedConfig;
 use capfilt_models::device::{DType, Device, share_threads};
 use capfilt_models::tokenizer::train_wordpiece;
-use capfilt_models::train::{AdamWConfig, Architecture, Augmentation, Example, Recipe, Role, Schedule, Trainer};
+use capfilt_models::train::{AdamWConfig, Architecture, Augmentation, Example, Pretrained, Recipe, Role, Schedule, Trainer};
 use capfilt_tests::Figures;
 
 const ROUNDS: usize = 5;
@@ -69,7 +69,8 @@ fn main() {
         let config = config(size);
         let side = config.vision_config.image_size;
         let tokenizer = train_wordpiece(&[texts.as_slice(), texts.as_slice()].concat(), VOCABULARY).unwrap();
-        let mut trainer = Trainer::fresh(&Architecture::Med(config), tokenizer, None, recipe, &Device::Cpu).unwrap();
+        let mut trainer =
+            Trainer::fresh(&Architecture::Med(config), tokenizer, Pretrained::default(), recipe, &Device::Cpu).unwrap();
         let images: Vec<Vec<u8>> =
             (0..BATCH).map(|n| (0..3 * side * side).map(|i| ((n * 7919 + i * 104_729) % 256) as u8).collect()).collect();
         let names: Vec<String> = (0..BATCH).map(|i| i.to_string()).collect();

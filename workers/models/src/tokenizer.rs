@@ -179,6 +179,11 @@ impl TextTokenizer {
         }
     }
 
+    /// The token with this id.
+    pub(crate) fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// The id that ends a text.
     #[must_use]
     pub fn sep_id(&self) -> u32 {
@@ -315,6 +320,21 @@ fn split_words(normalizer: &BertNormalizer, text: &str) -> tokenizers::Result<Ve
     let mut split = PreTokenizedString::from(normalized);
     BertPreTokenizer.pre_tokenize(&mut split)?;
     Ok(split.get_splits(OffsetReferential::Normalized, OffsetType::Byte).into_iter().map(|(word, ..)| word.to_owned()).collect())
+}
+
+/// The tokenizer of any BERT, as it is.
+///
+/// # Errors
+/// The folder has neither a `tokenizer.json` nor a `vocab.txt`, or it does not parse.
+pub(crate) fn of_folder(dir: &Path) -> Result<Tokenizer> {
+    let path = file(dir);
+    let json = match path.exists() {
+        true => read_text(&path)?,
+        false => json_from_vocab(&read_text(&dir.join("vocab.txt"))?, true),
+    };
+    let parsed = Tokenizer::from_bytes(json.as_bytes());
+    let what = || format!("the vocabulary in {} does not parse", dir.display());
+    parsed.map_err(|source| ModelError::Tokenizer { what: what(), source: Some(source) })
 }
 
 /// The path under which [`TextTokenizer::from_dir`] looks.

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::device::Device;
+use capfilt_models::train::Pretrained;
 use capfilt_schemas::Origin;
 use capfilt_trainer::{EvaluateConfig, Member, Metric, PairText, TrainConfig, TrainPair, TrainSet, evaluate, train};
 use serde::Deserialize;
@@ -66,7 +67,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         &TrainSet::in_memory(pairs),
         &settings.train,
         Member::ONLY,
-        (parent.as_ref(), None),
+        (parent.as_ref(), Pretrained::default()),
         &Device::Cpu,
         &unfinished,
         |progress| {

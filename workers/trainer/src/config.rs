@@ -213,9 +213,12 @@ pub struct TrainConfig {
     pub init: Init,
     /// Size of a fresh model.
     pub model: ModelSize,
-    /// Where the weights of a fresh model's trunk lie: the digest of a model's files in the store.
+    /// Where the weights of a fresh model's trunk lie: the digest of files in the store.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trunk_weights: Option<String>,
+    /// The same of a BERT and its vocabulary, whose word embeddings a fresh model begins with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub word_weights: Option<String>,
     /// Size of the vocabulary that a fresh model without parent learns from its texts. With a parent, its tokenizer is kept.
     pub vocab_size: usize,
     /// Steps of the run. Exactly one of `steps` and `epochs` is set.
@@ -290,6 +293,7 @@ impl Default for TrainConfig {
             init: Init::Fresh,
             model: ModelSize::default(),
             trunk_weights: None,
+            word_weights: None,
             vocab_size: 2_000,
             steps: None,
             epochs: None,
@@ -345,11 +349,14 @@ impl TrainConfig {
         if self.role != Role::Clip && self.model.resnet.is_some() {
             return fail("`model.resnet` is for CLIPs alone; a MED has a vision transformer".to_owned());
         }
-        if self.role == Role::Clip && self.model.trunk.is_some() {
-            return fail("`model.trunk` is for captioners, filters and MEDs; a CLIP has none".to_owned());
+        if self.role == Role::Clip && (self.model.trunk.is_some() || self.word_weights.is_some()) {
+            return fail("`model.trunk` and `word_weights` are for captioners, filters and MEDs".to_owned());
         }
         if self.init == Init::Fresh && self.model.trunk.is_some() != self.trunk_weights.is_some() {
             return fail("`model.trunk` and `trunk_weights` go together: a trunk is not trained here".to_owned());
+        }
+        if self.init != Init::Fresh && self.word_weights.is_some() {
+            return fail("`word_weights` are for what starts \"fresh\"; other models bring their words along".to_owned());
         }
         if self.role == Role::Med && self.init == Init::Med {
             return fail("`init` is \"med\" for the MED itself; use \"fresh\" or \"parent\"".to_owned());

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Float64Builder, ListBuilder, RecordBatch, StringArray};
@@ -10,6 +10,7 @@ use arrow::datatypes::{DataType, Field, UInt32Type};
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::device::{Device, device};
 use capfilt_models::files;
+use capfilt_models::train::Pretrained;
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_blocking, rows};
 use capfilt_schemas::{Digest, FetchStatus, Origin, StageKind, Table, column};
 use capfilt_store::model_rows;
@@ -56,10 +57,8 @@ impl Stage for TrainStage {
                 Some(model) => Some(work.model_folder(&model).await?),
                 None => None,
             };
-            let trunk = match &config.trunk_weights {
-                Some(digest) => Some(work.model_folder(&digest.parse().map_err(|_| no_digest(digest))?).await?),
-                None => None,
-            };
+            let (trunk, words) =
+                (known(&work, config.trunk_weights.as_deref()).await?, known(&work, config.word_weights.as_deref()).await?);
             let side = match &parent {
                 Some(folder) if config.init != Init::Fresh => {
                     Checkpoint::open(folder).and_then(|parent| Ok(parent.preprocessor()?.side())).map_err(fail)?
@@ -72,7 +71,10 @@ impl Stage for TrainStage {
             // Dropped with this future: a training that nobody waits for any more stops at its next log line.
             let _stop = work.cancel.clone().drop_guard();
             let task = work.clone();
-            let run = move || train_members(&pairs, &config, (parent.as_deref(), trunk.as_deref()), &device, &scratch, &task);
+            let run = move || {
+                let known = Pretrained { trunk: trunk.as_deref(), words: words.as_deref() };
+                train_members(&pairs, &config, (parent.as_deref(), known), &device, &scratch, &task)
+            };
             let files = on_blocking(run).await?.map_err(caused)?;
             let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
             Ok::<_, StageError>(stream::iter(parts.into_iter().map(Ok)))
@@ -120,7 +122,7 @@ impl Stage for EvaluateStage {
 fn train_members(
     pairs: &TrainSet,
     config: &TrainConfig,
-    (parent, trunk): (Option<&Path>, Option<&Path>),
+    (parent, known): (Option<&Path>, Pretrained<'_>),
     device: &Device,
     scratch: &Path,
     work: &Work,
@@ -132,7 +134,7 @@ fn train_members(
         let scratch = scratch.join(&folder);
         std::fs::create_dir_all(&scratch).map_err(|source| TrainerError::Io { path: scratch.clone(), source })?;
         let (mut pairs_per_second, mut waited) = (0.0, 0.0);
-        let trained = train(pairs, config, member, (parent.as_ref(), trunk), device, &scratch, |p| {
+        let trained = train(pairs, config, member, (parent.as_ref(), known), device, &scratch, |p| {
             (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
             work.progress(fold as u64 * p.steps + p.line.step, config.folds as u64 * p.steps, "steps");
             if work.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -176,8 +178,11 @@ fn parent_of(member: Member, folder: &Path, config: &TrainConfig) -> Result<Chec
     }
 }
 
-fn no_digest(text: &str) -> StageError {
-    StageError::Input(format!("trunk_weights is `{text}`, which is no digest of files in the store"))
+/// The folder with files of the store that a setting names by their digest.
+async fn known(work: &Work, digest: Option<&str>) -> Result<Option<PathBuf>, StageError> {
+    let Some(text) = digest else { return Ok(None) };
+    let no_digest = |_| StageError::Input(format!("`{text}` is no digest of files in the store"));
+    Ok(Some(work.model_folder(&text.parse().map_err(no_digest)?).await?))
 }
 
 fn fail(e: capfilt_models::ModelError) -> StageError {

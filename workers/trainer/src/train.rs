@@ -13,8 +13,7 @@ use capfilt_models::device::{DType, Device};
 use capfilt_models::files;
 use capfilt_models::moments::ImageMoments;
 use capfilt_models::tokenizer::{MAX_WORDS, clean_caption, train_wordpiece};
-use capfilt_models::train::{Architecture, Losses, Recipe, Role, StepReport, Trainer};
-use capfilt_models::weights::Weights;
+use capfilt_models::train::{Architecture, Losses, Pretrained, Recipe, Role, StepReport, Trainer};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -59,7 +58,7 @@ pub struct Progress<'a> {
 
 /// Trains one member of a model and returns its files, name → bytes: the checkpoint, the training log and the settings.
 ///
-/// The result depends on the pairs as a set, the settings, the member, the parent, the weights of the trunk (a folder) and the kind of device alone. `resume_dir`, one for each member,
+/// The result depends on the pairs as a set, the settings, the member, the parent, what it begins with and the kind of device alone. `resume_dir`, one for each member,
 /// takes the state of the unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may
 /// stop the run by [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (`model.image_size`, or the parent's).
 ///
@@ -70,7 +69,7 @@ pub fn train(
     set: &TrainSet,
     config: &TrainConfig,
     member: Member,
-    (parent, trunk): (Option<&Checkpoint>, Option<&Path>),
+    (parent, known): (Option<&Checkpoint>, Pretrained<'_>),
     device: &Device,
     resume_dir: &Path,
     mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()>,
@@ -78,7 +77,7 @@ pub fn train(
     config.check()?;
     let sampler = Sampler::new(set, config.mixture(), config.shuffle_shards, member, config.seed)?;
     let steps = config.total_steps(sampler.pairs());
-    let mut trainer = start(set, config, (parent, trunk), config.recipe(steps, sampler.pairs()), device)?;
+    let mut trainer = start(set, config, (parent, known), config.recipe(steps, sampler.pairs()), device)?;
     let state = resume_dir.join("state.safetensors");
     if state.exists() {
         trainer.load_state(&state)?;
@@ -127,11 +126,10 @@ pub fn train(
 fn start(
     set: &TrainSet,
     config: &TrainConfig,
-    (parent, trunk): (Option<&Checkpoint>, Option<&Path>),
+    (parent, known): (Option<&Checkpoint>, Pretrained<'_>),
     recipe: Recipe,
     device: &Device,
 ) -> Result<Trainer, TrainerError> {
-    let trunk = trunk.filter(|_| config.init == Init::Fresh).map(Weights::open).transpose()?;
     match (config.init, parent) {
         (Init::Parent | Init::Med, Some(parent)) => Ok(Trainer::from_checkpoint(parent, recipe, device)?),
         (Init::Parent | Init::Med, None) => {
@@ -146,13 +144,13 @@ fn start(
                 }
             };
             let size = ClipTokenizer::from_json(&tokenizer, None, ClipFamily::Clip, Path::new(files::TOKENIZER))?.size();
-            Ok(Trainer::fresh(&Architecture::Clip(config.model.clip(size)), tokenizer, None, recipe, device)?)
+            Ok(Trainer::fresh(&Architecture::Clip(config.model.clip(size)), tokenizer, Pretrained::default(), recipe, device)?)
         }
         (Init::Fresh, Some(parent)) => {
             let tokenizer = parent.tokenizer()?.json().to_owned();
             let parent = parent.config()?;
             let model = config.model.config(Some(parent), parent.text_config.vocab_size);
-            Ok(Trainer::fresh(&Architecture::Med(model), tokenizer, trunk, recipe, device)?)
+            Ok(Trainer::fresh(&Architecture::Med(model), tokenizer, known, recipe, device)?)
         }
         (Init::Fresh, None) => {
             let texts = set.entries().iter().flat_map(|entry| &entry.texts);
@@ -161,7 +159,7 @@ fn start(
             Ok(Trainer::fresh(
                 &Architecture::Med(config.model.config(None, config.vocab_size)),
                 tokenizer,
-                trunk,
+                known,
                 recipe,
                 device,
             )?)

@@ -9,7 +9,8 @@ use candle_nn::VarBuilder;
 use super::groups::TextGroups;
 use super::losses::{HardNegatives, Key, Matches, contrastive_loss, itm_loss, lm_loss, similarities, soft_targets};
 use super::momentum::{Momentum, SlowFeatures};
-use super::{Losses, Recipe};
+use super::words::known_words;
+use super::{Losses, Pretrained, Recipe};
 use crate::checkpoint::Checkpoint;
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result};
@@ -29,6 +30,10 @@ const TEMPERATURE_RANGE: (f32, f32) = (0.001, 0.5);
 
 /// Width for which BERT's spread of fresh weights was chosen.
 const REFERENCE_WIDTH: f64 = 768.0;
+
+/// The word embeddings of both text transformers.
+const WORDS: [&str; 2] =
+    ["text_encoder.embeddings.word_embeddings.weight", "text_decoder.bert.embeddings.word_embeddings.weight"];
 
 const ENCODER: &str = "text_encoder.";
 const DECODER: &str = "text_decoder.bert.";
@@ -67,30 +72,33 @@ pub(super) struct Start {
 }
 
 impl Start {
-    /// Fresh weights; those of a trunk are `trunk`.
+    /// Fresh weights but for those that are given.
     pub(super) fn fresh(
         config: &MedConfig,
         tokenizer_json: String,
-        trunk: Option<Weights>,
+        known: Pretrained<'_>,
         recipe: &Recipe,
         device: &Device,
     ) -> Result<Self> {
         let config = config.clone().checked()?;
         let mut tensors = drawn(&config, recipe, device)?;
-        match (config.vision_config.trunk, trunk) {
-            (Some(kind), Some(weights)) => tensors.extend(trunk::pretrained(kind, weights, device)?),
+        match (config.vision_config.trunk, known.trunk) {
+            (Some(kind), Some(folder)) => tensors.extend(trunk::pretrained(kind, Weights::open(folder)?, device)?),
             (None, None) => {}
             (Some(_), None) => return Err(ModelError::Config("a trunk is not trained here: it needs weights".to_owned())),
             (None, Some(_)) => {
                 return Err(ModelError::Config("there are weights for a trunk, but the model has none".to_owned()));
             }
         }
-        Ok(Self {
-            tokenizer: TextTokenizer::from_json(tokenizer_json, &config.text_config, Path::new("tokenizer.json"))?,
-            preprocessor: Preprocessor::new(config.vision_config.image_size),
-            tensors,
-            config,
-        })
+        let tokenizer = TextTokenizer::from_json(tokenizer_json, &config.text_config, Path::new("tokenizer.json"))?;
+        if let Some(folder) = known.words {
+            for table in WORDS {
+                if let Some(drawn) = tensors.get_mut(table) {
+                    *drawn = known_words(folder, &tokenizer, drawn, recipe.seed)?;
+                }
+            }
+        }
+        Ok(Self { tokenizer, preprocessor: Preprocessor::new(config.vision_config.image_size), tensors, config })
     }
 
     /// Parts that the role does not need are left out; of those that the checkpoint lacks, a text transformer starts as a copy of the one

@@ -18,10 +18,11 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod trainer;
+mod words;
 
 pub use augment::{Augmentation, shrink};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use prepare::{Example, Prepared, Preparer};
 pub use recipe::{Precision, Recipe, Role};
 pub use schedule::Schedule;
-pub use trainer::{Architecture, Losses, StepReport, Trainer};
+pub use trainer::{Architecture, Losses, Pretrained, StepReport, Trainer};

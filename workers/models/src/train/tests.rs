@@ -55,7 +55,7 @@ fn trainer(recipe: Recipe) -> Trainer {
         Role::Clip => return clip_trainer(ClipVision::Vit(config(120).vision_config), recipe),
         Role::Captioner | Role::Filter | Role::Med => Architecture::Med(config(120)),
     };
-    Trainer::fresh(&config, json, None, recipe, &Device::Cpu).unwrap()
+    Trainer::fresh(&config, json, Pretrained::default(), recipe, &Device::Cpu).unwrap()
 }
 
 fn clip_trainer(vision: ClipVision, recipe: Recipe) -> Trainer {
@@ -71,7 +71,14 @@ fn clip_trainer(vision: ClipVision, recipe: Recipe) -> Trainer {
         ..ClipTextConfig::clip()
     };
     let config = ClipConfig { family: ClipFamily::Clip, vision, text, projection_dim: 16 };
-    Trainer::fresh(&Architecture::Clip(config), tokenizer, None, Recipe { role: Role::Clip, ..recipe }, &Device::Cpu).unwrap()
+    Trainer::fresh(
+        &Architecture::Clip(config),
+        tokenizer,
+        Pretrained::default(),
+        Recipe { role: Role::Clip, ..recipe },
+        &Device::Cpu,
+    )
+    .unwrap()
 }
 
 fn resnet() -> ClipVision {
@@ -364,6 +371,6 @@ fn impossible_recipes_are_refused() {
         Recipe { max_tokens: 5, ..recipe(Role::Captioner) },
         Recipe { schedule: Schedule { peak: -1.0, floor: 0.0, warmup_steps: 0, steps: 9 }, ..recipe(Role::Filter) },
     ] {
-        assert!(Trainer::fresh(&Architecture::Med(config(120)), json.clone(), None, bad, &Device::Cpu).is_err());
+        assert!(Trainer::fresh(&Architecture::Med(config(120)), json.clone(), Pretrained::default(), bad, &Device::Cpu).is_err());
     }
 }

@@ -16,7 +16,6 @@ use crate::clip::ClipConfig;
 use crate::config::MedConfig;
 use crate::error::{ModelError, Result};
 use crate::preprocess::{Pixels, Preprocessor};
-use crate::weights::Weights;
 
 /// Losses of one step; those that the role does not have are `None`.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -69,6 +68,21 @@ pub(super) enum Objective {
     Clip(Box<ClipObjective>),
 }
 
+/// Folders with weights that a fresh MED begins with.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pretrained<'a> {
+    /// Those of its trunk, which stay as they are: of timm, or of `efficientnet_lite_pytorch`.
+    pub trunk: Option<&'a Path>,
+    /// A BERT with its vocabulary, whose word embeddings it begins with.
+    pub words: Option<&'a Path>,
+}
+
+impl Pretrained<'_> {
+    fn is_none(self) -> bool {
+        self.trunk.is_none() && self.words.is_none()
+    }
+}
+
 /// The config of a fresh model.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Architecture {
@@ -79,7 +93,7 @@ pub enum Architecture {
 }
 
 impl Trainer {
-    /// A fresh model for this config and tokenizer (the text of a `tokenizer.json`). The weights of its trunk, if it has one, are `trunk`, and stay so.
+    /// A fresh model for this config and tokenizer (the text of a `tokenizer.json`), which begins with what is known.
     ///
     /// # Errors
     ///
@@ -87,16 +101,16 @@ impl Trainer {
     pub fn fresh(
         config: &Architecture,
         tokenizer_json: String,
-        trunk: Option<Weights>,
+        known: Pretrained<'_>,
         recipe: Recipe,
         device: &Device,
     ) -> Result<Self> {
         let (objective, variables) = match (config, recipe.role) {
-            (Architecture::Clip(config), Role::Clip) if trunk.is_none() => {
+            (Architecture::Clip(config), Role::Clip) if known.is_none() => {
                 Objective::clip(clip::Start::fresh(config, tokenizer_json, &recipe, device)?, device)?
             }
             (Architecture::Med(config), Role::Captioner | Role::Filter | Role::Med) => {
-                Objective::med(med::Start::fresh(config, tokenizer_json, trunk, &recipe, device)?, &recipe, device)?
+                Objective::med(med::Start::fresh(config, tokenizer_json, known, &recipe, device)?, &recipe, device)?
             }
             (_, role) => return Err(ModelError::Config(format!("no model of this kind becomes a {role:?}"))),
         };

@@ -8,7 +8,9 @@ use capfilt_models::clip::openclip::{self, Part, Source};
 use capfilt_models::clip::{ClipConfig, ClipFamily, ClipTextConfig, ClipVision, ResNetConfig};
 use capfilt_models::config::{MedConfig, TextConfig};
 use capfilt_models::ops::Activation;
-use capfilt_models::train::{AdamWConfig, Architecture, Augmentation, Example, Recipe, Role, Schedule, StepReport, Trainer};
+use capfilt_models::train::{
+    AdamWConfig, Architecture, Augmentation, Example, Pretrained, Recipe, Role, Schedule, StepReport, Trainer,
+};
 use safetensors::SafeTensors;
 
 use crate::families::{numbers, weight};
@@ -42,7 +44,7 @@ fn recipe() -> Recipe {
 fn trainer(recipe: Recipe) -> Trainer {
     let small = config();
     let config = MedConfig { text_config: TextConfig { vocab_size: 19, ..small.text_config }, ..small };
-    Trainer::fresh(&Architecture::Med(config), tokenizer("med"), None, recipe, &Device::Cpu).unwrap()
+    Trainer::fresh(&Architecture::Med(config), tokenizer("med"), Pretrained::default(), recipe, &Device::Cpu).unwrap()
 }
 
 fn tokenizer(folder: &str) -> String {
@@ -164,7 +166,8 @@ fn three_steps_of_a_clip_are_those_of_the_reference() {
         projection_dim: 16,
     };
     let recipe = Recipe { role: Role::Clip, ..recipe() };
-    let mut trainer = Trainer::fresh(&Architecture::Clip(config), tokenizer("clip"), None, recipe, &Device::Cpu).unwrap();
+    let mut trainer =
+        Trainer::fresh(&Architecture::Clip(config), tokenizer("clip"), Pretrained::default(), recipe, &Device::Cpu).unwrap();
     let mut before = state(&trainer, &path);
     for (name, tensor) in &mut before {
         *tensor = match name.split_once('/').unwrap() {

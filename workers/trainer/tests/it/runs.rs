@@ -10,7 +10,7 @@ use capfilt_models::device::{DType, Device};
 use capfilt_models::med::Parts;
 use capfilt_models::moments::ImageMoments;
 use capfilt_models::parameters::fresh_tensors;
-use capfilt_models::train::{Precision, Role};
+use capfilt_models::train::{Precision, Pretrained, Role};
 use capfilt_models::trunk::TrunkKind;
 use capfilt_schemas::Origin;
 use capfilt_trainer::{
@@ -82,13 +82,13 @@ fn config(role: Role) -> TrainConfig {
 type Files = BTreeMap<String, Vec<u8>>;
 
 fn attempt(pairs: &[TrainPair], config: &TrainConfig, dir: &Path) -> Result<Files, TrainerError> {
-    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, (None, None), &Device::Cpu, dir, |_| {
+    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, (None, Pretrained::default()), &Device::Cpu, dir, |_| {
         ControlFlow::Continue(())
     })
 }
 
 fn run(pairs: &[TrainPair], config: &TrainConfig, parent: Option<&Checkpoint>, dir: &Path) -> Files {
-    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, (parent, None), &Device::Cpu, dir, |_| {
+    train(&TrainSet::in_memory(pairs.to_vec()), config, Member::ONLY, (parent, Pretrained::default()), &Device::Cpu, dir, |_| {
         ControlFlow::Continue(())
     })
     .unwrap()
@@ -194,9 +194,16 @@ fn a_stopped_run_goes_on_to_the_same_files() {
         let halt = |p: capfilt_trainer::Progress<'_>| {
             if p.line.step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let error =
-            train(&TrainSet::in_memory(training.clone()), &config, Member::ONLY, (None, None), &Device::Cpu, &resumed, halt)
-                .unwrap_err();
+        let error = train(
+            &TrainSet::in_memory(training.clone()),
+            &config,
+            Member::ONLY,
+            (None, Pretrained::default()),
+            &Device::Cpu,
+            &resumed,
+            halt,
+        )
+        .unwrap_err();
         assert!(matches!(error, TrainerError::Stopped { step } if step == stop) && error.is_retryable());
         let files = run(&training, &config, None, &resumed);
         assert!(files == straight, "stopped at {stop}: {:?}", files.keys().filter(|k| files[*k] != straight[*k]));
@@ -260,7 +267,7 @@ fn a_trunk_stays_as_it_came_and_goes_with_the_model() {
         let halt = |p: capfilt_trainer::Progress<'_>| {
             if p.line.step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        train(&set(), config, Member::ONLY, (parent, trunk), &Device::Cpu, &folder(name), halt)
+        train(&set(), config, Member::ONLY, (parent, Pretrained { trunk, words: None }), &Device::Cpu, &folder(name), halt)
     };
     let files = learn(&config, (None, Some(&weights)), "med", 0).unwrap();
     learn(&config, (None, Some(&weights)), "resumed", 2).unwrap_err();
