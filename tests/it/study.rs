@@ -17,9 +17,7 @@ fn the_study_trains_every_arm_and_goes_on_where_it_stopped() {
             .arg("--capfilt")
             .arg(program())
             .args(["run.toml", "--out", "study", "--seeds", "2", "--no-plot"])
-            .args(
-                ["score.itc=standardized", "build.policy=itc", "build.min_itc=-0.5"].iter().flat_map(|change| ["--set", change]),
-            )
+            .args(["score.itc=standardized", "build.policy=itc", "build.min_itc=0.0"].iter().flat_map(|change| ["--set", change]))
             .current_dir(world.folder.path())
             .output()
             .unwrap();

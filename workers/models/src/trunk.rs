@@ -9,13 +9,13 @@
 //! Images lie channels last, so that a convolution of width 1 is a dense layer.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{ModelError, TensorProblem, TensorProblems};
 use crate::layers::{Around, INIT_WEIGHT, Linear};
 use crate::ops::{Activation, Precision, depthwise_relu6, windows};
 use crate::parameters::{Parameter, asked_for};
@@ -226,13 +226,21 @@ fn dense(
 /// The names of two tensors that mean the same, tensors that are missing or misshapen, or a file that became unreadable.
 pub(crate) fn pretrained(kind: TrunkKind, weights: Weights, device: &Device) -> crate::Result<BTreeMap<String, Tensor>> {
     let weights = weights.rename(|name| Some(translate(kind, name)))?;
-    let builder = Arc::new(weights).builder(DType::F32, device);
     let wanted = asked_for(u64::MAX, |vb| Ok(Trunk::load(kind, &vb)?))?.list;
-    let read = |parameter: Parameter| {
-        let tensor = builder.get(parameter.shape, &parameter.name)?;
-        Ok((format!("{TRUNK}{}", parameter.name), tensor))
+    let problem = |Parameter { name, shape, .. }: &Parameter| match weights.get(name) {
+        None => Some(TensorProblem::Missing { name: name.clone(), expected: shape.clone() }),
+        Some(stored) if stored.shape() != shape => {
+            Some(TensorProblem::Shape { name: name.clone(), expected: shape.clone(), found: stored.shape().to_vec() })
+        }
+        Some(_) => None,
     };
-    wanted.into_iter().map(read).collect()
+    let problems: Vec<TensorProblem> = wanted.iter().filter_map(problem).collect();
+    if !problems.is_empty() {
+        return Err(ModelError::Tensors { path: weights.path().to_owned(), problems: TensorProblems(problems) });
+    }
+    let read =
+        |Parameter { name, .. }: &Parameter| Ok((format!("{TRUNK}{name}"), weights.read(name, device)?.to_dtype(DType::F32)?));
+    wanted.iter().map(read).collect()
 }
 
 /// timm's name of a tensor that has this name in `efficientnet_lite_pytorch`; any other name as it is.
