@@ -203,7 +203,8 @@ fn three_steps_of_a_clip_are_those_of_the_reference() {
             // The reference samples queries, keys and values together.
             Part::Third(_) => continue,
         };
-        assert_close(inside, &sample(&moved), &golden[&format!("moved/{theirs}")], 0.2);
+        // A step the other way of one number in 64 makes a quarter; all of them would make 2.
+        assert_close(inside, &sample(&moved), &golden[&format!("moved/{theirs}")], 0.5);
         compared += 1;
     }
     assert!(compared > 90, "{compared} tensors were compared");
