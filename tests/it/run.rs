@@ -135,7 +135,7 @@ fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
     for (change, part) in [
         ("train.med.word_weights=nowhere", "train.med.word_weights cannot be read"),
         ("train.med.word_weights=promoted", "neither a folder nor a repository"),
-        ("train.filter.word_weights=nowhere", "other models bring their words along"),
+        ("train.filter.word_weights=nowhere", "train.filter.word_weights cannot be read"),
         ("train.med.trunk_weights=nowhere", "`model.trunk` and `trunk_weights` go together"),
         ("train.med.model.trunk=resnet", "efficientnet_lite0"),
     ] {

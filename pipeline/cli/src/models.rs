@@ -237,6 +237,17 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
         Some(model) => Some(digest("clip", model).await?),
         None => None,
     };
+    for (role, digest) in ROLES.iter().zip(first.into_iter().flat_map(|(captioner, filter)| [captioner, filter])) {
+        if write && store.model_in_role(role).await?.is_none() {
+            let reason = format!("first model of run {}", config.run.name);
+            store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
+        }
+    }
+    Ok(Models { first, clip, known: known(config, store, write).await? })
+}
+
+/// By role and setting, the files that fresh models begin with, put into the store if `write`.
+async fn known(config: &RunConfig, store: &Store, write: bool) -> Result<BTreeMap<(String, &'static str), Digest>, Failure> {
     let mut known = BTreeMap::new();
     for (role, setting, weights) in config.weights() {
         let source = Source::of_config(weights, Path::new(""))?;
@@ -255,13 +266,7 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
         let names: Vec<&str> = [&files.weights].into_iter().chain(&files.small).map(String::as_str).collect();
         known.insert((role.to_owned(), setting), stored(write.then_some(store), &folder.path, &names).await?);
     }
-    for (role, digest) in ROLES.iter().zip(first.into_iter().flat_map(|(captioner, filter)| [captioner, filter])) {
-        if write && store.model_in_role(role).await?.is_none() {
-            let reason = format!("first model of run {}", config.run.name);
-            store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
-        }
-    }
-    Ok(Models { first, clip, known })
+    Ok(known)
 }
 
 /// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.

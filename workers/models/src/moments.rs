@@ -18,8 +18,6 @@ const MEAN: &str = "mean";
 const COVARIANCE: &str = "covariance";
 /// No spread of cosines is taken for smaller.
 const LEAST_VARIANCE: f64 = 1e-10;
-/// Images that are encoded together.
-const BATCH: usize = 64;
 
 /// Mean and covariance of ITC image features.
 #[derive(Debug, Clone)]
@@ -31,28 +29,34 @@ pub struct ImageMoments {
 }
 
 impl ImageMoments {
-    /// Those of some images, as a filter sees them.
+    /// Those of images, as a filter sees them, which come in batches: no more than one is in memory.
     ///
     /// # Errors
-    /// There are fewer than 2 images, the model has no encoder, or an image has another size than it takes.
-    pub fn of(med: &Med, images: &[Pixels]) -> Result<Self> {
-        if images.len() < 2 {
-            return Err(ModelError::Input(format!("the spread of the features of {} images", images.len())));
+    /// A batch could not be had, there are fewer than 2 images, the model has no encoder, or an image has another size than it takes.
+    pub fn of<E: From<ModelError>>(
+        med: &Med,
+        batches: impl IntoIterator<Item = std::result::Result<Vec<Pixels>, E>>,
+    ) -> std::result::Result<Self, E> {
+        let mut features = Vec::new();
+        for batch in batches {
+            features.extend(features_of(med, &batch?)?);
         }
-        let mut features = Vec::with_capacity(images.len());
-        for batch in images.chunks(BATCH) {
-            let of_batch = med.image_features(&med.encode_images(batch)?)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
-            features.extend(of_batch.to_vec2::<f32>()?);
+        Ok(Self::of_features(&features, med.device())?)
+    }
+
+    fn of_features(features: &[Vec<f32>], device: &Device) -> Result<Self> {
+        if features.len() < 2 {
+            return Err(ModelError::Input(format!("the spread of the features of {} images", features.len())));
         }
         let width = features[0].len();
         // Sums in the order of the images, whatever the number of threads.
         let mut mean = vec![0.0_f64; width];
-        for feature in &features {
+        for feature in features {
             mean.iter_mut().zip(feature).for_each(|(sum, x)| *sum += f64::from(*x));
         }
         mean.iter_mut().for_each(|sum| *sum /= features.len() as f64);
         let mut covariance = vec![0.0_f64; width * width];
-        for feature in &features {
+        for feature in features {
             let centred: Vec<f64> = feature.iter().zip(&mean).map(|(x, mean)| f64::from(*x) - mean).collect();
             for (row, a) in covariance.chunks_exact_mut(width).zip(&centred) {
                 row.iter_mut().zip(&centred).for_each(|(sum, b)| *sum += a * b);
@@ -61,7 +65,7 @@ impl ImageMoments {
         let single = |values: Vec<f64>, by: f64| values.into_iter().map(|value| (value / by) as f32).collect::<Vec<f32>>();
         let mean = Tensor::from_vec(single(mean, 1.0), width, &Device::Cpu)?;
         let covariance = Tensor::from_vec(single(covariance, features.len() as f64), (width, width), &Device::Cpu)?;
-        Self::new(&mean, &covariance, med.device())
+        Self::new(&mean, &covariance, device)
     }
 
     fn new(mean: &Tensor, covariance: &Tensor, device: &Device) -> Result<Self> {
@@ -111,6 +115,11 @@ impl ImageMoments {
     }
 }
 
+fn features_of(med: &Med, images: &[Pixels]) -> Result<Vec<Vec<f32>>> {
+    let features = med.image_features(&med.encode_images(images)?)?;
+    Ok(features.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec2()?)
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -122,6 +131,15 @@ mod tests {
         let device = &Device::Cpu;
         let covariance = Tensor::new(&[[1.0_f32, 0.0], [0.0, 4.0]], device).unwrap();
         ImageMoments::new(&Tensor::new(&[1.0_f32, 0.0], device).unwrap(), &covariance, device).unwrap()
+    }
+
+    #[test]
+    fn features_have_the_moments_that_they_were_made_with() {
+        let features: Vec<Vec<f32>> = [[2.0, 2.0], [2.0, -2.0], [0.0, 2.0], [0.0, -2.0]].map(Vec::from).to_vec();
+        let made = ImageMoments::of_features(&features, &Device::Cpu).unwrap();
+        assert_eq!(made.mean.to_vec1::<f32>().unwrap(), [1.0, 0.0]);
+        assert_eq!(made.covariance.tensors().unwrap().0.to_vec2::<f32>().unwrap(), [[1.0, 0.0], [0.0, 4.0]]);
+        assert!(ImageMoments::of_features(&features[..1], &Device::Cpu).is_err());
     }
 
     #[test]

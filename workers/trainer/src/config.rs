@@ -355,9 +355,6 @@ impl TrainConfig {
         if self.init == Init::Fresh && self.model.trunk.is_some() != self.trunk_weights.is_some() {
             return fail("`model.trunk` and `trunk_weights` go together: a trunk is not trained here".to_owned());
         }
-        if self.init != Init::Fresh && self.word_weights.is_some() {
-            return fail("`word_weights` are for what starts \"fresh\"; other models bring their words along".to_owned());
-        }
         if self.role == Role::Med && self.init == Init::Med {
             return fail("`init` is \"med\" for the MED itself; use \"fresh\" or \"parent\"".to_owned());
         }

@@ -58,7 +58,8 @@ pub struct Progress<'a> {
 
 /// Trains one member of a model and returns its files, name → bytes: the checkpoint, the training log and the settings.
 ///
-/// The result depends on the pairs as a set, the settings, the member, the parent, what it begins with and the kind of device alone. `resume_dir`, one for each member,
+/// The result depends on the pairs as a set, the settings, the member, the parent, what it begins with and the kind of device alone. `resume_dir`,
+/// one for each member,
 /// takes the state of the unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may
 /// stop the run by [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (`model.image_size`, or the parent's).
 ///
@@ -186,14 +187,12 @@ fn image_moments(
         return Ok(None);
     }
     let (preprocessor, med) = (checkpoint.preprocessor()?, checkpoint.med(device, DType::F32)?);
-    let mut images = Vec::with_capacity(wanted.len());
-    for wanted in wanted.chunks(256) {
+    let batches = wanted.chunks(64).map(|wanted| {
         let pixels = set.pixels(wanted)?;
-        let of_chunk = wanted.par_iter().zip(&pixels);
-        let of_chunk = of_chunk.map(|(&entry, pixels)| prepared(&preprocessor, &entries[entry].sample_id, pixels));
-        images.extend(of_chunk.collect::<Result<Vec<_>, TrainerError>>()?);
-    }
-    Ok(Some(ImageMoments::of(&med, &images)?))
+        let of_batch = wanted.par_iter().zip(&pixels);
+        of_batch.map(|(&entry, pixels)| prepared(&preprocessor, &entries[entry].sample_id, pixels)).collect()
+    });
+    Ok(Some(ImageMoments::of(&med, batches)?))
 }
 
 /// The files of the finished model, written to `folder` on the way.

@@ -31,7 +31,7 @@ const TEMPERATURE_RANGE: (f32, f32) = (0.001, 0.5);
 /// Width for which BERT's spread of fresh weights was chosen.
 const REFERENCE_WIDTH: f64 = 768.0;
 
-/// The word embeddings of both text transformers.
+/// The word embeddings of the text transformers; where both are there, the second is tied to the first.
 const WORDS: [&str; 2] =
     ["text_encoder.embeddings.word_embeddings.weight", "text_decoder.bert.embeddings.word_embeddings.weight"];
 
@@ -91,12 +91,11 @@ impl Start {
             }
         }
         let tokenizer = TextTokenizer::from_json(tokenizer_json, &config.text_config, Path::new("tokenizer.json"))?;
-        if let Some(folder) = known.words {
-            for table in WORDS {
-                if let Some(drawn) = tensors.get_mut(table) {
-                    *drawn = known_words(folder, &tokenizer, drawn, recipe.seed)?;
-                }
-            }
+        let table = WORDS.into_iter().find(|table| tensors.contains_key(*table));
+        if let Some(drawn) = table.and_then(|table| tensors.get_mut(table))
+            && let Some(folder) = known.words
+        {
+            *drawn = known_words(folder, &tokenizer, drawn, recipe.seed)?;
         }
         Ok(Self { tokenizer, preprocessor: Preprocessor::new(config.vision_config.image_size), tensors, config })
     }
@@ -259,15 +258,18 @@ impl MedObjective {
     fn lm(&self, med: &Med, cross: &CrossCache, texts: &[String], recipe: &Recipe) -> Result<Tensor> {
         let encoded = self.encode(texts, FirstToken::Dec, recipe)?;
         // The first token and the prompt are given.
-        let written = |row: usize| encoded[row].len() - self.prompt_tokens.max(1);
-        let all: usize = (0..encoded.len()).map(written).sum();
+        let written = |row: usize| encoded[row].len().saturating_sub(self.prompt_tokens.max(1));
+        let all = (0..encoded.len()).map(written).sum::<usize>().max(1);
         let mut sum = Tensor::zeros((), DType::F32, med.device())?;
         for group in self.groups(encoded.iter(), med.device())?.groups() {
+            let of_group: usize = group.rows.iter().map(|row| written(*row)).sum();
+            if of_group == 0 {
+                continue;
+            }
             let images = Tensor::from_iter(group.rows.iter().map(|row| *row as u32), med.device())?;
             let logits = med.lm_logits_cached(&group.ids, &group.mask, &cross.select(&images)?)?.to_dtype(DType::F32)?;
-            let of_group = lm_loss(&logits, &group.ids, &group.mask, self.prompt_tokens, recipe.label_smoothing)?;
-            let share = group.rows.iter().map(|row| written(*row)).sum::<usize>() as f64 / all as f64;
-            sum = (sum + (of_group * share)?)?;
+            let loss = lm_loss(&logits, &group.ids, &group.mask, self.prompt_tokens, recipe.label_smoothing)?;
+            sum = (sum + (loss * (of_group as f64 / all as f64))?)?;
         }
         Ok(sum)
     }
