@@ -108,8 +108,7 @@ class Study:
             f"models.filter={filter}",
             *([] if filtered else ["build.policy=itm", "build.min_itm=0.0"]),
             f"train.med.synthetic_weight={float(synthetic)}",
-            "train.med.folds=1",
-            "train.filter.folds=1",
+            *(f"train.{role}.{key}=1" for role in ("med", "filter") for key in ("folds", "repeats")),
             *(f"train.{role}.seed={seed}" for role in ("med", "captioner", "filter")),
             "retrain.min_gain=1e9",
         )

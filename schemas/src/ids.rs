@@ -145,10 +145,14 @@ pub fn sample_id(url: &str, text: &str) -> String {
     hex::encode(&hash.finalize()[..16])
 }
 
-/// The fold that a sample falls into, of `folds` that are about equally large: a function of its id alone.
+/// The fold that a sample falls into, of `folds` that are about equally large, in split number `repeat`: a function of its id alone.
 #[must_use]
-pub fn fold(sample_id: &str, folds: usize) -> usize {
-    let [.., a, b, c, d] = *Digest::of(sample_id.as_bytes()).as_bytes();
+pub fn fold(sample_id: &str, folds: usize, repeat: usize) -> usize {
+    let digest = match repeat {
+        0 => Digest::of(sample_id.as_bytes()),
+        _ => Digest::of(format!("{sample_id} {repeat}").as_bytes()),
+    };
+    let [.., a, b, c, d] = *digest.as_bytes();
     (u32::from_be_bytes([a, b, c, d]) as usize) % folds.max(1)
 }
 

@@ -222,9 +222,9 @@ allow_networks = ["127.0.0.0/8"]
         let (_, worker) = rest.split_once("[report]").unwrap();
         let fine_tuned = "init = 'med'\nsteps = 3\nbatch = 8\nweb_weight = 0.0\nsynthetic_weight = 0.0\nmomentum = 0.0\n";
         let train = format!(
-            "[train.med]\nfolds = 2\nsteps = 4\nbatch = 8\nqueue = 16\nvocab_size = 120\n[train.med.model]\nimage_size = 32\n\
+            "[train.med]\nfolds = 2\nrepeats = 2\nsteps = 4\nbatch = 8\nqueue = 16\nvocab_size = 120\n[train.med.model]\nimage_size = 32\n\
              patch_size = 16\nwidth = 32\nheads = 2\nvision_layers = 1\ntext_layers = 1\nprojection = 16\n[train.captioner]\n{fine_tuned}\
-             [train.filter]\nfolds = 2\n{fine_tuned}"
+             [train.filter]\nfolds = 2\nrepeats = 2\n{fine_tuned}"
         );
         std::fs::write(self.path("run.toml"), format!("{before}[build]{build}{train}[report]{worker}")).unwrap();
     }

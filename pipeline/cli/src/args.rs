@@ -439,7 +439,7 @@ pub(crate) struct ModelExportArgs {
     pub(crate) model: String,
     /// Where to: a folder that is not there, or empty
     pub(crate) folder: PathBuf,
-    /// Which member of a model with `folds`, counted from 0
+    /// Which member of a model with `folds` or `repeats`, counted from 0
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) member: usize,
     /// Replace what is there

@@ -336,13 +336,15 @@ impl RunConfig {
         if let Some(role) = params.keys().find(|role| params[*role]["init"] == med && !params.contains_key(med)) {
             return Err(Failure::Usage(format!("train.{role}.init is \"{med}\", but there is no [train.{med}]")));
         }
-        let folds = |role: &str| params.get(role).map_or(1, |params| params["folds"].as_u64().unwrap_or(1));
         let filter = capfilt_coordinator::retrain::FILTER;
-        if params.get(filter).is_some_and(|params| params["init"] == med) && folds(filter) != folds(med) {
-            let (own, meds) = (folds(filter), folds(med));
-            return Err(Failure::Usage(format!(
-                "train.{filter}.folds is {own}, but train.{med}.folds is {meds}: it would start from a MED that has seen what it judges"
-            )));
+        for key in ["folds", "repeats"] {
+            let of = |role: &str| params.get(role).map_or(1, |params| params[key].as_u64().unwrap_or(1));
+            if params.get(filter).is_some_and(|params| params["init"] == med) && of(filter) != of(med) {
+                let (own, meds) = (of(filter), of(med));
+                return Err(Failure::Usage(format!(
+                    "train.{filter}.{key} is {own}, but train.{med}.{key} is {meds}: it would start from a MED that has seen what it judges"
+                )));
+            }
         }
         let cold = self.run.rounds > 0 && captioner.is_none();
         if let Some(role) = params.keys().find(|role| cold && params[*role]["init"] == "parent") {

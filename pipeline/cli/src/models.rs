@@ -58,7 +58,7 @@ pub(crate) async fn run(verb: ModelVerb) -> Result<ExitCode, Failure> {
         ModelVerb::Export(args) => {
             let store = open(&args.store).await?;
             let model = checkpoint(&Source::of_argument(&args.model)?, Some(&store)).await?;
-            let members = member_folders(&model.path);
+            let members = member_folders(&model.path).concat();
             let Some(member) = members.get(args.member) else {
                 let (model, wanted, last) = (&args.model, args.member, members.len() - 1);
                 return Err(Failure::Usage(format!("`{model}` has no member {wanted}; its last one is {last}")));
@@ -290,7 +290,7 @@ pub(crate) async fn same_as_begun(config: &RunConfig, store: &Store, models: &Mo
 /// is brought into it.
 async fn import(store: Option<&Store>, source: &Source, folder: &Path, role: Option<&str>) -> Result<Digest, Failure> {
     usable(source, folder, role)?;
-    if member_folders(folder).len() > 1 {
+    if member_folders(folder).concat().len() > 1 {
         return Err(Failure::Usage(format!(
             "`{source}` holds several members of a model, which only the store keeps together; name one of them"
         )));
@@ -415,7 +415,7 @@ async fn resolve(store: &Store, name: &str) -> Result<Digest, Failure> {
 /// The files of a model, those of all members, and how long they are.
 fn file_sizes(folder: &Path) -> std::io::Result<BTreeMap<String, u64>> {
     let mut sizes = BTreeMap::new();
-    for member in member_folders(folder) {
+    for member in member_folders(folder).concat() {
         for entry in std::fs::read_dir(&member)? {
             let (path, data) = entry.and_then(|entry| Ok((entry.path(), entry.metadata()?)))?;
             if let Some(name) = path.strip_prefix(folder).ok().filter(|_| data.is_file()) {
@@ -430,7 +430,7 @@ async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
     let digest = resolve(store, name).await?;
     let folder = checkpoint(&Source::Store(name.to_owned()), Some(store)).await?;
     let kind = capfilt_vision::kind_of(&folder.path).unwrap_or("no usable checkpoint");
-    let members = member_folders(&folder.path).len();
+    let members = member_folders(&folder.path).concat().len();
     let sizes = file_sizes(&folder.path).context("cannot read the model")?;
     let mut events = Vec::new();
     for role in lists() {
@@ -451,7 +451,7 @@ async fn show(store: &Store, name: &str, as_json: bool) -> Result<(), Failure> {
         None => say("imported"),
     }
     if members > 1 {
-        say(&format!("{members} members: each judges the fold of the pairs that it was not trained on"));
+        say(&format!("{members} members: each judges pairs that it was not trained on"));
     }
     for (file, size) in &sizes {
         say(&format!("  {file}  {}", bytes(*size)));

@@ -41,20 +41,23 @@ const VOCABULARIES: [&[&str]; 2] = [&["vocab.txt"], &["vocab.json", "merges.txt"
 /// The longest index of shards that is read.
 const MAX_INDEX_BYTES: u64 = 32 << 20;
 
-/// Where the member `number` of a cross-fitted model lies, below the model's folder: the first one in that itself, so that whoever knows of no members
-/// opens it. Each was trained on other pairs, and judges those that it was not trained on.
+/// Where the member of a cross-fitted model lies that judges `fold` of split `repeat`, below the model's folder: the first one in that itself, so that
+/// whoever knows of no members opens it. It was trained on the other folds.
 #[must_use]
-pub fn member(number: usize) -> PathBuf {
-    match number {
-        0 => PathBuf::new(),
-        _ => PathBuf::from(format!("fold-{number}")),
+pub fn member(repeat: usize, fold: usize) -> PathBuf {
+    match (repeat, fold) {
+        (0, 0) => PathBuf::new(),
+        (0, _) => PathBuf::from(format!("fold-{fold}")),
+        _ => PathBuf::from(format!("repeat-{repeat}/fold-{fold}")),
     }
 }
 
-/// The folders of the members of the model in a folder, the first of which is that folder.
+/// The folders of the members of the model in a folder: of each split, those of its folds. The first one is that folder.
 #[must_use]
-pub fn member_folders(folder: &Path) -> Vec<PathBuf> {
-    (0..).map(|number| folder.join(member(number))).take_while(|place| *place == folder || place.join(CONFIG).is_file()).collect()
+pub fn member_folders(folder: &Path) -> Vec<Vec<PathBuf>> {
+    let there = |place: &PathBuf| *place == folder || place.join(CONFIG).is_file();
+    let of_split = |repeat| (0..).map(|fold| folder.join(member(repeat, fold))).take_while(there).collect::<Vec<_>>();
+    (0..).map(of_split).take_while(|members| !members.is_empty()).collect()
 }
 
 /// The files of a checkpoint.
@@ -180,6 +183,23 @@ mod tests {
         assert!(!pick(&names).unwrap().is_sharded());
         names.retain(|name| *name != WEIGHTS);
         assert!(pick(&names).unwrap().is_sharded());
+    }
+
+    #[test]
+    fn members_are_found_by_splits() {
+        let folder = tempfile::tempdir().unwrap();
+        let found = || {
+            let splits = member_folders(folder.path());
+            splits.iter().map(Vec::len).collect::<Vec<_>>()
+        };
+        assert_eq!(found(), [1]);
+        for (repeat, fold) in [(0, 1), (1, 0), (1, 1), (3, 0)] {
+            let place = folder.path().join(member(repeat, fold));
+            std::fs::create_dir_all(&place).unwrap();
+            std::fs::write(place.join(CONFIG), "{}").unwrap();
+        }
+        assert_eq!(found(), [2, 2]);
+        assert_eq!(member_folders(folder.path())[1][0], folder.path().join("repeat-1/fold-0"));
     }
 
     #[test]

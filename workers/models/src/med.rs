@@ -159,10 +159,19 @@ impl Med {
     /// # Errors
     /// There is no image, or one has another size than the config says.
     pub fn encode_images(&self, images: &[Pixels]) -> Result<Tensor> {
-        if !self.device.is_cpu() || images.len() < 2 {
-            return self.encode_image(&Pixels::stack(images, &self.device)?);
+        self.encode_each(&self.patches(&Pixels::stack(images, &self.device)?)?)
+    }
+
+    /// [`Self::encode_images`] from [`Self::patches`].
+    ///
+    /// # Errors
+    /// Shapes do not fit.
+    pub(crate) fn encode_each(&self, patches: &Tensor) -> Result<Tensor> {
+        let images = patches.dim(0)?;
+        if !self.device.is_cpu() || images < 2 {
+            return self.encode_patches(patches);
         }
-        let states = images.par_iter().map(|image| self.encode_images(std::slice::from_ref(image)));
+        let states = (0..images).into_par_iter().map(|image| self.encode_patches(&patches.narrow(0, image, 1)?));
         Ok(Tensor::cat(&states.collect::<Result<Vec<_>>>()?, 0)?)
     }
 

@@ -59,6 +59,21 @@ pub struct ScoredText {
     pub itc: f32,
 }
 
+/// What a vision transformer sees of images: `(b, patches, d)`.
+#[derive(Debug, Clone)]
+pub struct Patches(Tensor);
+
+impl Patches {
+    /// Those of the images with these numbers, which are at least one.
+    ///
+    /// # Errors
+    /// There are not so many, or the device fails.
+    pub fn select(&self, images: &[usize]) -> Result<Self> {
+        let images: Vec<u32> = images.iter().map(|image| *image as u32).collect();
+        Ok(Self(self.0.index_select(&Tensor::new(images, self.0.device())?, 0)?))
+    }
+}
+
 /// Scores texts against images.
 #[derive(Debug, Clone)]
 pub struct FilterScorer {
@@ -116,10 +131,33 @@ impl FilterScorer {
         if images.len() != texts.len() {
             return Err(ModelError::Input(format!("{} images but {} lists of texts", images.len(), texts.len())));
         }
-        let together = if self.med.device().is_cpu() { CPU_BATCH } else { images.len().max(1) };
-        let mut scores = Vec::with_capacity(images.len());
-        for (images, texts) in images.chunks(together).zip(texts.chunks(together)) {
-            scores.extend(self.score_together(images, texts)?);
+        match images {
+            [] => Ok(Vec::new()),
+            images => self.score_patches(&self.patches(images)?, texts),
+        }
+    }
+
+    /// What the vision transformer sees of images, for [`Self::score_patches`]: the same for all members of a model.
+    ///
+    /// # Errors
+    /// There is no image, or one has another size than the model takes.
+    pub fn patches(&self, images: &[Pixels]) -> Result<Patches> {
+        Ok(Patches(self.med.patches(&Pixels::stack(images, self.med.device())?)?))
+    }
+
+    /// [`Self::score`] from [`Self::patches`].
+    ///
+    /// # Errors
+    /// As [`Self::score`].
+    pub fn score_patches<S: AsRef<str> + Sync>(&self, images: &Patches, texts: &[Vec<S>]) -> Result<Vec<Vec<ScoredText>>> {
+        let count = images.0.dim(0)?;
+        if count != texts.len() {
+            return Err(ModelError::Input(format!("{count} images but {} lists of texts", texts.len())));
+        }
+        let together = if self.med.device().is_cpu() { CPU_BATCH } else { count.max(1) };
+        let mut scores = Vec::with_capacity(count);
+        for (number, texts) in texts.chunks(together).enumerate() {
+            scores.extend(self.score_together(&images.0.narrow(0, number * together, texts.len())?, texts)?);
         }
         Ok(scores)
     }
@@ -134,16 +172,16 @@ impl FilterScorer {
         Ok(Encoded { itc, itm })
     }
 
-    /// Scores images that are in the model together: their texts in groups of equal padded length.
-    fn score_together<S: AsRef<str> + Sync>(&self, images: &[Pixels], texts: &[Vec<S>]) -> Result<Vec<Vec<ScoredText>>> {
+    /// Scores images, by their patches, that are in the model together: their texts in groups of equal padded length.
+    fn score_together<S: AsRef<str> + Sync>(&self, images: &Tensor, texts: &[Vec<S>]) -> Result<Vec<Vec<ScoredText>>> {
         let texts_of = |image: usize| texts[image].iter().map(move |text| (image, text.as_ref()));
-        let texts_of_all: Vec<(usize, &str)> = (0..images.len()).flat_map(texts_of).collect();
+        let texts_of_all: Vec<(usize, &str)> = (0..texts.len()).flat_map(texts_of).collect();
         let rows = texts_of_all.par_iter().map(|&(image, text)| Ok((image, self.encode(text)?))).collect::<Result<Vec<_>>>()?;
         let mut scores: Vec<Vec<ScoredText>> = texts.iter().map(|texts| Vec::with_capacity(texts.len())).collect();
         if rows.is_empty() {
             return Ok(scores);
         }
-        let states = self.med.encode_images(images)?;
+        let states = self.med.encode_each(images)?;
         let (cross, features) = (self.med.encoder_cross_cache(&states)?, self.med.image_features(&states)?);
         drop(states);
         let width = |row: usize| self.padded(rows[row].1.itc.len());

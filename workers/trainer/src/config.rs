@@ -49,7 +49,8 @@ impl TrainDType {
 pub struct TrainerWorkerConfig {
     /// Where models train and are evaluated: `cpu`, `cuda` or `cuda:N`.
     pub device: String,
-    /// Memory for images as the model sees them; those beyond it are decoded each time.
+    /// Memory for images as the model sees them; those beyond it are decoded each time. As much again holds what a frozen trunk makes of them, where
+    /// images are not augmented.
     pub memory_mib: u64,
 }
 
@@ -195,12 +196,12 @@ impl ModelSize {
 }
 
 /// Members that a model may have: each costs a training of its own.
-const MOST_FOLDS: usize = 20;
+const MOST_MEMBERS: usize = 20;
 
-/// What a model without folds leaves out of its settings.
+/// What a model with one member leaves out of its settings.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
-const fn is_one(folds: &usize) -> bool {
-    *folds == 1
+const fn is_one(number: &usize) -> bool {
+    *number == 1
 }
 
 /// Everything but the pairs that decides what a run ends in, and how often it saves its state.
@@ -229,6 +230,10 @@ pub struct TrainConfig {
     /// takes pairs that it was trained on for better than they are. Not for captioners.
     #[serde(skip_serializing_if = "is_one")]
     pub folds: usize,
+    /// How often that is done, with another split into folds and other randomness each time. Scores are means over the members that have not seen what
+    /// they judge, one of each split.
+    #[serde(skip_serializing_if = "is_one")]
+    pub repeats: usize,
     /// Pairs in a step.
     pub batch: usize,
     /// Batches that a step's pairs are cut into, one after the other on the device; contrast is within each of them, and with the queue.
@@ -298,6 +303,7 @@ impl Default for TrainConfig {
             steps: None,
             epochs: None,
             folds: 1,
+            repeats: 1,
             batch: 64,
             accumulate: 1,
             dtype: TrainDType::F32,
@@ -343,8 +349,8 @@ impl TrainConfig {
         if self.steps == Some(0) || self.epochs.is_some_and(|epochs| !(epochs.is_finite() && epochs > 0.0)) {
             return fail("a run needs more than 0 `steps` or `epochs`".to_owned());
         }
-        if self.role == Role::Clip && (self.folds > 1 || self.init == Init::Med) {
-            return fail("a CLIP has no `folds`, and starts \"fresh\" or from a \"parent\"".to_owned());
+        if self.role == Role::Clip && (self.members() > 1 || self.init == Init::Med) {
+            return fail("a CLIP has no `folds` or `repeats`, and starts \"fresh\" or from a \"parent\"".to_owned());
         }
         if self.role != Role::Clip && self.model.resnet.is_some() {
             return fail("`model.resnet` is for CLIPs alone; a MED has a vision transformer".to_owned());
@@ -358,12 +364,16 @@ impl TrainConfig {
         if self.role == Role::Med && self.init == Init::Med {
             return fail("`init` is \"med\" for the MED itself; use \"fresh\" or \"parent\"".to_owned());
         }
-        if self.folds == 0 || self.folds > MOST_FOLDS {
-            return fail(format!("`folds` is {}, allowed is 1 to {MOST_FOLDS}", self.folds));
+        if !(1..=MOST_MEMBERS).contains(&self.members()) {
+            let Self { folds, repeats, .. } = self;
+            return fail(format!(
+                "`folds` {folds} times `repeats` {repeats} are the members of a model, allowed are 1 to {MOST_MEMBERS}"
+            ));
         }
-        if self.role == Role::Captioner && self.folds > 1 {
+        if self.role == Role::Captioner && self.members() > 1 {
             return fail(
-                "`folds` are for filters, and for the MED that they start from; one captioner writes all captions".to_owned(),
+                "`folds` and `repeats` are for filters, and for the MED that they start from; one captioner writes all captions"
+                    .to_owned(),
             );
         }
         let contrasts = self.role != Role::Captioner;
@@ -398,6 +408,11 @@ impl TrainConfig {
             return fail(format!("`{name}` is {value}, allowed is {} to {}", range.start(), range.end()));
         }
         Ok(())
+    }
+
+    /// Members that the model has.
+    pub(crate) const fn members(&self) -> usize {
+        self.folds.saturating_mul(self.repeats)
     }
 
     pub(crate) fn mixture(&self) -> Mixture {

@@ -42,17 +42,19 @@ impl Mixture {
 pub struct Member {
     /// The fold that it judges, and is not trained on; counted from 0.
     pub fold: usize,
-    /// Folds, and so members, that the model has.
+    /// Folds of each split, and so its members.
     pub folds: usize,
+    /// Number of the split, counted from 0.
+    pub repeat: usize,
 }
 
 impl Member {
     /// The only one of a model, which is trained on everything.
-    pub const ONLY: Self = Self { fold: 0, folds: 1 };
+    pub const ONLY: Self = Self { fold: 0, folds: 1, repeat: 0 };
 
     /// Whether the sample is one that the member judges, and so is not trained on.
     pub(crate) fn judges(self, sample_id: &str) -> bool {
-        self.folds > 1 && fold(sample_id, self.folds) == self.fold
+        self.folds > 1 && fold(sample_id, self.folds, self.repeat) == self.fold
     }
 }
 
@@ -282,7 +284,7 @@ mod tests {
         let set = set(10, 30);
         let mut left_out = Vec::new();
         for fold in 0..3 {
-            let sampler = Sampler::new(&set, EVEN, 2, Member { fold, folds: 3 }, 1).unwrap();
+            let sampler = Sampler::new(&set, EVEN, 2, Member { fold, folds: 3, repeat: 1 }, 1).unwrap();
             let trained: BTreeSet<usize> = sampler.human.shards.iter().chain(&sampler.other.shards).flatten().copied().collect();
             assert_eq!(sampler.pairs(), trained.len());
             left_out.extend((0..40).filter(|pair| !trained.contains(pair)));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::array::{Array, AsArray, BinaryArray, RecordBatch};
-use capfilt_models::train::shrink;
+use capfilt_models::train::{FeatureMaps, shrink};
 use capfilt_schemas::{Digest, Origin, Table, column};
 use capfilt_store::Store;
 use rayon::prelude::*;
@@ -37,7 +37,12 @@ impl Entry {
 pub struct TrainSet {
     entries: Vec<Entry>,
     images: Images,
+    /// What a frozen trunk made of the images.
+    pub(crate) feature_maps: Arc<FeatureMaps>,
 }
+
+/// Memory for feature maps where nothing is said.
+const FEATURE_MAP_BYTES: u64 = 1 << 30;
 
 enum Images {
     /// RGB8 of the model's size, one for each entry.
@@ -85,11 +90,12 @@ impl TrainSet {
     pub fn in_memory(pairs: Vec<TrainPair>) -> Self {
         let (entries, pixels) =
             pairs.into_iter().map(|pair| (Entry { sample_id: pair.sample_id, texts: pair.texts, shard: 0 }, pair.pixels)).unzip();
-        Self { entries, images: Images::InMemory(pixels) }
+        Self { entries, images: Images::InMemory(pixels), feature_maps: FeatureMaps::new(FEATURE_MAP_BYTES) }
     }
 
     pub(crate) fn stored(entries: Vec<Entry>, images: StoredImages) -> Self {
-        Self { entries, images: Images::Stored(Box::new(images)) }
+        let feature_maps = FeatureMaps::new(images.memory);
+        Self { entries, images: Images::Stored(Box::new(images)), feature_maps }
     }
 
     /// Images.

@@ -128,20 +128,21 @@ fn train_members(
     work: &Work,
 ) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
     let mut files = BTreeMap::new();
-    for fold in 0..config.folds {
-        let (member, folder) = (Member { fold, folds: config.folds }, files::member(fold));
+    for number in 0..config.members() {
+        let member = Member { fold: number % config.folds, folds: config.folds, repeat: number / config.folds };
+        let folder = files::member(member.repeat, member.fold);
         let parent = parent.map(|parent| parent_of(member, parent, config)).transpose()?;
         let scratch = scratch.join(&folder);
         std::fs::create_dir_all(&scratch).map_err(|source| TrainerError::Io { path: scratch.clone(), source })?;
         let (mut pairs_per_second, mut waited) = (0.0, 0.0);
         let trained = train(pairs, config, member, (parent.as_ref(), known), device, &scratch, |p| {
             (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
-            work.progress(fold as u64 * p.steps + p.line.step, config.folds as u64 * p.steps, "steps");
+            work.progress(number as u64 * p.steps + p.line.step, config.members() as u64 * p.steps, "steps");
             if work.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         let percent = 100.0 * waited;
-        tracing::info!(role = ?config.role, fold, "trained {pairs_per_second:.1} pairs/s; the model waited for pairs {percent:.1} % of the time");
-        if fold == 0 {
+        tracing::info!(role = ?config.role, member = number, "trained {pairs_per_second:.1} pairs/s; the model waited for pairs {percent:.1} % of the time");
+        if number == 0 {
             work.facts.set("log", thinned(&trained[LOG]));
         }
         files.extend(trained.into_iter().map(|(name, bytes)| (folder.join(name).display().to_string(), bytes)));
@@ -163,19 +164,22 @@ fn thinned(log: &[u8]) -> Vec<serde_json::Value> {
 /// What a member starts from: the same member of the parent, which has not seen the pairs either that it will judge; or a parent without members,
 /// if it was not trained here.
 fn parent_of(member: Member, folder: &Path, config: &TrainConfig) -> Result<Checkpoint, TrainerError> {
-    let Member { fold, folds } = member;
-    if config.init == Init::Fresh || folds == 1 {
+    if config.init == Init::Fresh || config.members() == 1 {
         return Ok(Checkpoint::open(folder)?);
     }
     let members = files::member_folders(folder);
-    match members.len() {
-        1 if !folder.join(SETTINGS).exists() => Ok(Checkpoint::open(folder)?),
-        found if found == folds => Ok(Checkpoint::open(&members[fold])?),
-        found => Err(TrainerError::Config(format!(
-            "`folds` is {folds}, but the model to start from has {found}: its members have seen what these would judge; start \"fresh\", or from a MED \
-             with as many folds"
-        ))),
+    let found = (members[0].len(), members.len());
+    if found == (1, 1) && !folder.join(SETTINGS).exists() {
+        return Ok(Checkpoint::open(folder)?);
     }
+    if found == (config.folds, config.repeats) {
+        return Ok(Checkpoint::open(&members[member.repeat][member.fold])?);
+    }
+    let ((folds, repeats), TrainConfig { folds: own, repeats: times, .. }) = (found, config);
+    Err(TrainerError::Config(format!(
+        "`folds` is {own} and `repeats` {times}, but the model to start from has {folds} and {repeats}: its members have seen what these would judge; \
+         start \"fresh\", or from a MED with the same"
+    )))
 }
 
 /// The folder with files of the store that a setting names by their digest.

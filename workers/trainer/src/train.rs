@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use capfilt_models::checkpoint::Checkpoint;
@@ -76,9 +77,12 @@ pub fn train(
     mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
     config.check()?;
-    let sampler = Sampler::new(set, config.mixture(), config.shuffle_shards, member, config.seed)?;
+    let seed = config.seed.wrapping_add(member.repeat as u64);
+    let sampler = Sampler::new(set, config.mixture(), config.shuffle_shards, member, seed)?;
     let steps = config.total_steps(sampler.pairs());
-    let mut trainer = start(set, config, (parent, known), config.recipe(steps, sampler.pairs()), device)?;
+    let recipe = Recipe { seed, ..config.recipe(steps, sampler.pairs()) };
+    let mut trainer = start(set, config, (parent, known), recipe, device)?;
+    trainer.keep_feature_maps(Arc::clone(&set.feature_maps))?;
     let state = resume_dir.join("state.safetensors");
     if state.exists() {
         trainer.load_state(&state)?;

@@ -71,6 +71,7 @@ impl ImageScorer {
         }
         let dtype = NumberType::settle(config.dtype, worker);
         let device = device(&worker.device)?;
+        let filters: Vec<_> = filters.iter().map(|folder| vec![folder.to_path_buf()]).collect();
         let (judge, preprocessors) =
             Judge::open(&filters, clips.first().copied(), (config.first_token, config.itc), dtype, &device)?;
         Ok(Self { judge, preprocessors })

@@ -1,6 +1,6 @@
 //! The models that judge texts: a filter, a CLIP, or both, on images that are decoded once.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use capfilt_models::ModelError;
 use capfilt_models::clip::{ClipScorer, clip_score};
@@ -35,23 +35,28 @@ pub struct TextScores {
 
 /// A filter, a CLIP, or both.
 pub(crate) struct Judge {
-    /// Of the filter; none without one.
-    members: Vec<FilterScorer>,
+    /// Of the filter: of each split into folds, the one that judges each fold. None without a filter.
+    members: Vec<Vec<FilterScorer>>,
     clip: Option<ClipScorer>,
 }
 
 impl Judge {
     /// From checkpoint folders, of the filter those of its members; the image transforms are in the order of the models.
     pub(crate) fn open(
-        filter_folders: &[impl AsRef<Path>],
+        filter_folders: &[Vec<PathBuf>],
         clip_folder: Option<&Path>,
         scores: (ItmToken, Itc),
         dtype: Option<NumberType>,
         device: &Device,
     ) -> Result<(Self, Vec<Preprocessor>), ModelError> {
-        let opened = filter_folders.iter().map(|folder| filter(folder.as_ref(), scores, dtype, device));
-        let (members, mut preprocessors): (Vec<_>, Vec<_>) = opened.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
-        // Members are alike but for their weights.
+        let (mut members, mut preprocessors) = (Vec::new(), Vec::new());
+        for folders in filter_folders {
+            let opened = folders.iter().map(|folder| filter(folder, scores, dtype, device));
+            let (of_split, of_members): (Vec<_>, Vec<_>) = opened.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+            members.push(of_split);
+            preprocessors.extend(of_members);
+        }
+        // Members are alike but for their weights; those of the trunk, if they have one, are the same.
         preprocessors.truncate(1);
         let clip = clip_folder.map(|folder| clip(folder, dtype, device)).transpose()?;
         let (clip, of_clip) = clip.unzip();
@@ -59,8 +64,8 @@ impl Judge {
         Ok((Self { members, clip }, preprocessors))
     }
 
-    /// Scores `texts[i]`, each, against `images[i]`. Each image goes through each model once; of a filter with several members, through that
-    /// one which was not trained on the sample `ids[i]`.
+    /// Scores `texts[i]`, each, against `images[i]`. Each image goes through each model once; of a filter with several members, through those
+    /// that were not trained on the sample `ids[i]`, one of each split, and scores are their means.
     ///
     /// # Errors
     /// A model fails, or what it says is not a number.
@@ -71,15 +76,24 @@ impl Judge {
         ids: &[String],
     ) -> Result<Vec<Vec<TextScores>>, ModelError> {
         let mut scores: Vec<Vec<TextScores>> = texts.iter().map(|texts| vec![TextScores::default(); texts.len()]).collect();
-        let views = if self.members.is_empty() { Vec::new() } else { take_view(&mut images) };
-        let mut views: Vec<_> = views.into_iter().map(Some).collect();
-        for (number, member) in self.members.iter().enumerate() {
-            let places: Vec<usize> = (0..ids.len()).filter(|place| fold(&ids[*place], self.members.len()) == number).collect();
-            let its_views: Vec<_> = places.iter().filter_map(|&place| views[place].take()).collect();
-            let its_texts: Vec<Vec<_>> = places.iter().map(|&place| texts[place].iter().collect()).collect();
-            for (&place, judged) in places.iter().zip(member.score(&its_views, &its_texts)?) {
-                for (text, judged) in scores[place].iter_mut().zip(judged) {
-                    (text.itm_logits, text.itm, text.itc) = (Some(judged.logits), Some(judged.itm), Some(judged.itc));
+        let patches = match self.members.first() {
+            Some(members) if !images.is_empty() => Some(members[0].patches(&take_view(&mut images))?),
+            _ => None,
+        };
+        let share = 1.0 / self.members.len() as f32;
+        for (repeat, members) in self.members.iter().enumerate() {
+            for (number, member) in members.iter().enumerate() {
+                let judges = |place: &usize| fold(&ids[*place], members.len(), repeat) == number;
+                let places: Vec<usize> = (0..ids.len()).filter(judges).collect();
+                let Some(patches) = patches.as_ref().filter(|_| !places.is_empty()) else { continue };
+                let its_texts: Vec<Vec<_>> = places.iter().map(|&place| texts[place].iter().collect()).collect();
+                for (&place, judged) in places.iter().zip(member.score_patches(&patches.select(&places)?, &its_texts)?) {
+                    for (text, judged) in scores[place].iter_mut().zip(judged) {
+                        let add = |sum: Option<f32>, score: f32| Some(sum.unwrap_or(0.0) + share * score);
+                        let [no, yes] = text.itm_logits.unwrap_or_default();
+                        text.itm_logits = Some([no + share * judged.logits[0], yes + share * judged.logits[1]]);
+                        (text.itm, text.itc) = (add(text.itm, judged.itm), add(text.itc, judged.itc));
+                    }
                 }
             }
         }

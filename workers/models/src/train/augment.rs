@@ -46,6 +46,12 @@ const MAX_DEGREES: f64 = 30.0;
 const MAX_CHANGE: f64 = 0.9;
 
 impl Augmentation {
+    /// Whether images stay as they are.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.min_area >= 1.0 && !self.flip && self.distort <= 0.0
+    }
+
     /// A random resized crop of `pixels`, RGB8 of `side × side`, row by row, perhaps mirrored and distorted; the result has the same size.
     ///
     /// The same seed, sample id and epoch give the same image.

@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 
+use super::feature_maps::{FeatureMaps, TrunkId};
 use super::groups::TextGroups;
 use super::losses::{HardNegatives, Key, Matches, contrastive_loss, itm_loss, lm_loss, similarities, soft_targets};
 use super::momentum::{Momentum, SlowFeatures};
@@ -16,7 +18,7 @@ use crate::config::MedConfig;
 use crate::error::{ModelError, Result};
 use crate::med::{Med, Parts};
 use crate::parameters::fresh_tensors;
-use crate::preprocess::Preprocessor;
+use crate::preprocess::{Pixels, Preprocessor};
 use crate::text::CrossCache;
 use crate::tokenizer::{FirstToken, TextTokenizer};
 use crate::trunk::{self, TRUNK};
@@ -135,6 +137,8 @@ pub(super) struct MedObjective {
     parts: Parts,
     /// What is not trained: the trunk.
     frozen: BTreeMap<String, Tensor>,
+    /// Where the trunk's feature maps are kept, if they are.
+    feature_maps: Option<(TrunkId, Arc<FeatureMaps>)>,
     /// In f32; of another number type it is made anew for each batch.
     med: Med,
     momentum: Option<Momentum>,
@@ -171,7 +175,27 @@ impl MedObjective {
             true => Some(Momentum::new(&config, (&variables, &frozen), recipe.momentum, recipe.queue, (recipe.seed, device))?),
             false => None,
         };
-        Ok((Self { config, tokenizer, preprocessor, parts, frozen, med, momentum, prompt_tokens }, variables))
+        let feature_maps = None;
+        Ok((Self { config, tokenizer, preprocessor, parts, frozen, feature_maps, med, momentum, prompt_tokens }, variables))
+    }
+
+    /// From now on the trunk's feature maps are kept.
+    pub(super) fn keep_feature_maps(&mut self, maps: Arc<FeatureMaps>) -> Result<()> {
+        if !self.frozen.is_empty() {
+            self.feature_maps = Some((TrunkId::of(&self.frozen)?, maps));
+        }
+        Ok(())
+    }
+
+    /// What the transformer sees of images.
+    fn patches(&self, med: &Med, pixels: &[Pixels], images: &[String], device: &Device) -> Result<Tensor> {
+        match &self.feature_maps {
+            Some((trunk, maps)) => maps.of(*trunk, images, |missing| {
+                let missing: Vec<Pixels> = missing.iter().map(|place| pixels[*place].clone()).collect();
+                med.patches(&Pixels::stack(&missing, device)?)
+            }),
+            None => med.patches(&Pixels::stack(pixels, device)?),
+        }
     }
 
     /// Before a batch: the slow encoders follow.
@@ -179,16 +203,15 @@ impl MedObjective {
         self.momentum.as_mut().map_or(Ok(()), |momentum| momentum.follow(variables))
     }
 
-    /// The losses of a batch and their sum; `pixels` `(b, 3, s, s)`, `images` names them, `texts` are clean. `number` counts batches, `step`
-    /// updates.
+    /// The losses of a batch and their sum; `images` names those that `pixels` are of, `texts` are clean. `number` counts batches, `step` updates.
     pub(super) fn losses(
         &mut self,
         recipe: &Recipe,
         variables: &BTreeMap<String, Var>,
-        (pixels, images, texts): (&Tensor, &[String], &[String]),
+        (pixels, images, texts): (&[Pixels], &[String], &[String]),
         (number, step): (u64, u64),
+        device: &Device,
     ) -> Result<(Losses, Tensor)> {
-        let device = pixels.device();
         let cast;
         let med = match recipe.dtype {
             DType::F32 => &self.med,
@@ -197,7 +220,7 @@ impl MedObjective {
                 &cast
             }
         };
-        let patches = med.patches(pixels)?;
+        let patches = self.patches(med, pixels, images, device)?;
         let states = med.encode_patches(&patches)?;
         // Cross-attention has the same weights in both text transformers, where there are both.
         let cross = if self.parts.encoder { med.encoder_cross_cache(&states)? } else { med.decoder_cross_cache(&states)? };

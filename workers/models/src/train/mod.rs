@@ -6,6 +6,7 @@
 
 pub mod augment;
 mod clip;
+mod feature_maps;
 mod groups;
 pub mod losses;
 mod med;
@@ -21,6 +22,7 @@ mod trainer;
 mod words;
 
 pub use augment::{Augmentation, shrink};
+pub use feature_maps::FeatureMaps;
 pub use optimizer::{AdamW, AdamWConfig};
 pub use prepare::{Example, Prepared, Preparer};
 pub use recipe::{Precision, Recipe, Role};

@@ -2,14 +2,17 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
 use super::*;
 use crate::clip::{ClipConfig, ClipFamily, ClipScorer, ClipTextConfig, ClipTokenizer, ClipVision, ResNetConfig};
 use crate::config::MedConfig;
+use crate::parameters::fresh_tensors;
 use crate::tokenizer::train_wordpiece;
+use crate::trunk::{TRUNK, TrunkKind};
 
 const TEXTS: [&str; 6] =
     ["a red square", "a green square on black", "a blue circle", "two white dots", "a red line to the left", "nothing at all"];
@@ -373,4 +376,37 @@ fn impossible_recipes_are_refused() {
     ] {
         assert!(Trainer::fresh(&Architecture::Med(config(120)), json.clone(), Pretrained::default(), bad, &Device::Cpu).is_err());
     }
+}
+
+#[test]
+fn kept_feature_maps_change_nothing() {
+    let mut config = config(120);
+    let vision = &mut config.vision_config;
+    (vision.image_size, vision.patch_size, vision.trunk) = (32, 32, Some(TrunkKind::EfficientNetLite0));
+    let folder = tempfile::tempdir().unwrap();
+    let drawn = fresh_tensors(&config, Role::Med.parts(), 1, &Device::Cpu).unwrap();
+    // So wide that an image is still seen behind it.
+    let widened = |tensor: Tensor| if tensor.rank() > 1 { (tensor * 12.0).unwrap() } else { tensor };
+    let trunk = drawn.into_iter().filter_map(|(name, tensor)| Some((name.strip_prefix(TRUNK)?.to_owned(), widened(tensor))));
+    candle_core::safetensors::save(&trunk.collect::<HashMap<_, _>>(), folder.path().join("model.safetensors")).unwrap();
+
+    let known = Pretrained { trunk: Some(folder.path()), words: None };
+    let json = train_wordpiece(&[&TEXTS[..], &["a picture of"]].concat(), 120).unwrap();
+    let images: Vec<Vec<u8>> = (0..6).map(|i| (0..3 * 32 * 32).map(|place| (place * (i + 3) % 251) as u8).collect()).collect();
+    let still = Augmentation { min_area: 1.0, flip: false, distort: 0.0 };
+    let steps = |augmentation: Augmentation, maps: Option<&Arc<FeatureMaps>>| -> Vec<StepReport> {
+        let recipe = Recipe { augmentation, ..recipe(Role::Med) };
+        let mut trainer = Trainer::fresh(&Architecture::Med(config.clone()), json.clone(), known, recipe, &Device::Cpu).unwrap();
+        if let Some(maps) = maps {
+            trainer.keep_feature_maps(Arc::clone(maps)).unwrap();
+        }
+        (0..3).map(|epoch| step(&mut trainer, &images, epoch)).collect()
+    };
+    let maps = FeatureMaps::new(1 << 20);
+    let expected = steps(still, None);
+    assert_eq!(steps(still, Some(&maps)), expected);
+    assert_eq!(steps(still, Some(&maps)), expected, "with maps that were there before");
+    let moving = Augmentation::default();
+    assert_eq!(steps(moving, Some(&maps)), steps(moving, None), "augmented images have no maps");
+    assert_ne!(steps(moving, None), expected);
 }

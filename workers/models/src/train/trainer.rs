@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::clip::{self, ClipObjective};
 use super::med::{self, MedObjective};
 use super::optimizer::AdamW;
-use super::{Prepared, Preparer, Recipe, Role};
+use super::{FeatureMaps, Prepared, Preparer, Recipe, Role};
 use crate::checkpoint::Checkpoint;
 use crate::clip::ClipConfig;
 use crate::config::MedConfig;
@@ -145,6 +146,18 @@ impl Trainer {
         Ok(Self { recipe, optimizer, objective, device: device.clone() })
     }
 
+    /// Keeps the feature maps of a frozen trunk, where images are not augmented, and takes those that are there.
+    ///
+    /// # Errors
+    ///
+    /// The device fails.
+    pub fn keep_feature_maps(&mut self, maps: Arc<FeatureMaps>) -> Result<()> {
+        match &mut self.objective {
+            Objective::Med(med) if self.recipe.augmentation.is_none() => med.keep_feature_maps(maps),
+            _ => Ok(()),
+        }
+    }
+
     /// Steps made so far, those of earlier processes included.
     #[must_use]
     pub fn steps(&self) -> u64 {
@@ -209,12 +222,11 @@ impl Trainer {
     ) -> Result<(Losses, Tensor)> {
         let step = self.optimizer.steps();
         let number = step * self.recipe.accumulate as u64 + batch as u64;
-        let pixels = Pixels::stack(&examples.pixels[range.clone()], &self.device)?;
-        let (images, texts) = (&examples.images[range.clone()], &examples.texts[range]);
-        let (recipe, pairs) = (&self.recipe, (&pixels, images, texts));
+        let (pixels, images, texts) = (&examples.pixels[range.clone()], &examples.images[range.clone()], &examples.texts[range]);
+        let (recipe, device) = (&self.recipe, &self.device);
         let (losses, total) = match &mut self.objective {
-            Objective::Med(med) => med.losses(recipe, variables, pairs, (number, step))?,
-            Objective::Clip(clip) => clip.losses(recipe, variables, pairs)?,
+            Objective::Med(med) => med.losses(recipe, variables, (pixels, images, texts), (number, step), device)?,
+            Objective::Clip(clip) => clip.losses(recipe, variables, (&Pixels::stack(pixels, device)?, images, texts))?,
         };
         if !total.to_scalar::<f32>()?.is_finite() {
             let reason = format!("the loss is not finite ({losses:?}); lower the learning rate");

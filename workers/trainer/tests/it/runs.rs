@@ -253,6 +253,8 @@ fn a_trunk_stays_as_it_came_and_goes_with_the_model() {
     let config = TrainConfig {
         model: ModelSize { image_size: 32, patch_size: 32, trunk, ..config(Role::Med).model },
         trunk_weights: Some("a digest".to_owned()),
+        // So that its feature maps are kept.
+        crop_min_area: 1.0,
         steps: Some(4),
         batch: 6,
         momentum: 0.9,

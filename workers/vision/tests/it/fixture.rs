@@ -77,12 +77,12 @@ impl Place {
         self.members(&[folder]).await
     }
 
-    /// Puts checkpoints into the store as the members of one model.
+    /// Puts checkpoints into the store as the members of one model, two for each split.
     pub(crate) async fn members(&self, folders: &[&Path]) -> Digest {
         let mut files = BTreeMap::new();
         for (number, folder) in folders.iter().enumerate() {
             for name in capfilt_store::CHECKPOINT_FILES {
-                let place = capfilt_models::files::member(number).join(name).display().to_string();
+                let place = capfilt_models::files::member(number / 2, number % 2).join(name).display().to_string();
                 files.insert(place, std::fs::read(folder.join(name)).unwrap());
             }
         }

@@ -134,11 +134,25 @@ async fn each_member_of_a_filter_judges_its_fold() {
     let alone = [scored(&[&filter], 64).await, scored(&[other.path()], 64).await];
     let mut seen = [0; 2];
     for row in 0..rows.num_rows() {
-        let member = fold(&format!("sample-{row}"), 2);
+        let member = fold(&format!("sample-{row}"), 2, 0);
         assert_eq!(both.slice(row, 1), alone[member].slice(row, 1), "row {row}");
         seen[member] += usize::from(alone[0].slice(row, 1) != alone[1].slice(row, 1));
     }
     assert!(seen.iter().all(|rows| *rows > 0), "{seen:?}");
+
+    // Two splits: the mean of what the members say that have not seen the row, one of each.
+    let four = scored(&[&filter, other.path(), other.path(), &filter], 64).await;
+    let itm = |scores: &RecordBatch, row: usize| scores["web_itm"].as_primitive::<Float32Type>().value(row);
+    for row in 0..rows.num_rows() {
+        let id = format!("sample-{row}");
+        let [first, second] = [fold(&id, 2, 0), 1 - fold(&id, 2, 1)];
+        let mean = 0.5 * itm(&alone[first], row) + 0.5 * itm(&alone[second], row);
+        assert!((itm(&four, row) - mean).abs() < 1e-6, "row {row}");
+    }
+    assert_ne!(
+        (0..64).map(|i| fold(&format!("{i}"), 2, 0)).collect::<Vec<_>>(),
+        (0..64).map(|i| fold(&format!("{i}"), 2, 1)).collect::<Vec<_>>()
+    );
 }
 
 #[tokio::test]
