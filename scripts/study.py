@@ -74,13 +74,20 @@ class Study:
                 found.append(json.load(file))
         return found
 
-    def med(self, run: str, model: str | None) -> str:
-        """The MED that a run has trained last, from a model or from none."""
-        mine = lambda task: task["params"]["role"] == "med" and task.get("model") == model
+    def trained(self, run: str, role: str, among=lambda task: True) -> str:
+        """The model that a run has trained last as a role, among some tasks."""
+        mine = lambda task: task["params"]["role"] == role and among(task)
         trained = [c for c in self.records("commits/train/*.json") if c["run"] == run and mine(c["task"])]
         if not trained:
-            sys.exit(f"study: run {run} has trained no MED; the config needs a [train.med], and must name no models")
+            sys.exit(f"study: run {run} has trained no {role}")
         return max(trained, key=lambda c: c["committed_at_ms"])["outputs"][0]["digest"]
+
+    def first_models(self) -> dict:
+        """The captioner and the filter that the run trains first."""
+        record = f"runs/{self.name}/rounds/*.json"
+        if not self.records(record):
+            self.capfilt()
+        return self.records(record)[0]
 
     def shared_model(self, med: str) -> str:
         """One model for both: the MED, fine-tuned with all its losses on what people wrote."""
@@ -93,9 +100,22 @@ class Study:
             f"models.filter={med}",
             "train.med.init=parent",
             *(f"train.med.{key}={tuned[key]}" for key in ("steps", "peak_lr", "web_weight", "synthetic_weight") if key in tuned),
+            # Those that start from it are of no use here.
+            *(f"train.{role}.steps=1" for role in ("captioner", "filter")),
             "retrain.min_gain=1e9",
         )
-        return self.med(name, med)
+        return self.trained(name, "med", lambda task: task.get("model") == med)
+
+    def second_filter(self) -> dict | None:
+        """What the filter that the first round has trained on its dataset makes of the texts; no member of it has seen what it judges."""
+        if not self.args.truth:
+            return None
+        self.capfilt()
+        captioner, filter = (self.trained(self.name, role) for role in ("captioner", "filter"))
+        name = f"{self.name}-second"
+        models = [f"models.captioner={captioner}", f"models.filter={filter}"]
+        self.capfilt(f"run.name={name}", f"run.dataset={name}", *models, "retrain.enabled=false")
+        return self.judged("second")
 
     def arm(self, arm: str, seed: int, captioner: str, filter: str) -> dict:
         """Trains one arm and returns what its models reach."""
@@ -109,6 +129,7 @@ class Study:
             *([] if filtered else ["build.policy=itm", "build.min_itm=0.0"]),
             f"train.med.synthetic_weight={float(synthetic)}",
             *(f"train.{role}.{key}=1" for role in ("med", "filter") for key in ("folds", "repeats")),
+            *self.args.arm,
             *(f"train.{role}.seed={seed}" for role in ("med", "captioner", "filter")),
             "retrain.min_gain=1e9",
         )
@@ -132,9 +153,8 @@ class Study:
         return numbers
 
     def run(self) -> dict:
-        self.capfilt()
-        first = self.records(f"runs/{self.name}/rounds/*.json")[0]
-        shared = self.shared_model(self.med(self.name, None))
+        first = self.first_models()
+        shared = self.shared_model(self.trained(self.name, "med", lambda task: task.get("model") is None))
         runs = []
         for seed in range(1, self.args.seeds + 1):
             for arm in ARMS:
@@ -146,6 +166,7 @@ class Study:
             "arms": {arm: summary(runs, arm) for arm in ARMS},
             "filter_on_known_noise": self.judged("both"),
             "shared_filter_on_known_noise": self.judged("shared"),
+            "second_filter_on_known_noise": self.second_filter(),
             "blip": {arm: dict(zip(("tr_at_1", "ir_at_1", "cider"), row)) for arm, row in BLIP.items()},
         }
 
@@ -200,7 +221,8 @@ def write_page(study: dict, path: str) -> None:
     for arm, found in study["arms"].items():
         if arm != "web":
             lines.append(f"| {arm} | " + " | ".join(number(found[m]["gain"], sign="+") if m in found else "–" for m in METRICS) + " |")
-    for title, key in (("The filter", "filter_on_known_noise"), ("The shared one", "shared_filter_on_known_noise")):
+    titles = {"filter": "The filter", "shared_filter": "The shared one", "second_filter": "The filter that the first round trained on its dataset,"}
+    for title, key in ((title, f"{name}_on_known_noise") for name, title in titles.items()):
         if numbers := study[key]:
             removed, kept = (f"{numbers[key]:.1%}" for key in ("wrong_removed", "right_kept"))
             found = f"{title} on {numbers['judged']} texts of known truth, {numbers['wrong']} of them wrong"
@@ -241,6 +263,7 @@ def main() -> None:
     parser.add_argument("--capfilt", required=True, help="the program")
     parser.add_argument("--out", required=True, help="where the result goes")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(STUDENT) + 2), metavar="N", help="1 to 10; 5 if not given")
+    parser.add_argument("--arm", action="append", default=[], metavar="KEY=VALUE", help="changes the config for the models that are compared")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes the config, as that of capfilt")
     parser.add_argument("--truth", help="what is really on the pages; with --queries")
     parser.add_argument("--queries", help="the corpus's queries, for the judge")

@@ -180,7 +180,7 @@ fn image_moments(
     checkpoint: &Checkpoint,
     device: &Device,
 ) -> Result<Option<ImageMoments>, TrainerError> {
-    const MOST: usize = 4096;
+    const MOST: usize = 1024;
     let entries = set.entries();
     let judged = |entry: &Entry| !entry.is_human() && (member.folds == 1 || member.judges(&entry.sample_id));
     let mut wanted: Vec<usize> = (0..entries.len()).filter(|i| judged(&entries[*i])).collect();
