@@ -99,6 +99,7 @@ class Study:
             f"models.captioner={med}",
             f"models.filter={med}",
             "train.med.init=parent",
+            *(f"train.{role}.repeats=1" for role in ("med", "filter")),
             *(f"train.med.{key}={tuned[key]}" for key in ("steps", "peak_lr", "web_weight", "synthetic_weight") if key in tuned),
             # Those that start from it are of no use here.
             *(f"train.{role}.steps=1" for role in ("captioner", "filter")),

@@ -133,6 +133,7 @@ fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
     let (code, said) = world.refuse(&["run", "run.toml", "--set", "train.med.folds=3"]);
     assert!(code == 2 && said.contains("train.filter.folds is 2, but train.med.folds is 3: it would start from a MED"), "{said}");
     for (change, part) in [
+        ("train.filter.repeats=3", "train.filter.repeats is 3, but train.med.repeats is 2"),
         ("train.med.word_weights=nowhere", "train.med.word_weights cannot be read"),
         ("train.med.word_weights=promoted", "neither a folder nor a repository"),
         ("train.filter.word_weights=nowhere", "train.filter.word_weights cannot be read"),

@@ -172,13 +172,13 @@ fn parent_of(member: Member, folder: &Path, config: &TrainConfig) -> Result<Chec
     if found == (1, 1) && !folder.join(SETTINGS).exists() {
         return Ok(Checkpoint::open(folder)?);
     }
-    if found == (config.folds, config.repeats) {
+    if found.0 == config.folds && config.repeats <= found.1 {
         return Ok(Checkpoint::open(&members[member.repeat][member.fold])?);
     }
     let ((folds, repeats), TrainConfig { folds: own, repeats: times, .. }) = (found, config);
     Err(TrainerError::Config(format!(
         "`folds` is {own} and `repeats` {times}, but the model to start from has {folds} and {repeats}: its members have seen what these would judge; \
-         start \"fresh\", or from a MED with the same"
+         start \"fresh\", or from a MED with as many folds and no fewer repeats"
     )))
 }
 
