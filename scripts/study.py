@@ -162,6 +162,8 @@ class Study:
                 models = (shared, shared) if arm == "shared" else (first["captioner"], first["filter"])
                 runs.append(self.arm(arm, seed, *models))
         return {
+            "about": self.args.about,
+            "for_arms": self.args.arm,
             "settings": {section: self.config.get(section, {}) for section in ("build", "train")},
             "runs": runs,
             "arms": {arm: summary(runs, arm) for arm in ARMS},
@@ -212,6 +214,7 @@ def number(value: dict, scale: float = 1.0, sign: str = "") -> str:
 def write_page(study: dict, path: str) -> None:
     seeds = len({run["seed"] for run in study["runs"]})
     lines = ["# Does bootstrapping help?", "", f"Made by `make study`: {seeds} seeds for each arm; means with 95 % confidence over the seeds.", ""]
+    lines += [study["about"], ""] if study["about"] else []
     lines += ["| texts | web | synthetic | human | TR@1 | IR@1 | CIDEr-D | BLIP: TR@1 | IR@1 | CIDEr |", "|---|---|---|---|---|---|---|---|---|---|"]
     for arm, found in study["arms"].items():
         texts = next(run["texts"] for run in study["runs"] if run["arm"] == arm)
@@ -268,6 +271,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes the config, as that of capfilt")
     parser.add_argument("--truth", help="what is really on the pages; with --queries")
     parser.add_argument("--queries", help="the corpus's queries, for the judge")
+    parser.add_argument("--about", metavar="TEXT", help="a sentence for the page: which corpus it was")
     parser.add_argument("--no-plot", action="store_true", help="needs no matplotlib")
     args = parser.parse_args()
     if bool(args.truth) != bool(args.queries):
