@@ -338,11 +338,11 @@ impl RunConfig {
         }
         let filter = capfilt_coordinator::retrain::FILTER;
         let from_med = params.get(filter).is_some_and(|params| params["init"] == med);
-        let fits: [(_, fn(&u64, &u64) -> bool); 2] = [("folds", u64::eq), ("repeats", u64::le)];
-        for (key, fits) in fits {
+        for key in ["folds", "repeats"] {
             let of = |role: &str| params.get(role).map_or(1, |params| params[key].as_u64().unwrap_or(1));
             let (own, meds) = (of(filter), of(med));
-            if from_med && !fits(&own, &meds) {
+            // Of the MED's repeats the first ones will do.
+            if from_med && (own > meds || (own < meds && key == "folds")) {
                 return Err(Failure::Usage(format!(
                     "train.{filter}.{key} is {own}, but train.{med}.{key} is {meds}: it would start from a MED that has seen what it judges"
                 )));
