@@ -213,7 +213,7 @@ def number(value: dict, scale: float = 1.0, sign: str = "") -> str:
 
 def write_page(study: dict, path: str) -> None:
     seeds = len({run["seed"] for run in study["runs"]})
-    lines = ["# Does bootstrapping help?", "", f"Made by `make study`: {seeds} seeds for each arm; means with 95 % confidence over the seeds.", ""]
+    lines = ["# Does bootstrapping help?", "", f"Made by `scripts/study.py`: {seeds} seeds for each arm; means with 95 % confidence over the seeds.", ""]
     lines += [study["about"], ""] if study["about"] else []
     lines += ["| texts | web | synthetic | human | TR@1 | IR@1 | CIDEr-D | BLIP: TR@1 | IR@1 | CIDEr |", "|---|---|---|---|---|---|---|---|---|---|"]
     for arm, found in study["arms"].items():

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Raised whenever the same dataset and settings would give another model, or the same model other metrics.
-pub const STAGE_VERSION: u32 = 5;
+pub const STAGE_VERSION: u32 = 6;
 
 /// Trains a model on a dataset version. The task's model is the one in service: its tokenizer is kept, and its weights are the start if
 /// the settings say so.
