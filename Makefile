@@ -14,8 +14,8 @@ test: ## Installs what the tests need, then format, lints, documentation and all
 bench: ## All benches, or one: make bench NAME=fetch
 	@scripts/bench.sh $(NAME)
 
-study: ## Whether bootstrapping helps, on a corpus of known truth: make study CORPUS=folder SERVER=serve.py [SEEDS=5] (hours)
-	@scripts/study.sh "$(CORPUS)" "$(SERVER)" -- --seeds $(or $(SEEDS),5)
+study: ## Whether bootstrapping helps, on a corpus of known truth: make study CORPUS=folder SERVER=serve.py [SEEDS=5] [JOBS=2] (hours)
+	@scripts/study.sh "$(CORPUS)" "$(SERVER)" -- --seeds $(or $(SEEDS),5) --jobs $(or $(JOBS),2)
 
 goldens: ## Makes the models' golden files again with transformers (installs torch into .venv-goldens)
 	@scripts/setup.sh goldens

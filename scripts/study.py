@@ -2,7 +2,7 @@
 """Does bootstrapping help? Trains models on what a run found, with and without captioner and filter, and compares them (BLIP, tables 1 and 4).
 
     study.py CONFIG --capfilt PROGRAM --out FOLDER [--seeds 5] [--set KEY=VALUE ...]
-             [--truth CORPUS/truth.jsonl --queries CORPUS/queries.tsv] [--no-plot]
+             [--truth CORPUS/truth.jsonl --queries CORPUS/queries.tsv] [--jobs 2] [--no-plot]
 
 CONFIG is that of a run that begins without models: with [train.med], and a captioner and a filter that start from it. The run gathers, trains
 its first models and lets them write and judge captions. Then, for every seed and every arm, a new MED is trained on the arm's texts, for the
@@ -22,10 +22,12 @@ import argparse
 import json
 import math
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 # Whether only what the filter keeps is trained on, and whether synthetic texts are.
@@ -58,13 +60,19 @@ class Study:
         self.name = self.config["run"]["name"]
         self.store = os.path.join(os.path.dirname(os.path.abspath(args.config)), self.config["run"]["store"])
 
-    def capfilt(self, *changes: str) -> None:
+    def capfilt(self, *changes: str, job: int | None = None) -> None:
+        """A run; as one of several at a time it has a working folder and a share of the processors to itself."""
         command = [self.args.capfilt, "run", self.args.config]
         for change in (*self.args.set, "run.rounds=1", *changes):
             command += ["--set", change]
+        environment = dict(os.environ)
+        if job is not None:
+            environment["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.args.jobs))
+            folder = self.config.get("worker", {}).get("runtime", {}).get("work_dir", "work")
+            command += ["--set", f"worker.runtime.work_dir={folder}-{job}"]
         print("study: run", *changes, flush=True)
         # 4: done, though some addresses or tasks were given up
-        if subprocess.run(command).returncode not in (0, 4):
+        if subprocess.run(command, env=environment).returncode not in (0, 4):
             sys.exit(f"study: a run failed: {' '.join(command)}")
 
     def records(self, pattern: str) -> list[dict]:
@@ -118,7 +126,7 @@ class Study:
         self.capfilt(f"run.name={name}", f"run.dataset={name}", *models, "retrain.enabled=false")
         return self.judged("second")
 
-    def arm(self, arm: str, seed: int, captioner: str, filter: str) -> dict:
+    def arm(self, arm: str, seed: int, captioner: str, filter: str, job: int | None) -> dict:
         """Trains one arm and returns what its models reach."""
         name, dataset = f"{self.name}-{arm}-{seed}", f"{self.name}-{arm}"
         filtered, synthetic = ARMS[arm]
@@ -133,6 +141,7 @@ class Study:
             *self.args.arm,
             *(f"train.{role}.seed={seed}" for role in ("med", "captioner", "filter")),
             "retrain.min_gain=1e9",
+            job=job,
         )
         result = max(self.records(f"runs/{name}/results/*.json"), key=lambda r: r["finished_at_ms"])
         version = next(v for v in self.records(f"datasets/{dataset}/*.json") if v["version"] == result["dataset"]["version"])
@@ -156,11 +165,21 @@ class Study:
     def run(self) -> dict:
         first = self.first_models()
         shared = self.shared_model(self.trained(self.name, "med", lambda task: task.get("model") is None))
-        runs = []
-        for seed in range(1, self.args.seeds + 1):
-            for arm in ARMS:
-                models = (shared, shared) if arm == "shared" else (first["captioner"], first["filter"])
-                runs.append(self.arm(arm, seed, *models))
+        wanted = [(arm, seed) for seed in range(1, self.args.seeds + 1) for arm in ARMS]
+        free = queue.SimpleQueue()
+        for job in range(self.args.jobs):
+            free.put(job if self.args.jobs > 1 else None)
+
+        def one(arm: str, seed: int) -> dict:
+            models = (shared, shared) if arm == "shared" else (first["captioner"], first["filter"])
+            job = free.get()
+            try:
+                return self.arm(arm, seed, *models, job)
+            finally:
+                free.put(job)
+
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            runs = list(pool.map(lambda wanted: one(*wanted), wanted))
         return {
             "about": self.args.about,
             "for_arms": self.args.arm,
@@ -269,6 +288,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(STUDENT) + 2), metavar="N", help="1 to 10; 5 if not given")
     parser.add_argument("--arm", action="append", default=[], metavar="KEY=VALUE", help="changes the config for the models that are compared")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes the config, as that of capfilt")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="compared models that are trained at a time; small ones use no more than a processor well")
     parser.add_argument("--truth", help="what is really on the pages; with --queries")
     parser.add_argument("--queries", help="the corpus's queries, for the judge")
     parser.add_argument("--about", metavar="TEXT", help="a sentence for the page: which corpus it was")

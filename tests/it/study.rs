@@ -19,7 +19,7 @@ fn the_study_trains_every_arm_and_goes_on_where_it_stopped() {
             .arg(format!("{root}/scripts/study.py"))
             .arg("--capfilt")
             .arg(program())
-            .args(["run.toml", "--out", "study", "--seeds", "2", "--no-plot"])
+            .args(["run.toml", "--out", "study", "--seeds", "2", "--jobs", "2", "--no-plot"])
             .args(changes.iter().flat_map(|change| ["--set", change]))
             .current_dir(world.folder.path())
             .output()

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::body::Body;
-use axum::http::{Method, Response, StatusCode};
+use axum::http::{HeaderMap, Method, Response, StatusCode};
 use serde_json::Value;
 
 use crate::world::World;
@@ -80,6 +80,72 @@ fn a_service_is_asked_to_train_and_waited_for() {
     let refused = world.command(&lost).arg(command("http://127.0.0.1:9/jobs")).env("WEBHOOK_PATIENCE", "0").output().unwrap();
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && said.contains("http://127.0.0.1:9/jobs cannot be reached"), "{said}");
+}
+
+/// The Jobs of a Kubernetes API that has one already, which has failed; those that are made copy the champion. What is asked is noted.
+fn kubernetes_api(runtime: &tokio::runtime::Runtime) -> (String, Arc<Mutex<Vec<String>>>) {
+    let asked = Arc::new(Mutex::new(Vec::<String>::new()));
+    let (noted, there) = (Arc::clone(&asked), Arc::new(Mutex::new(Some(None::<String>))));
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let app = axum::Router::new().fallback(move |method: Method, uri: axum::http::Uri, headers: HeaderMap, body: String| {
+        assert_eq!(headers["authorization"], "Bearer secret");
+        noted.lock().unwrap().push(format!("{method} {}", uri.path().trim_end_matches(|c: char| c.is_ascii_hexdigit())));
+        let mut there = there.lock().unwrap();
+        let value = |name: &str| -> String {
+            let line = body.lines().find(|line| line.contains(&format!("name: {name}, value: "))).unwrap();
+            serde_json::from_str(line.split("value: ").nth(1).unwrap().trim_end_matches(" }")).unwrap()
+        };
+        let job = |condition: &str| {
+            format!(r#"{{"metadata": {{}}, "status": {{"conditions": [{{"type": "{condition}", "status": "True"}}]}}}}"#)
+        };
+        let (code, said) = match (method, &*there) {
+            (Method::POST, Some(_)) => (StatusCode::CONFLICT, "{}".to_owned()),
+            (Method::POST, None) => {
+                assert_eq!(headers["content-type"], "application/yaml");
+                assert_eq!(serde_json::from_str::<Value>(&value("CAPFILT_PARAMS")).unwrap()["steps"], 7);
+                for file in std::fs::read_dir(value("CAPFILT_CHAMPION")).unwrap() {
+                    let file = file.unwrap();
+                    std::fs::copy(file.path(), Path::new(&value("CAPFILT_OUTPUT")).join(file.file_name())).unwrap();
+                }
+                *there = Some(Some(body));
+                (StatusCode::CREATED, "{}".to_owned())
+            }
+            (Method::DELETE, _) => {
+                *there = None;
+                (StatusCode::OK, "{}".to_owned())
+            }
+            (_, None) => (StatusCode::NOT_FOUND, "{}".to_owned()),
+            (_, Some(made)) => (StatusCode::OK, job(if made.is_some() { "Complete" } else { "Failed" })),
+        };
+        async move { (code, said) }
+    });
+    runtime.spawn(async move { axum::serve(listener, app).await });
+    (address, asked)
+}
+
+#[test]
+fn a_kubernetes_job_trains_and_a_failed_one_is_made_anew() {
+    let world = World::new(20);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (address, asked) = kubernetes_api(&runtime);
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/trainers");
+    let command =
+        format!("train.filter={{ command = ['python3', '{folder}/kubernetes_job.py', '{folder}/job.yaml'], steps = 7 }}");
+    let mut run = world.command(&["run", "run.toml", "--json", "--set", "run.rounds=1", "--set", &command]);
+    let run = run
+        .env("KUBERNETES_API", &address)
+        .env("KUBERNETES_TOKEN", "secret")
+        .env("KUBERNETES_NAMESPACE", "training")
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let run: Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert!(run["results"][0]["challenger_metrics"]["filter/auroc"].is_f64());
+    let jobs = "/apis/batch/v1/namespaces/training/jobs";
+    let one = format!("{jobs}/capfilt-train-");
+    let expected = [("POST", jobs), ("GET", &one), ("DELETE", &one), ("GET", &one), ("POST", jobs), ("GET", &one)];
+    assert_eq!(*asked.lock().unwrap(), expected.map(|(method, path)| format!("{method} {path}")));
 }
 
 #[test]

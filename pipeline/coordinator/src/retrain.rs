@@ -24,6 +24,9 @@ pub struct RetrainConfig {
     /// Nor one that has fewer than so many rows more than the version on which the captioner in service was trained; all rows are new to a model
     /// that was not trained here.
     pub min_new_pairs: u64,
+    /// But one is trained on all the same that was built so many days after that captioner was trained; without it, age is no reason.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_age_days: Option<f64>,
     /// The metric that decides for a role; larger is better. A role that is not named keeps its default.
     pub metric: BTreeMap<String, String>,
     /// How much larger the challenger's metric must be.
@@ -42,6 +45,17 @@ pub struct Measured {
     pub resampled: BTreeMap<String, Vec<f64>>,
 }
 
+/// What a model in service was trained on, and how long ago.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Seen {
+    /// Rows of the version; 0 if the model was not trained here.
+    pub(crate) rows: u64,
+    /// From then until the version in question was built.
+    pub(crate) age_ms: u64,
+}
+
+const MS_PER_DAY: f64 = 86_400_000.0;
+
 /// Who plays a role from now on, and why.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Verdict {
@@ -51,7 +65,15 @@ pub(crate) struct Verdict {
 
 impl Default for RetrainConfig {
     fn default() -> Self {
-        Self { enabled: false, min_pairs: 1_000, min_new_pairs: 0, metric: BTreeMap::new(), min_gain: 0.0, confidence: 0.95 }
+        Self {
+            enabled: false,
+            min_pairs: 1_000,
+            min_new_pairs: 0,
+            max_age_days: None,
+            metric: BTreeMap::new(),
+            min_gain: 0.0,
+            confidence: 0.95,
+        }
     }
 }
 
@@ -65,17 +87,23 @@ impl RetrainConfig {
         self.metric.get(role).map(String::as_str).or(default)
     }
 
-    /// Whether a version of `rows` rows is to be trained on, where the models in service have seen one of `known`; or why not, if it is for its
-    /// size.
-    pub(crate) fn wanted(&self, rows: u64, known: u64) -> Result<bool, String> {
-        let new = rows.saturating_sub(known);
+    /// Whether a version of `rows` rows is to be trained on, where the models in service have seen one; or why not, if it is for its size and their age.
+    pub(crate) fn wanted(&self, rows: u64, seen: Seen) -> Result<bool, String> {
+        let new = rows.saturating_sub(seen.rows);
+        let days = seen.age_ms as f64 / MS_PER_DAY;
+        let old = self.max_age_days.is_some_and(|most| days >= most);
         match self.enabled {
             false => Ok(false),
             true if rows < self.min_pairs => Err(format!("{rows} pairs are fewer than retrain.min_pairs, {}", self.min_pairs)),
-            true if new < self.min_new_pairs => Err(format!(
-                "{new} pairs more than it was trained on are fewer than retrain.min_new_pairs, {}",
-                self.min_new_pairs
-            )),
+            true if new < self.min_new_pairs && !old => {
+                let age = self
+                    .max_age_days
+                    .map_or(String::new(), |most| format!(", and {days:.1} days are less than retrain.max_age_days, {most}"));
+                Err(format!(
+                    "{new} pairs more than it was trained on are fewer than retrain.min_new_pairs, {}{age}",
+                    self.min_new_pairs
+                ))
+            }
             true => Ok(true),
         }
     }
@@ -126,12 +154,23 @@ mod tests {
         // One role's metric set leaves the other's as it was.
         let metric = BTreeMap::from([(CAPTIONER.to_owned(), "captioner/bleu_4".to_owned())]);
         assert!(RetrainConfig { metric, ..RetrainConfig::default() }.verdict(FILTER, &m(0.70), &m(0.72)).challenger_wins);
-        assert_eq!(RetrainConfig::default().wanted(5_000, 0), Ok(false));
-        let config = RetrainConfig { enabled: true, min_pairs: 100, min_new_pairs: 10, ..config };
-        assert_eq!(config.wanted(100, 90), Ok(true));
-        assert!(config.wanted(99, 0).is_err_and(|why| why.contains("min_pairs")));
-        assert!(config.wanted(120, 111).is_err_and(|why| why.contains("min_new_pairs")));
-        assert!(config.wanted(120, 200).is_err());
+    }
+
+    #[test]
+    fn a_version_is_trained_on_for_its_size_or_the_age_of_the_models() {
+        let seen = |rows, days| Seen { rows, age_ms: days * MS_PER_DAY as u64 };
+        assert_eq!(RetrainConfig::default().wanted(5_000, seen(0, 0)), Ok(false));
+        let config = RetrainConfig { enabled: true, min_pairs: 100, min_new_pairs: 10, ..RetrainConfig::default() };
+        assert_eq!(config.wanted(100, seen(90, 0)), Ok(true));
+        assert!(config.wanted(99, seen(0, 0)).is_err_and(|why| why.contains("min_pairs")));
+        assert!(config.wanted(120, seen(111, 1000)).is_err_and(|why| why.contains("min_new_pairs")));
+        assert!(config.wanted(120, seen(200, 0)).is_err());
+        let config = RetrainConfig { max_age_days: Some(7.0), ..config };
+        assert_eq!(config.wanted(120, seen(111, 7)), Ok(true));
+        assert!(
+            config.wanted(120, seen(111, 6)).is_err_and(|why| why.contains("6.0 days are less than retrain.max_age_days, 7"))
+        );
+        assert!(config.wanted(99, seen(0, 7)).is_err());
     }
 
     #[test]

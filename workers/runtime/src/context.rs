@@ -107,6 +107,12 @@ impl Work {
         Ok(folder)
     }
 
+    /// Where the tasks of this machine share what can be made again.
+    #[must_use]
+    pub fn shared(&self, name: &str) -> PathBuf {
+        self.work_dir.join(name)
+    }
+
     pub(crate) fn scratch_path(&self) -> PathBuf {
         self.work_dir.join("tasks").join(self.id.to_string())
     }

@@ -52,6 +52,8 @@ pub struct TrainerWorkerConfig {
     /// Memory for images as the model sees them; those beyond it are decoded each time. As much again holds what a frozen trunk makes of them, where
     /// images are not augmented.
     pub memory_mib: u64,
+    /// Room for that in the working folder, where the next training finds it.
+    pub feature_maps_mib: u64,
 }
 
 impl TrainerWorkerConfig {
@@ -74,7 +76,7 @@ impl TrainerWorkerConfig {
 
 impl Default for TrainerWorkerConfig {
     fn default() -> Self {
-        Self { device: "cpu".to_owned(), memory_mib: 2048 }
+        Self { device: "cpu".to_owned(), memory_mib: 2048, feature_maps_mib: 4096 }
     }
 }
 

@@ -93,8 +93,7 @@ impl TrainSet {
         Self { entries, images: Images::InMemory(pixels), feature_maps: FeatureMaps::new(FEATURE_MAP_BYTES) }
     }
 
-    pub(crate) fn stored(entries: Vec<Entry>, images: StoredImages) -> Self {
-        let feature_maps = FeatureMaps::new(images.memory);
+    pub(crate) fn stored(entries: Vec<Entry>, images: StoredImages, feature_maps: Arc<FeatureMaps>) -> Self {
         Self { entries, images: Images::Stored(Box::new(images)), feature_maps }
     }
 

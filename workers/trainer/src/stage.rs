@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Float64Builder, ListBuilder, RecordBatch, StringArray};
@@ -10,7 +11,7 @@ use arrow::datatypes::{DataType, Field, UInt32Type};
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::device::{Device, device};
 use capfilt_models::files;
-use capfilt_models::train::Pretrained;
+use capfilt_models::train::{FeatureMaps, Pretrained};
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_blocking, rows};
 use capfilt_schemas::{Digest, FetchStatus, Origin, StageKind, Table, column};
 use capfilt_store::model_rows;
@@ -118,7 +119,8 @@ impl Stage for EvaluateStage {
     }
 }
 
-/// Trains the members of a model one after the other, and returns the files of all.
+/// Trains the members of a model and returns the files of all. On a CPU as many at a time as there are threads: a small model is made of products too small
+/// to be divided well.
 fn train_members(
     pairs: &TrainSet,
     config: &TrainConfig,
@@ -127,8 +129,11 @@ fn train_members(
     scratch: &Path,
     work: &Work,
 ) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
-    let mut files = BTreeMap::new();
-    for number in 0..config.members() {
+    let (members, threads) = (config.members(), rayon::current_num_threads());
+    let at_once = if device.is_cpu() { members.min(threads) } else { 1 };
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let steps: Vec<AtomicU64> = (0..members).map(|_| AtomicU64::new(0)).collect();
+    let one = |number: usize| -> Result<Vec<(String, Vec<u8>)>, TrainerError> {
         let member = Member { fold: number % config.folds, folds: config.folds, repeat: number / config.folds };
         let folder = files::member(member.repeat, member.fold);
         let parent = parent.map(|parent| parent_of(member, parent, config)).transpose()?;
@@ -137,17 +142,43 @@ fn train_members(
         let (mut pairs_per_second, mut waited) = (0.0, 0.0);
         let trained = train(pairs, config, member, (parent.as_ref(), known), device, &scratch, |p| {
             (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
-            work.progress(number as u64 * p.steps + p.line.step, config.members() as u64 * p.steps, "steps");
-            if work.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            steps[number].store(p.line.step, Ordering::Relaxed);
+            let made = steps.iter().map(|steps| steps.load(Ordering::Relaxed)).sum();
+            work.progress(made, members as u64 * p.steps, "steps");
+            let stop = work.cancel.is_cancelled() || failed.load(Ordering::Relaxed);
+            if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         let percent = 100.0 * waited;
         tracing::info!(role = ?config.role, member = number, "trained {pairs_per_second:.1} pairs/s; the model waited for pairs {percent:.1} % of the time");
         if number == 0 {
             work.facts.set("log", thinned(&trained[LOG]));
         }
-        files.extend(trained.into_iter().map(|(name, bytes)| (folder.join(name).display().to_string(), bytes)));
+        Ok(trained.into_iter().map(|(name, bytes)| (folder.join(name).display().to_string(), bytes)).collect())
+    };
+    let some = || {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.div_ceil(at_once)).build();
+        let pool = pool.map_err(|e| TrainerError::Config(format!("no threads to train with: {e}")))?;
+        let mut files = BTreeMap::new();
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= members {
+                return Ok(files);
+            }
+            files.extend(pool.install(|| one(number)).inspect_err(|_| failed.store(true, Ordering::Relaxed))?);
+        }
+    };
+    let trained: Vec<Result<BTreeMap<_, _>, TrainerError>> = std::thread::scope(|scope| {
+        let running: Vec<_> = (0..at_once).map(|_| scope.spawn(some)).collect();
+        running.into_iter().map(|one| one.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    });
+    // One that fails stops the others: its error is the one to tell.
+    let (trained, errors): (Vec<_>, Vec<_>) = trained.into_iter().partition(Result::is_ok);
+    let mut errors: Vec<TrainerError> = errors.into_iter().filter_map(Result::err).collect();
+    errors.sort_by_key(|error| matches!(error, TrainerError::Stopped { .. }));
+    match errors.into_iter().next() {
+        Some(error) => Err(error),
+        None => Ok(trained.into_iter().flatten().flatten().collect()),
     }
-    Ok(files)
 }
 
 /// Lines of a training log, no more than a chart can show, the last one among them.
@@ -243,7 +274,9 @@ async fn dataset_pairs(
         window: 4 * config.shuffle_shards,
         kept: Mutex::default(),
     };
-    Ok(TrainSet::stored(entries, images))
+    let (folder, most_stored) = (work.shared("feature_maps"), worker.feature_maps_mib << 20);
+    let feature_maps = FeatureMaps::in_folder(images.memory, &folder, most_stored).map_err(fail)?;
+    Ok(TrainSet::stored(entries, images, feature_maps))
 }
 
 /// The held-out pairs with an image, in the order of their shards.

@@ -66,7 +66,7 @@ fn ranking_by_clip_needs_a_clip() {
 #[test]
 fn what_changes_captions_and_scores_is_in_their_parameters_and_nothing_else_is() {
     let params = |changes: &[&str], clip: Option<Digest>| {
-        let config = demo(changes).unwrap();
+        let config = demo(&[&["score.itc=cosine", "caption.sampling.strategy=nucleus"], changes].concat()).unwrap();
         let vision = &config.worker.vision;
         (json(&config.caption.params(vision)).unwrap(), json(&config.score.params(vision, clip)).unwrap())
     };

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use capfilt_schemas::{Commit, Digest, Input, RoundRecord, StageKind, TaskId};
 
 use super::{Finish, Planner, Settled};
-use crate::retrain::{self, Measured};
+use crate::retrain::{self, Measured, Seen};
 
 impl<'a> Planner<'a> {
     /// The first models of a run that is given none: trained on all texts that were found and on the clean ones. `None` until they are there.
@@ -21,7 +21,7 @@ impl<'a> Planner<'a> {
         }
         let built = self.build(samples.commits.iter().flat_map(|c| c.as_inputs()).collect(), annotated, heldout)?;
         self.plan.last_build = Some(built.task_id);
-        if let Err(why) = self.config.retrain.wanted(rows(built), 0) {
+        if let Err(why) = self.config.retrain.wanted(rows(built), Seen::default()) {
             self.plan.stuck = Some(format!("no first models were trained: {why}"));
             return None;
         }
@@ -36,7 +36,7 @@ impl<'a> Planner<'a> {
     /// Trains on what was built, if that is wanted and it is large enough, and holds the result against the round's models. `false`
     /// while that goes on.
     pub(super) fn challenge(&mut self, finish: &mut Finish, champion: &Measured, built: &Commit, heldout: &Settled<'a>) -> bool {
-        match self.config.retrain.wanted(rows(built), self.trained_on(finish.record.captioner)) {
+        match self.config.retrain.wanted(rows(built), self.seen_by(finish.record.captioner, built)) {
             Ok(true) => {}
             Ok(false) => return true,
             Err(why) => {
@@ -69,12 +69,13 @@ impl<'a> Planner<'a> {
         true
     }
 
-    /// Rows of the dataset version on which a model was trained; 0 if it was not trained here.
-    fn trained_on(&self, model: Digest) -> u64 {
+    /// The dataset version on which a model was trained, and how much older than `version` the model is.
+    fn seen_by(&self, model: Digest, version: &Commit) -> Seen {
         let of_stage = |stage| self.seen.commits.values().filter(move |c| c.task.stage == stage);
         let trained = of_stage(StageKind::Train).find(|c| c.outputs.iter().any(|o| o.digest == model));
         let built = trained.and_then(|c| of_stage(StageKind::Build).find(|b| b.as_inputs().eq(c.task.inputs.iter().copied())));
-        built.map_or(0, rows)
+        let age_ms = trained.map_or(0, |trained| version.committed_at_ms.saturating_sub(trained.committed_at_ms));
+        Seen { rows: built.map_or(0, rows), age_ms }
     }
 
     /// The captioner and the filter that are trained on what was built, and the CLIP, without those that were given up; `None` while that goes on.

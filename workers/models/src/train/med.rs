@@ -190,7 +190,7 @@ impl MedObjective {
     /// What the transformer sees of images.
     fn patches(&self, med: &Med, pixels: &[Pixels], images: &[String], device: &Device) -> Result<Tensor> {
         match &self.feature_maps {
-            Some((trunk, maps)) => maps.of(*trunk, images, |missing| {
+            Some((trunk, maps)) => maps.of(*trunk, (pixels, images, device), |missing| {
                 let missing: Vec<Pixels> = missing.iter().map(|place| pixels[*place].clone()).collect();
                 med.patches(&Pixels::stack(&missing, device)?)
             }),

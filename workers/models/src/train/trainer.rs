@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
@@ -182,8 +183,7 @@ impl Trainer {
     ///
     /// There are fewer examples than batches, or [`ModelError::Training`] when the loss is no longer finite.
     pub fn step(&mut self, examples: &Prepared) -> Result<StepReport> {
-        // On one of the threads that divide the work: none has to be woken for each of its many small pieces.
-        rayon::scope(|_| self.step_here(examples))
+        awake(|| self.step_here(examples))
     }
 
     fn step_here(&mut self, examples: &Prepared) -> Result<StepReport> {
@@ -238,6 +238,34 @@ impl Trainer {
     /// The variables by name: handles, not copies.
     pub(super) fn variables(&self) -> BTreeMap<String, Var> {
         self.optimizer.slots().iter().map(|(name, slot)| (name.clone(), slot.variable.clone())).collect()
+    }
+}
+
+/// Does some work on one of the threads that divide it, while the others look out for pieces of it all the time: those of a step are so small and so many
+/// that to wake a thread for each would cost as much as they do.
+fn awake<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let done = AtomicBool::new(false);
+    let done = &done;
+    rayon::scope(|scope| {
+        let own = rayon::current_thread_index();
+        scope.spawn_broadcast(move |_, thread| {
+            while Some(thread.index()) != own && !done.load(Ordering::Acquire) {
+                if rayon::yield_now() != Some(rayon::Yield::Executed) {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        // The others stop also when the work panics.
+        let _done = Done(done);
+        work()
+    })
+}
+
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 

@@ -208,10 +208,15 @@ fn a_stopped_run_goes_on_to_the_same_files() {
         let files = run(&training, &config, None, &resumed);
         assert!(files == straight, "stopped at {stop}: {:?}", files.keys().filter(|k| files[*k] != straight[*k]));
     }
-    // The order of the pairs makes no difference either.
-    let mut reversed = training;
+    // The order of the pairs makes no difference either, nor the number of threads.
+    let mut reversed = training.clone();
     reversed.reverse();
     assert!(run(&reversed, &config, None, &folder("reversed")) == straight);
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let files = pool.install(|| run(&training, &config, None, &folder(&format!("threads-{threads}"))));
+        assert!(files == straight, "with {threads} threads");
+    }
 }
 
 /// Random weights of a trunk, in a safetensors file named as timm names them; name → bytes.
