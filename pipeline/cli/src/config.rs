@@ -315,6 +315,9 @@ impl RunConfig {
         if !(0.0..=1.0).contains(&self.retrain.confidence) {
             return Err(Failure::Usage(format!("retrain.confidence is {}; it is a share, 0 to 1", self.retrain.confidence)));
         }
+        if let Some(days) = self.retrain.max_age_days.filter(|days| !(days.is_finite() && *days > 0.0)) {
+            return Err(Failure::Usage(format!("retrain.max_age_days is {days}; it is a number of days above 0")));
+        }
         if let Some(role) = self.retrain.metric.keys().find(|role| !capfilt_store::ROLES.contains(&role.as_str())) {
             let roles = capfilt_store::ROLES.join(" and ");
             return Err(Failure::Usage(format!("retrain.metric.{role}: the roles are {roles}")));
