@@ -102,6 +102,9 @@ pub struct RoundResult {
     pub challenger_metrics: BTreeMap<String, f64>,
     /// Roles in which the challenger was promoted.
     pub promoted: Vec<String>,
+    /// Why a role was given to the challenger, or was not.
+    #[serde(default)]
+    pub reasons: BTreeMap<String, String>,
     /// The tasks that all this rests on, in order: the build, the evaluations, the trainings.
     pub rests_on: Vec<TaskId>,
     /// Milliseconds since 1970-01-01 UTC.

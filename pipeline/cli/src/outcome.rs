@@ -10,7 +10,7 @@ use capfilt_coordinator::plan::Plan;
 use capfilt_coordinator::reconcile::RunOutcome;
 use capfilt_coordinator::report::{self, ReportInput};
 use capfilt_crawler::Traffic;
-use capfilt_schemas::{DatasetVersion, FetchStatus, RetryRecord, StageKind, StatusCounts};
+use capfilt_schemas::{DatasetVersion, FetchStatus, RetryRecord, RoundResult, StageKind, StatusCounts};
 use capfilt_store::Store;
 use serde_json::{Value, json};
 
@@ -121,9 +121,7 @@ pub(crate) async fn conclude(
                 rows.push(vec![name.clone(), format!("{value:.4}"), challenger]);
             }
             say(&table(&rows));
-            if !result.promoted.is_empty() {
-                say(&format!("promoted: {}", result.promoted.join(", ")));
-            }
+            decisions(result).iter().for_each(|decision| say(decision));
         }
         if let Some(exported) = &exported {
             say(&format!("\nexport  {}", dataset::exported(exported)));
@@ -185,6 +183,15 @@ async fn lost(store: &Store, plan: &Plan) -> Result<Vec<(&'static str, u64)>, Fa
 async fn last_failure(store: &Store, outcome: &RunOutcome) -> Result<String, Failure> {
     let Some(task) = outcome.plan.dead.last() else { return Ok(String::new()) };
     Ok(store.failures(task).await?.pop().map_or_else(String::new, |f| format!(": {}", f.error)))
+}
+
+/// What a round decided, a line for each role.
+pub(crate) fn decisions(result: &RoundResult) -> Vec<String> {
+    let decision = |(role, why): (&String, &String)| match result.promoted.contains(role) {
+        true => format!("promoted a new {role}: {why}"),
+        false => format!("{role}: {why}"),
+    };
+    result.reasons.iter().map(decision).collect()
 }
 
 fn summary(version: &DatasetVersion) -> String {

@@ -10,6 +10,7 @@ use serde_json::json;
 use crate::args::ViewArgs;
 use crate::config::RunConfig;
 use crate::job::Job;
+use crate::outcome::decisions;
 use crate::output::{Failure, count, moment, say, say_json, table};
 use crate::{models, store};
 
@@ -97,9 +98,7 @@ pub(crate) async fn status(args: ViewArgs) -> Result<ExitCode, Failure> {
             let challenger = result.challenger_metrics.get(name).map_or_else(String::new, |c| format!("   challenger {c:.4}"));
             say(&format!("  {name:<24} {value:.4}{challenger}"));
         }
-        if !result.promoted.is_empty() {
-            say(&format!("  promoted: {}", result.promoted.join(", ")));
-        }
+        decisions(result).iter().for_each(|decision| say(&format!("  {decision}")));
     }
     if !failures.is_empty() {
         say("");

@@ -309,6 +309,7 @@ async fn finish_round(store: &Store, config: &PlanConfig, finish: &Finish, seen:
         metrics: finish.metrics.clone(),
         challenger_metrics: finish.challenger_metrics.clone(),
         promoted: finish.promoted.keys().cloned().collect(),
+        reasons: finish.reasons.clone(),
         rests_on: finish.rests_on.iter().copied().collect(),
         finished_at_ms: now_ms(),
     };

@@ -116,6 +116,7 @@ impl World {
                     metrics: finish.metrics.clone(),
                     challenger_metrics: finish.challenger_metrics.clone(),
                     promoted: finish.promoted.keys().cloned().collect(),
+                    reasons: finish.reasons.clone(),
                     rests_on: finish.rests_on.iter().copied().collect(),
                     finished_at_ms: 0,
                 });

@@ -1,5 +1,7 @@
 //! Settings of a training run.
 
+use std::num::NonZeroUsize;
+
 use capfilt_models::ModelError;
 use capfilt_models::clip::{ClipConfig, ClipFamily, ClipTextConfig, ClipVision, ResNetConfig};
 use capfilt_models::config::{MedConfig, TextConfig, VisionConfig};
@@ -54,6 +56,9 @@ pub struct TrainerWorkerConfig {
     pub memory_mib: u64,
     /// Room for that in the working folder, where the next training finds it.
     pub feature_maps_mib: u64,
+    /// Members of a model that are trained at a time on a CPU, each with weights and moments of its own; as many as there are threads, if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub members_at_once: Option<NonZeroUsize>,
 }
 
 impl TrainerWorkerConfig {
@@ -76,7 +81,7 @@ impl TrainerWorkerConfig {
 
 impl Default for TrainerWorkerConfig {
     fn default() -> Self {
-        Self { device: "cpu".to_owned(), memory_mib: 2048, feature_maps_mib: 4096 }
+        Self { device: "cpu".to_owned(), memory_mib: 2048, feature_maps_mib: 4096, members_at_once: None }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The `train` and `evaluate` stages: rows of a dataset version or of held-out pairs in, the files of a model or metrics out.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -74,7 +75,7 @@ impl Stage for TrainStage {
             let task = work.clone();
             let run = move || {
                 let known = Pretrained { trunk: trunk.as_deref(), words: words.as_deref() };
-                train_members(&pairs, &config, (parent.as_deref(), known), &device, &scratch, &task)
+                train_members(&pairs, &config, (parent.as_deref(), known), (&device, worker.members_at_once), &scratch, &task)
             };
             let files = on_blocking(run).await?.map_err(caused)?;
             let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
@@ -119,18 +120,18 @@ impl Stage for EvaluateStage {
     }
 }
 
-/// Trains the members of a model and returns the files of all. On a CPU as many at a time as there are threads: a small model is made of products too small
-/// to be divided well.
+/// Trains the members of a model and returns the files of all. On a CPU as many at a time as there are threads, or fewer if that is set: a small model is
+/// made of products too small to be divided well.
 fn train_members(
     pairs: &TrainSet,
     config: &TrainConfig,
     (parent, known): (Option<&Path>, Pretrained<'_>),
-    device: &Device,
+    (device, most_at_once): (&Device, Option<NonZeroUsize>),
     scratch: &Path,
     work: &Work,
 ) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
     let (members, threads) = (config.members(), rayon::current_num_threads());
-    let at_once = if device.is_cpu() { members.min(threads) } else { 1 };
+    let at_once = if device.is_cpu() { members.min(most_at_once.map_or(threads, NonZeroUsize::get)).min(threads) } else { 1 };
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let steps: Vec<AtomicU64> = (0..members).map(|_| AtomicU64::new(0)).collect();
     let one = |number: usize| -> Result<Vec<(String, Vec<u8>)>, TrainerError> {

@@ -44,9 +44,9 @@ pub async fn write(store: &Store, input: &ReportInput, path: &Path) -> Result<()
     if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
         tokio::fs::create_dir_all(folder).await.map_err(|e| file("make", folder, e))?;
     }
-    // Written aside and renamed, so that nobody sees half a page.
+    // Written aside and renamed, so that nobody sees half a page; two runs may write the same one.
     let mut aside = path.as_os_str().to_owned();
-    aside.push(".part");
+    aside.push(format!(".{}.part", std::process::id()));
     let aside = Path::new(&aside);
     tokio::fs::write(aside, page).await.map_err(|e| file("write", aside, e))?;
     tokio::fs::rename(aside, path).await.map_err(|e| file("write", path, e))

@@ -182,8 +182,8 @@ impl Recorder {
         }
         let dataset = DatasetRef { version: version.version, digest: version.digest };
         let promoted = promoted.iter().map(|r| (*r).to_owned()).collect();
-        let (rests_on, finished_at_ms) = (vec![commit.task_id], self.clock);
-        let result = RoundResult { round, dataset, metrics, challenger_metrics, promoted, rests_on, finished_at_ms };
+        let (reasons, rests_on, finished_at_ms) = (BTreeMap::new(), vec![commit.task_id], self.clock);
+        let result = RoundResult { round, dataset, metrics, challenger_metrics, promoted, reasons, rests_on, finished_at_ms };
         self.store.finish_round(&self.run, &result).await.unwrap();
     }
 
