@@ -91,14 +91,20 @@ def main() -> None:
         fail(f"{sys.argv[1]} does not use $NAME as the name of its Job")
 
     api = Api()
-    create = lambda: api.ask("POST", body=made.encode(), kind="application/yaml")
-    fresh = create()[0] != 409
+
+    def create() -> bool:
+        """Whether the Job is a new one."""
+        status, _ = api.ask("POST", body=made.encode(), kind="application/yaml")
+        return status != 409 if status != 404 else fail(f"{api.jobs} is not there: is that the namespace?")
+
+    fresh = create()
     pause = 1.0
     while True:
         status, found = api.ask("GET", f"/{job}")
         # Deleted by somebody, or by us a moment ago; one that is being deleted stands in the way of the next.
         if status == 404:
-            fresh = create()[0] != 409
+            time.sleep(pause)
+            fresh = create()
             continue
         conditions = {condition["type"]: condition for condition in found.get("status", {}).get("conditions", []) if condition["status"] == "True"}
         if "Complete" in conditions and os.listdir(task["OUTPUT"]):

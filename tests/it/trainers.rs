@@ -28,12 +28,26 @@ fn an_external_trainer_in_pytorch_trains_on_the_exported_shards() {
     assert_ne!(results[0]["metrics"]["captioner/rouge_l"], results[0]["challenger_metrics"]["captioner/rouge_l"]);
 }
 
+/// Serves an app on loopback and tells its address.
+fn serve(runtime: &tokio::runtime::Runtime, app: axum::Router) -> String {
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    runtime.spawn(async move { axum::serve(listener, app).await });
+    address
+}
+
+/// All that a training in these tests does: the files of one folder into another.
+fn copy(from: &str, to: &str) {
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), Path::new(to).join(file.file_name())).unwrap();
+    }
+}
+
 /// A service that trains by copying the champion, and is busy, then at work, before it is done. What it is asked is noted.
 fn training_service(runtime: &tokio::runtime::Runtime) -> (String, Arc<Mutex<Vec<Value>>>) {
     let asked = Arc::new(Mutex::new(Vec::<Value>::new()));
     let (noted, polls) = (Arc::clone(&asked), Arc::new(AtomicU64::new(0)));
-    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
     let app = axum::Router::new().fallback(move |method: Method, body: String| {
         let answer = |code: StatusCode, body: &str| {
             let answer = Response::builder().status(code).header("location", "/job").header("retry-after", "0");
@@ -48,17 +62,13 @@ fn training_service(runtime: &tokio::runtime::Runtime) -> (String, Arc<Mutex<Vec
             (_, 2) => answer(StatusCode::ACCEPTED, ""),
             _ => {
                 let job = noted.lock().unwrap()[0].clone();
-                for file in std::fs::read_dir(job["champion"].as_str().unwrap()).unwrap() {
-                    let file = file.unwrap();
-                    std::fs::copy(file.path(), Path::new(job["output"].as_str().unwrap()).join(file.file_name())).unwrap();
-                }
+                copy(job["champion"].as_str().unwrap(), job["output"].as_str().unwrap());
                 answer(StatusCode::OK, "{}")
             }
         };
         async move { answer }
     });
-    runtime.spawn(async move { axum::serve(listener, app).await });
-    (address, asked)
+    (serve(runtime, app), asked)
 }
 
 #[test]
@@ -86,8 +96,6 @@ fn a_service_is_asked_to_train_and_waited_for() {
 fn kubernetes_api(runtime: &tokio::runtime::Runtime) -> (String, Arc<Mutex<Vec<String>>>) {
     let asked = Arc::new(Mutex::new(Vec::<String>::new()));
     let (noted, there) = (Arc::clone(&asked), Arc::new(Mutex::new(Some(None::<String>))));
-    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
     let app = axum::Router::new().fallback(move |method: Method, uri: axum::http::Uri, headers: HeaderMap, body: String| {
         assert_eq!(headers["authorization"], "Bearer secret");
         noted.lock().unwrap().push(format!("{method} {}", uri.path().trim_end_matches(|c: char| c.is_ascii_hexdigit())));
@@ -104,10 +112,7 @@ fn kubernetes_api(runtime: &tokio::runtime::Runtime) -> (String, Arc<Mutex<Vec<S
             (Method::POST, None) => {
                 assert_eq!(headers["content-type"], "application/yaml");
                 assert_eq!(serde_json::from_str::<Value>(&value("CAPFILT_PARAMS")).unwrap()["steps"], 7);
-                for file in std::fs::read_dir(value("CAPFILT_CHAMPION")).unwrap() {
-                    let file = file.unwrap();
-                    std::fs::copy(file.path(), Path::new(&value("CAPFILT_OUTPUT")).join(file.file_name())).unwrap();
-                }
+                copy(&value("CAPFILT_CHAMPION"), &value("CAPFILT_OUTPUT"));
                 *there = Some(Some(body));
                 (StatusCode::CREATED, "{}".to_owned())
             }
@@ -120,8 +125,7 @@ fn kubernetes_api(runtime: &tokio::runtime::Runtime) -> (String, Arc<Mutex<Vec<S
         };
         async move { (code, said) }
     });
-    runtime.spawn(async move { axum::serve(listener, app).await });
-    (address, asked)
+    (serve(runtime, app), asked)
 }
 
 #[test]

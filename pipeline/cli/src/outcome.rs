@@ -9,6 +9,7 @@ use capfilt_coordinator::export::{ExportConfig, export};
 use capfilt_coordinator::plan::Plan;
 use capfilt_coordinator::reconcile::RunOutcome;
 use capfilt_coordinator::report::{self, ReportInput};
+use capfilt_coordinator::retrain;
 use capfilt_crawler::Traffic;
 use capfilt_schemas::{DatasetVersion, FetchStatus, RetryRecord, RoundResult, StageKind, StatusCounts};
 use capfilt_store::Store;
@@ -187,11 +188,15 @@ async fn last_failure(store: &Store, outcome: &RunOutcome) -> Result<String, Fai
 
 /// What a round decided, a line for each role.
 pub(crate) fn decisions(result: &RoundResult) -> Vec<String> {
-    let decision = |(role, why): (&String, &String)| match result.promoted.contains(role) {
+    // Records of earlier versions tell no reasons.
+    let untold =
+        result.promoted.iter().filter(|role| !result.reasons.contains_key(*role)).map(|role| format!("promoted a new {role}"));
+    let told = result.reasons.iter().map(|(role, why)| match result.promoted.contains(role) {
         true => format!("promoted a new {role}: {why}"),
-        false => format!("{role}: {why}"),
-    };
-    result.reasons.iter().map(decision).collect()
+        false if role == retrain::CLIP => format!("trained a {role}: {why}"),
+        false => format!("keeps its {role}: {why}"),
+    });
+    untold.chain(told).collect()
 }
 
 fn summary(version: &DatasetVersion) -> String {

@@ -161,8 +161,9 @@ impl Folder {
         if self.room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |room| room.checked_sub(bytes)).is_err() {
             return;
         }
-        // Written aside and renamed: several processes may write the same one.
-        let aside = file.with_extension(std::process::id().to_string());
+        // Written aside and renamed: several processes and members may write the same one.
+        static WRITTEN: AtomicU64 = AtomicU64::new(0);
+        let aside = file.with_extension(format!("{}-{}", std::process::id(), WRITTEN.fetch_add(1, Ordering::Relaxed)));
         let map = HashMap::from([(NAME, map.clone())]);
         if candle_core::safetensors::save(&map, &aside).is_err() || std::fs::rename(&aside, file).is_err() {
             let _ = std::fs::remove_file(&aside);
