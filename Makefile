@@ -25,7 +25,7 @@ goldens: ## Makes the models' golden files again with transformers (installs tor
 fuzz: ## Fuzzes the parsers of foreign bytes for ten minutes each (needs a nightly toolchain)
 	@scripts/fuzz.sh
 
-checkpoint: ## Makes the repository's demo checkpoint again from the demo's annotated pictures
+checkpoint: ## Makes the small checkpoints of the tests again, from the demo's annotated pictures
 	@scripts/checkpoint.sh
 
 clean-demo: ## Removes the demo's site, captions and runs; the downloaded packages stay

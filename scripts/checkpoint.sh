@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the demo's checkpoints again: for each demo/checkpoints/<role>.json (settings of the trainer and of the judge), trains on the
-# demo's annotated pictures, judges on its held-out ones, and replaces demo/checkpoints/<role>/. The filter starts from the captioner.
+# Makes the small checkpoints of the tests again: for each tests/checkpoints/<role>.json (settings of the trainer and of the judge), trains on
+# the demo's annotated pictures, judges on its held-out ones, and replaces tests/checkpoints/<role>/. The filter starts from the captioner.
 #
 #     scripts/checkpoint.sh [ROLE ...]        without a role: captioner, then filter
 #
@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v cargo >/dev/null || export PATH="$HOME/.cargo/bin:$PATH"
 data=.cache/demo
-folder=demo/checkpoints
+folder=tests/checkpoints
 
 roles=("$@")
 [ ${#roles[@]} -gt 0 ] || roles=(captioner filter)

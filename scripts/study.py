@@ -8,11 +8,7 @@ CONFIG is that of a run that begins without models: with [train.med], and a capt
 its first models and lets them write and judge captions. Then, for every seed and every arm, a new MED is trained on the arm's texts, for the
 same steps from the same kind of start, fine-tuned on what people wrote as a captioner and as a filter, and measured on the held-out pairs:
 
-    web         every text of the web
-    filter      those that the filter keeps
-    captioner   every text of the web, and every synthetic one
-    both        of both kinds those that the filter keeps
-    shared      the same by one model that is captioner and filter
+    {arms}
 
 Each arm is a run of its own in the same store, so whatever is there is not done again: killed and called again, the study goes on. FOLDER gets
 study.json, README.md and plot.svg. The truth, if it is given, judges the filter and nothing else.
@@ -30,9 +26,15 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
-# Whether only what the filter keeps is trained on, and whether synthetic texts are.
-ARMS = {"web": (False, False), "filter": (True, False), "captioner": (False, True), "both": (True, True), "shared": (True, True)}
-METRICS = ("filter/tr_at_1", "filter/ir_at_1", "filter/tr_at_5", "filter/ir_at_5", "captioner/cider_d", "captioner/rouge_l", "filter/auroc")
+# What an arm is trained on: in words, whether that is only what the filter keeps, and whether synthetic texts are in it.
+ARMS = {
+    "web": ("every text of the web", False, False),
+    "filter": ("those that the filter keeps", True, False),
+    "captioner": ("every text of the web, and every synthetic one", False, True),
+    "both": ("of both kinds those that the filter keeps", True, True),
+    "shared": ("the same, by one model that is captioner and filter", True, True),
+}
+METRICS = ("filter/tr_at_1", "filter/ir_at_1", "filter/tr_at_5", "filter/ir_at_5", "captioner/cider_d", "captioner/rouge_l", "filter/auroc", "filter/auroc_itc")
 # Table 1 (14 million images, ViT-B) and table 4 of arXiv 2201.12086: COCO after fine-tuning, TR@1, IR@1, CIDEr.
 BLIP = {
     "web": (78.4, 60.7, 127.8),
@@ -129,7 +131,7 @@ class Study:
     def arm(self, arm: str, seed: int, captioner: str, filter: str, job: int | None) -> dict:
         """Trains one arm and returns what its models reach."""
         name, dataset = f"{self.name}-{arm}-{seed}", f"{self.name}-{arm}"
-        filtered, synthetic = ARMS[arm]
+        _, filtered, synthetic = ARMS[arm]
         self.capfilt(
             f"run.name={name}",
             f"run.dataset={dataset}",
@@ -144,6 +146,8 @@ class Study:
             job=job,
         )
         result = max(self.records(f"runs/{name}/results/*.json"), key=lambda r: r["finished_at_ms"])
+        if missing := [metric for metric in METRICS if metric not in result["challenger_metrics"]]:
+            sys.exit(f"study: run {name} has not measured {', '.join(missing)} of its new models; `capfilt status` tells what failed")
         version = next(v for v in self.records(f"datasets/{dataset}/*.json") if v["version"] == result["dataset"]["version"])
         texts = {origin: count for origin, count in version["counts"].items() if synthetic or origin != "synthetic"}
         return {"arm": arm, "seed": seed, "texts": texts, "metrics": result["challenger_metrics"]}
@@ -164,6 +168,7 @@ class Study:
 
     def run(self) -> dict:
         first = self.first_models()
+        second_filter = self.second_filter()
         shared = self.shared_model(self.trained(self.name, "med", lambda task: task.get("model") is None))
         wanted = [(arm, seed) for seed in range(1, self.args.seeds + 1) for arm in ARMS]
         free = queue.SimpleQueue()
@@ -188,7 +193,7 @@ class Study:
             "arms": {arm: summary(runs, arm) for arm in ARMS},
             "filter_on_known_noise": self.judged("both"),
             "shared_filter_on_known_noise": self.judged("shared"),
-            "second_filter_on_known_noise": self.second_filter(),
+            "second_filter_on_known_noise": second_filter,
             "blip": {arm: dict(zip(("tr_at_1", "ir_at_1", "cider"), row)) for arm, row in BLIP.items()},
         }
 
@@ -225,25 +230,33 @@ def summary(runs: list[dict], arm: str) -> dict:
     return out
 
 
-def number(value: dict, scale: float = 1.0, sign: str = "") -> str:
-    half = "" if value["ci95"] is None else f" ± {scale * value['ci95']:.3f}"
-    return f"{scale * value['mean']:{sign}.3f}{half}"
+def number(value: dict, sign: str = "") -> str:
+    """As the papers write it: hundredfold."""
+    half = "" if value["ci95"] is None else f" ± {100 * value['ci95']:.1f}"
+    return f"{100 * value['mean']:{sign}.1f}{half}"
 
 
-def write_page(study: dict, path: str) -> None:
+def write_page(study: dict, path: str, plot: bool) -> None:
     seeds = len({run["seed"] for run in study["runs"]})
-    lines = ["# Does bootstrapping help?", "", f"Made by `scripts/study.py`: {seeds} seeds for each arm; means with 95 % confidence over the seeds.", ""]
+    lines = ["# Does bootstrapping help?", "", f"Made by `scripts/study.py` with {seeds} seeds for each arm. Each arm's models are trained on", ""]
+    lines += [f"- **{arm}**: {words}" for arm, (words, *_) in ARMS.items()]
+    lines += ["", "and on what people wrote, for the same steps from the same kind of start.", ""]
     lines += [study["about"], ""] if study["about"] else []
-    lines += ["| texts | web | synthetic | human | TR@1 | IR@1 | CIDEr-D | BLIP: TR@1 | IR@1 | CIDEr |", "|---|---|---|---|---|---|---|---|---|---|"]
+    if study["for_arms"]:
+        lines += ["Settings of the arms' own: " + ", ".join(f"`{change}`" for change in study["for_arms"]) + ".", ""]
+    lines += ["Held-out pairs; R@1 in %, CIDEr-D times 100; means with 95 % confidence over the seeds. The last three columns are BLIP's (COCO).", ""]
+    lines += ["| trained on | web texts | synthetic | human | TR@1 | IR@1 | CIDEr-D | BLIP TR@1 | IR@1 | CIDEr |", "|---|---|---|---|---|---|---|---|---|---|"]
     for arm, found in study["arms"].items():
         texts = next(run["texts"] for run in study["runs"] if run["arm"] == arm)
         cells = [arm, *(texts.get(origin, 0) for origin in ("web", "synthetic", "human"))]
         cells += [number(found[m]) if m in found else "–" for m in ("filter/tr_at_1", "filter/ir_at_1", "captioner/cider_d")]
         lines.append("| " + " | ".join(map(str, [*cells, *study["blip"][arm].values()])) + " |")
-    lines += ["", "What an arm has more than `web`, seed by seed:", "", "| texts | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    lines += ["", "What an arm has more than `web`, seed by seed, hundredfold:", ""]
+    lines += ["| trained on | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
     for arm, found in study["arms"].items():
         if arm != "web":
-            lines.append(f"| {arm} | " + " | ".join(number(found[m]["gain"], sign="+") if m in found else "–" for m in METRICS) + " |")
+            lines.append(f"| {arm} | " + " | ".join(number(found[m]["gain"], "+") if m in found else "–" for m in METRICS) + " |")
+    lines += ["", "![The arms and their confidence intervals](plot.svg)"] if plot else []
     titles = {"filter": "The filter", "shared_filter": "The shared one", "second_filter": "The filter that the first round trained on its dataset,"}
     for title, key in ((title, f"{name}_on_known_noise") for name, title in titles.items()):
         if numbers := study[key]:
@@ -281,7 +294,8 @@ def draw(study: dict, path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arms = "\n    ".join(f"{arm:11} {words}" for arm, (words, *_) in ARMS.items())
+    parser = argparse.ArgumentParser(description=__doc__.format(arms=arms), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="of a run that begins without models")
     parser.add_argument("--capfilt", required=True, help="the program")
     parser.add_argument("--out", required=True, help="where the result goes")
@@ -301,7 +315,7 @@ def main() -> None:
     with open(os.path.join(args.out, "study.json"), "w", encoding="utf-8") as file:
         json.dump(study, file, indent=1)
         file.write("\n")
-    write_page(study, os.path.join(args.out, "README.md"))
+    write_page(study, os.path.join(args.out, "README.md"), not args.no_plot)
     if not args.no_plot:
         draw(study, os.path.join(args.out, "plot.svg"))
     print(f"study: {args.out} has study.json, README.md" + ("" if args.no_plot else " and plot.svg"))

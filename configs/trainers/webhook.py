@@ -9,9 +9,11 @@ The service is sent a POST with JSON: `role`, `export` (the folder of the export
     else        it failed; what it says is passed on
 
 An answer of 200 or 201 may name the address of a tar file in `checkpoint`, for services that do not share the folder; it is unpacked there. While
-nobody answers, and at 429, 502, 503 and 504, it is tried again for WEBHOOK_PATIENCE seconds (600). WEBHOOK_TOKEN is sent as a bearer token,
-to the scheme and host of the service alone.
-The same task is sent with the same `Idempotency-Key`, so that a run which was killed asks for the same work again. Standard library only.
+nobody answers, and at 429, 502, 503 and 504, it is tried again for WEBHOOK_PATIENCE seconds (600); work that takes longer than WEBHOOK_DEADLINE
+seconds (a week) is given up. WEBHOOK_TOKEN is sent as a bearer token, to the scheme and host of the service alone.
+The same task is sent with the same `Idempotency-Key`, so that a run which was killed asks for the same work again; where that has left nothing in
+`output`, since the folder was emptied meanwhile, it is asked for anew under another key. A service should forget the key of work that has failed.
+Standard library only.
 """
 
 import hashlib
@@ -22,13 +24,20 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+from datetime import datetime, timezone
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from urllib.parse import urljoin, urlsplit
 
 BUSY = (429, 502, 503, 504)
+# Bytes that a checkpoint may unpack to.
+LARGEST = 256 << 30
 
 
 def request(url: str, body: bytes | None = None) -> urllib.request.Request:
     """A request with the token, if it goes to the service itself: an answer may send us elsewhere."""
+    if urlsplit(url).scheme not in ("http", "https"):
+        sys.exit(f"webhook: {url} is no address of http or https")
     made = urllib.request.Request(url, data=body)
     if (token := os.environ.get("WEBHOOK_TOKEN")) and urlsplit(url)[:2] == urlsplit(sys.argv[1])[:2]:
         # Not handed on when the answer is a redirect.
@@ -36,7 +45,7 @@ def request(url: str, body: bytes | None = None) -> urllib.request.Request:
     return made
 
 
-def ask(url: str, body: bytes | None, key: str) -> tuple[int, dict, bytes]:
+def ask(url: str, body: bytes | None, key: str) -> tuple[int, Message, bytes]:
     """Status, headers and body of the answer."""
     asked = request(url, body)
     asked.add_header("Idempotency-Key", key)
@@ -47,7 +56,7 @@ def ask(url: str, body: bytes | None, key: str) -> tuple[int, dict, bytes]:
     while True:
         try:
             with urllib.request.urlopen(asked, timeout=60) as answer:
-                return answer.status, dict(answer.headers), answer.read(1 << 20)
+                return answer.status, answer.headers, answer.read(1 << 20)
         except urllib.error.HTTPError as error:
             said = error.read(1000).decode(errors="replace")
             if error.code not in BUSY or time.monotonic() > patience:
@@ -59,10 +68,50 @@ def ask(url: str, body: bytes | None, key: str) -> tuple[int, dict, bytes]:
         pause = min(2 * pause, 30.0)
 
 
+def pause(headers: Message) -> float:
+    """Seconds after which it is to be asked again, 1 to 300: `Retry-After` is a number of them, or a date."""
+    said = headers.get("Retry-After", "10")
+    try:
+        seconds = float(said)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(said) - datetime.now(timezone.utc)).total_seconds()
+        except (TypeError, ValueError):
+            seconds = 10.0
+    return max(1.0, min(300.0, seconds))
+
+
 def fetch(url: str, output: str) -> None:
     """Unpacks a tar of plain files into `output`."""
-    with urllib.request.urlopen(request(url), timeout=60) as answer, tarfile.open(fileobj=answer, mode="r|*") as tar:
-        tar.extractall(output, filter="data")
+    room = LARGEST
+
+    def plain(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
+        nonlocal room
+        room -= member.size
+        if not (member.isreg() or member.isdir()) or room < 0:
+            sys.exit(f"webhook: {url} has in it what is no plain file, or more than {LARGEST} bytes: {member.name}")
+        return tarfile.data_filter(member, path)
+
+    try:
+        with urllib.request.urlopen(request(url), timeout=60) as answer, tarfile.open(fileobj=answer, mode="r|*") as tar:
+            tar.extractall(output, filter=plain)
+    except (OSError, tarfile.TarError) as error:
+        sys.exit(f"webhook: {url} cannot be unpacked: {error}")
+
+
+def train(url: str, body: bytes, key: str) -> tuple[str, bytes]:
+    """Asks for the work and waits for its end; the address and the body of the last answer."""
+    deadline = time.monotonic() + float(os.environ.get("WEBHOOK_DEADLINE", "604800"))
+    status, headers, said = ask(url, body, key)
+    while status == 202:
+        if time.monotonic() > deadline:
+            sys.exit(f"webhook: {url} is still at work after WEBHOOK_DEADLINE")
+        url = urljoin(url, headers.get("Location", ""))
+        time.sleep(pause(headers))
+        status, headers, said = ask(url, None, key)
+    if status not in (200, 201):
+        sys.exit(f"webhook: {url} answered {status}")
+    return url, said
 
 
 def main() -> None:
@@ -73,16 +122,14 @@ def main() -> None:
     job["params"] = json.loads(os.environ["CAPFILT_PARAMS"])
     body = json.dumps(job).encode()
     key = hashlib.sha256(body).hexdigest()
-    status, headers, said = ask(url, body, key)
-    while status == 202:
-        url = urljoin(url, headers.get("Location", ""))
-        time.sleep(float(headers.get("Retry-After", "10")))
-        status, headers, said = ask(url, None, key)
-    if status not in (200, 201):
-        sys.exit(f"webhook: {url} answered {status}")
-    answer = json.loads(said) if said.strip() else {}
-    if isinstance(answer, dict) and answer.get("checkpoint"):
-        fetch(urljoin(url, answer["checkpoint"]), job["output"])
+    for key in (key, f"{key}-again"):
+        last, said = train(url, body, key)
+        answer = json.loads(said) if said.strip() else {}
+        if isinstance(answer, dict) and answer.get("checkpoint"):
+            return fetch(urljoin(last, answer["checkpoint"]), job["output"])
+        if os.listdir(job["output"]):
+            return None
+    sys.exit(f"webhook: {url} has left nothing in {job['output']}")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,9 @@ pub struct RoundRecord {
     pub captioner: Digest,
     /// Digest of the filter's `models` object.
     pub filter: Digest,
+    /// Milliseconds since 1970-01-01 UTC; 0 in a plan.
+    #[serde(default)]
+    pub started_at_ms: u64,
 }
 
 /// What a finished round led to, as the report shows it.

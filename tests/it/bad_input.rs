@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::world::World;
 
 fn copy_checkpoint(world: &World, role: &str) -> PathBuf {
-    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/checkpoints").join(role);
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("checkpoints").join(role);
     let to = world.path(&format!("broken-{role}"));
     std::fs::create_dir_all(&to).unwrap();
     for file in std::fs::read_dir(from).unwrap() {

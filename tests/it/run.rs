@@ -113,7 +113,7 @@ fn a_cold_start_pretrains_a_med_and_makes_its_first_models_of_it() {
     let world = World::new(20);
     world.begin_cold();
     // Its words begin as those of another model, by which the store knows it.
-    let words = format!("train.med.word_weights={}/../demo/checkpoints/filter", env!("CARGO_MANIFEST_DIR"));
+    let words = format!("train.med.word_weights={}/checkpoints/filter", env!("CARGO_MANIFEST_DIR"));
     let one = ["run.rounds=1", "build.min_itm=0.0", &words];
     let run = world.run(&one);
     assert_eq!((&run["complete"], &run["tasks_given_up"]), (&Value::from(true), &Value::from(0)));
@@ -244,6 +244,11 @@ fn models_are_promoted_and_rolled_back() {
     // What a person put in service is what the next round works with.
     let first = filters[0]["model"].as_str().unwrap();
     world.json(&["model", "promote", "filter", &first[..12], "--store", "store", "--json"]);
+    // And it stays where a round is decided again, however good its challenger is.
+    let again = world.run(&["evaluate.seed=1"]);
+    let told = again["results"].as_array().unwrap().iter().filter_map(|r| r["reasons"]["filter"].as_str());
+    assert!(told.last().unwrap().contains("a person chose"), "{again}");
+    assert_eq!(world.json(&["model", "show", "filter", "--store", "store", "--json"])["digest"], first);
     world.run(&["run.rounds=3"]);
     let third = std::fs::read_to_string(world.folder.path().join("store/runs/test/rounds/00000003.json")).unwrap();
     assert!(third.contains(first), "{third}");

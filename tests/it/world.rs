@@ -61,6 +61,11 @@ pub(crate) fn encode(image: &RgbImage, format: ImageFormat) -> Vec<u8> {
     bytes.into_inner()
 }
 
+/// The text beside a picture on the site: every third is of another one.
+fn alt(i: usize) -> String {
+    picture(if i % 3 == 2 { i + 7 } else { i }, 0).1
+}
+
 /// The answer of the site to a path.
 fn answer(path: &str, pictures: usize) -> Response<Body> {
     let page =
@@ -80,8 +85,8 @@ fn answer(path: &str, pictures: usize) -> Response<Body> {
             let n: usize = file.trim_end_matches(".html").parse().unwrap_or(usize::MAX);
             let mut html = format!("<!doctype html><title>page {n}</title>");
             for i in (n.saturating_mul(10)..pictures).take(10) {
-                // Every third text is of another picture; every seventh picture is there twice.
-                let text = if i % 3 == 2 { picture(i + 7, 0).1 } else { picture(i, 0).1 };
+                // Every seventh picture is there twice.
+                let text = alt(i);
                 let _ = write!(html, "<figure><img src=\"../img/{i}.png\" alt=\"{text}\"></figure>");
                 if i % 7 == 0 {
                     let _ = write!(html, "<img src=\"/img/copy-{i}.png\" alt=\"{text} again\">");
@@ -159,8 +164,8 @@ impl World {
     }
 
     fn config(&self) -> String {
-        let checkpoints = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/checkpoints");
-        let checkpoints = checkpoints.canonicalize().expect("demo/checkpoints is in the repository");
+        let checkpoints = Path::new(env!("CARGO_MANIFEST_DIR")).join("checkpoints");
+        let checkpoints = checkpoints.canonicalize().expect("tests/checkpoints is in the repository");
         format!(
             r#"
 [run]
@@ -195,15 +200,15 @@ min_gain = -10.0
 [train.captioner]
 steps = 6
 batch = 8
-checkpoint_every = 2
 [train.filter]
 steps = 6
 batch = 8
-checkpoint_every = 2
 [report]
 path = "report.html"
 [worker.runtime]
 work_dir = "work"
+[worker.trainer]
+checkpoint_every = 2
 [worker.crawler]
 requests_per_second = 10000.0
 allow_networks = ["127.0.0.0/8"]
@@ -227,6 +232,21 @@ allow_networks = ["127.0.0.0/8"]
              [train.filter]\nfolds = 2\nrepeats = 2\n{fine_tuned}"
         );
         std::fs::write(self.path("run.toml"), format!("{before}[build]{build}{train}[report]{worker}")).unwrap();
+    }
+
+    /// What is really on the site's pages, as `tests/judge_corpus.py` reads it.
+    pub(crate) fn write_truth(&self, name: &str, pictures: usize) {
+        let lines = (0..pictures).map(|i| {
+            let (right, text) = (i % 3 != 2, alt(i));
+            let (page, image) = (format!("{}/page/{}.html", self.site, i / 10), format!("{}/img/{i}.png", self.site));
+            let line = json!({
+                "page": page, "image": image, "alt": text, "title": null, "figcaption": null, "text_ok": right,
+                "text_kind": if right { "clean" } else { "mismatch" }, "image_kind": "ok", "image_usable": true, "duplicate_of": null,
+                "item": i.to_string(), "true_captions": [picture(i, 0).1], "server": null, "opt_out": false, "robots_disallowed": false,
+            });
+            format!("{line}\n")
+        });
+        std::fs::write(self.path(name), lines.collect::<String>()).unwrap();
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

@@ -189,7 +189,7 @@ pub(crate) struct Models {
     /// That of all rounds.
     pub(crate) clip: Option<Digest>,
     /// By role and setting, the files that its fresh models begin with.
-    pub(crate) known: BTreeMap<(String, &'static str), Digest>,
+    pub(crate) pretrained: BTreeMap<(String, &'static str), Digest>,
 }
 
 impl RunConfig {
@@ -287,6 +287,7 @@ impl RunConfig {
         self.worker.trainer.check().map_err(|e| usage(&format!("worker.trainer.device: {e}")))?;
         self.caption.check().map_err(|e| usage(&format!("[caption] {e}")))?;
         self.evaluate.check().map_err(|e| usage(&format!("[evaluate] {e}")))?;
+        self.retrain.check().map_err(|e| usage(&e))?;
         if self.discover.sources.is_empty() && self.annotated.sources.is_empty() {
             return Err(Failure::Usage("nothing says where pairs come from; add [[discover.sources]]".to_owned()));
         }
@@ -312,16 +313,15 @@ impl RunConfig {
             let what = "[retrain] is on, but there are no held-out pairs to compare models on; add [[heldout.sources]]";
             return Err(Failure::Usage(what.to_owned()));
         }
-        if !(0.0..=1.0).contains(&self.retrain.confidence) {
-            return Err(Failure::Usage(format!("retrain.confidence is {}; it is a share, 0 to 1", self.retrain.confidence)));
+        if self.retrain.enabled && self.retrain.confidence > 0.0 && self.evaluate.resamples == 0 {
+            let what = "evaluate.resamples is 0, so nobody knows how sure a gain is; draw some, or set `retrain.confidence = 0`";
+            return Err(Failure::Usage(what.to_owned()));
         }
-        if let Some(days) = self.retrain.max_age_days.filter(|days| !(days.is_finite() && *days > 0.0)) {
-            return Err(Failure::Usage(format!("retrain.max_age_days is {days}; it is a number of days above 0")));
-        }
-        if let Some(role) = self.retrain.metric.keys().find(|role| !capfilt_store::ROLES.contains(&role.as_str())) {
-            let roles = capfilt_store::ROLES.join(" and ");
-            return Err(Failure::Usage(format!("retrain.metric.{role}: the roles are {roles}")));
-        }
+        self.check_training()
+    }
+
+    /// Whether the models that are to be trained can be, and fit together.
+    fn check_training(&self) -> Result<(), Failure> {
         let (med, clip) = (capfilt_coordinator::retrain::MED, capfilt_coordinator::retrain::CLIP);
         let roles = capfilt_store::ROLES;
         if let Some(role) =
@@ -331,6 +331,15 @@ impl RunConfig {
             return Err(Failure::Usage(what));
         }
         let params = self.train_params()?;
+        // What a captioner is trained to go on from, it is asked to go on from.
+        let prompts = [("evaluate", &self.evaluate.prompt), ("caption.sampling", &self.caption.sampling.prompt)];
+        if let Some(own) = params.get(capfilt_coordinator::retrain::CAPTIONER).and_then(|params| params["prompt"].as_str())
+            && let Some((section, prompt)) = prompts.iter().find(|(_, prompt)| prompt.as_str() != own)
+        {
+            let what =
+                format!("train.captioner.prompt is \"{own}\", but {section}.prompt is \"{prompt}\"; write the same to both");
+            return Err(Failure::Usage(what));
+        }
         if params.get(clip).is_some_and(|params| params["init"] == "parent") {
             return Err(Failure::Usage(format!(
                 "train.{clip}.init is \"parent\", but a CLIP plays no role that it could start from"
@@ -351,7 +360,7 @@ impl RunConfig {
                 )));
             }
         }
-        let cold = self.run.rounds > 0 && captioner.is_none();
+        let cold = self.run.rounds > 0 && self.models.captioner.is_none();
         if let Some(role) = params.keys().find(|role| cold && params[*role]["init"] == "parent") {
             let what = format!(
                 "train.{role}.init is \"parent\", but the run begins without models; use \"fresh\" or \"{med}\", or name some in [models]"
@@ -411,10 +420,19 @@ impl RunConfig {
         Ok(params)
     }
 
+    /// A filter is measured by what its texts are scored by.
+    fn evaluate_params(&self) -> Result<Value, Failure> {
+        let mut params = json(&self.evaluate)?;
+        if !self.score.itc.is_cosine() {
+            params["itc"] = json(&self.score.itc)?;
+        }
+        Ok(params)
+    }
+
     /// What the planner needs.
     pub(crate) fn plan(&self, inputs: &Inputs, models: &Models) -> Result<PlanConfig, Failure> {
         let mut train = self.train_params()?;
-        for ((role, setting), digest) in &models.known {
+        for ((role, setting), digest) in &models.pretrained {
             if let Some(params) = train.get_mut(role) {
                 params[*setting] = digest.to_string().into();
             }
@@ -429,7 +447,7 @@ impl RunConfig {
             score: json(&self.score.params(&self.worker.vision, models.clip))?,
             build: json(&self.build)?,
             train,
-            evaluate: json(&self.evaluate)?,
+            evaluate: self.evaluate_params()?,
             versions: BTreeMap::from([
                 (StageKind::Discover, capfilt_crawler::DISCOVER_VERSION),
                 (StageKind::Fetch, capfilt_crawler::FETCH_VERSION),
@@ -438,8 +456,8 @@ impl RunConfig {
                 (StageKind::Caption, capfilt_vision::STAGE_VERSION),
                 (StageKind::Score, capfilt_vision::STAGE_VERSION),
                 (StageKind::Build, capfilt_coordinator::build::STAGE_VERSION),
-                (StageKind::Train, capfilt_trainer::STAGE_VERSION),
-                (StageKind::Evaluate, capfilt_trainer::STAGE_VERSION),
+                (StageKind::Train, capfilt_trainer::TRAIN_VERSION),
+                (StageKind::Evaluate, capfilt_trainer::EVALUATE_VERSION),
             ]),
         };
         Ok(PlanConfig {
@@ -452,6 +470,9 @@ impl RunConfig {
             max_attempts: self.worker.runtime.max_attempts,
             sql: self.worker.sql.clone(),
             work_dir: self.worker.runtime.work_dir.clone(),
+            check_model: |folder, role| {
+                capfilt_vision::check_checkpoint(folder, Some(role)).map_err(|e| capfilt_store::chain(&e))
+            },
         })
     }
 }

@@ -243,12 +243,12 @@ pub(crate) async fn of_run(config: &RunConfig, store: &Store, write: bool) -> Re
             store.set_alias(role, digest, "import", &reason, &format!("import/{digest}"), Default::default()).await?;
         }
     }
-    Ok(Models { first, clip, known: known(config, store, write).await? })
+    Ok(Models { first, clip, pretrained: pretrained(config, store, write).await? })
 }
 
 /// By role and setting, the files that fresh models begin with, put into the store if `write`.
-async fn known(config: &RunConfig, store: &Store, write: bool) -> Result<BTreeMap<(String, &'static str), Digest>, Failure> {
-    let mut known = BTreeMap::new();
+async fn pretrained(config: &RunConfig, store: &Store, write: bool) -> Result<BTreeMap<(String, &'static str), Digest>, Failure> {
+    let mut pretrained = BTreeMap::new();
     for (role, setting, weights) in config.weights() {
         let source = Source::of_config(weights, Path::new(""))?;
         if !matches!(source, Source::Folder(_) | Source::Hub(_)) {
@@ -264,9 +264,9 @@ async fn known(config: &RunConfig, store: &Store, write: bool) -> Result<BTreeMa
             )));
         }
         let names: Vec<&str> = [&files.weights].into_iter().chain(&files.small).map(String::as_str).collect();
-        known.insert((role.to_owned(), setting), stored(write.then_some(store), &folder.path, &names).await?);
+        pretrained.insert((role.to_owned(), setting), stored(write.then_some(store), &folder.path, &names).await?);
     }
-    Ok(known)
+    Ok(pretrained)
 }
 
 /// A run keeps the models that its first round began with: a config that names others would be obeyed in nothing.
@@ -486,7 +486,7 @@ mod tests {
 
     #[test]
     fn an_export_appears_whole_and_replaces_a_checkpoint_alone() {
-        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/checkpoints/captioner");
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/checkpoints/captioner");
         let place = tempfile::tempdir().unwrap();
         let path = |name: &str| place.path().join(name);
         let refused = |target: &Path, overwrite: bool| match export(&model, target, overwrite) {

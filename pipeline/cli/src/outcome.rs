@@ -117,9 +117,10 @@ pub(crate) async fn conclude(
         for result in results.iter().filter(|r| outcome.dataset.as_ref().is_some_and(|d| r.dataset.version <= d.version)) {
             say(&format!("\nround {} on held-out pairs (dataset version {})", result.round, result.dataset.version));
             let mut rows = vec![["metric", "in service", "challenger"].map(str::to_owned).to_vec()];
-            for (name, value) in &result.metrics {
-                let challenger = result.challenger_metrics.get(name).map_or_else(String::new, |v| format!("{v:.4}"));
-                rows.push(vec![name.clone(), format!("{value:.4}"), challenger]);
+            let names: BTreeSet<&String> = result.metrics.keys().chain(result.challenger_metrics.keys()).collect();
+            for name in names {
+                let cell = |of: &BTreeMap<String, f64>| of.get(name).map_or_else(String::new, |value| format!("{value:.4}"));
+                rows.push(vec![name.clone(), cell(&result.metrics), cell(&result.challenger_metrics)]);
             }
             say(&table(&rows));
             decisions(result).iter().for_each(|decision| say(decision));

@@ -12,7 +12,7 @@ fn root() -> PathBuf {
 }
 
 fn checkpoint(role: &str) -> String {
-    root().join("demo/checkpoints").join(role).display().to_string()
+    root().join("tests/checkpoints").join(role).display().to_string()
 }
 
 fn image(name: &str) -> PathBuf {

@@ -7,7 +7,8 @@ use std::process::Stdio;
 use capfilt_schemas::{DatasetVersion, Output, Task};
 use capfilt_store::{CHECKPOINT_FILES, Store};
 use serde::Deserialize;
-use tokio::process::Command;
+use tokio::io::AsyncReadExt;
+use tokio::process::{ChildStderr, Command};
 
 use crate::CoordinatorError;
 use crate::export::{ExportConfig, export};
@@ -23,11 +24,11 @@ struct ExternalParams {
 /// Exports `version`, whose shards are the task's inputs, runs the command, and puts the checkpoint that it leaves.
 ///
 /// The command finds in its environment: `CAPFILT_ROLE`, `CAPFILT_EXPORT` (folder of the export), `CAPFILT_CHAMPION` (folder of the
-/// model in service, or of the MED to start from; not there at a cold start), `CAPFILT_PARAMS` (the task's parameters as JSON) and `CAPFILT_OUTPUT` (folder in which it must leave
-/// `config.json`, `model.safetensors`, `tokenizer.json` and `preprocessor_config.json`).
+/// model in service, or of the MED to start from; not there at a cold start), `CAPFILT_PARAMS` (the task's parameters as JSON) and `CAPFILT_OUTPUT` (folder
+/// in which it must leave `config.json`, `model.safetensors`, `tokenizer.json` and `preprocessor_config.json`; folders and links in it are left alone).
 ///
 /// # Errors
-/// [`CoordinatorError::Trainer`] with the end of what the command printed.
+/// [`CoordinatorError::Trainer`] with the end of what the command wrote to its standard error, or what is wrong with the checkpoint.
 pub(crate) async fn train(
     store: &Store,
     config: &PlanConfig,
@@ -43,7 +44,8 @@ pub(crate) async fn train(
         std::fs::remove_dir_all(&output).map_err(io)?;
     }
     std::fs::create_dir_all(&output).map_err(io)?;
-    let settings = ExportConfig { folder: data.clone(), ..ExportConfig::default() };
+    // An earlier attempt may have used it up.
+    let settings = ExportConfig { folder: data.clone(), overwrite: true, ..ExportConfig::default() };
     export(store, &config.sql, version, &settings, |_| {}).await?;
     if let Some(model) = task.model {
         store.write_model(&model, &champion).await?;
@@ -53,42 +55,62 @@ pub(crate) async fn train(
     if task.model.is_some() {
         command.env("CAPFILT_CHAMPION", absolute(&champion));
     }
-    let ran = command
+    let mut running = command
         .args(arguments)
         .env("CAPFILT_ROLE", &params.role)
         .env("CAPFILT_EXPORT", absolute(&data))
         .env("CAPFILT_OUTPUT", absolute(&output))
         .env("CAPFILT_PARAMS", task.params.to_string())
         .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
         .kill_on_drop(true)
-        .output()
-        .await
+        .spawn()
         .map_err(|e| fail(format!("it cannot be started: {e}")))?;
-    if !ran.status.success() {
-        let printed = String::from_utf8_lossy(&ran.stderr);
-        let end: String = printed.chars().rev().take(500).collect::<Vec<_>>().into_iter().rev().collect();
-        return Err(fail(format!("it ended with {}; the end of what it printed: {end}", ran.status)));
+    let printed = match &mut running.stderr {
+        Some(stderr) => end_of(stderr).await.map_err(|e| fail(format!("what it prints cannot be read: {e}")))?,
+        None => String::new(),
+    };
+    let status = running.wait().await.map_err(|e| fail(format!("nobody knows how it ended: {e}")))?;
+    if !status.success() {
+        return Err(fail(format!("it ended with {status}; the end of what it printed: {printed}")));
     }
-    let mut files = BTreeMap::new();
-    read_files(&output, &output, &mut files).map_err(io)?;
+    let files = read_files(&output).map_err(io)?;
     if let Some(missing) = CHECKPOINT_FILES.iter().find(|name| !files.contains_key(**name)) {
         return Err(fail(format!("it left no `{missing}` in CAPFILT_OUTPUT")));
     }
+    let (check, role) = (config.check_model, params.role.clone());
+    let checked = tokio::task::spawn_blocking(move || check(&output, &role)).await;
+    checked.map_err(|e| fail(e.to_string()))?.map_err(|why| fail(format!("it left a checkpoint that cannot be used: {why}")))?;
     Ok(store.put_model(&files).await?)
+}
+
+/// The last characters of all that comes; a trainer may print for days.
+async fn end_of(stream: &mut ChildStderr) -> std::io::Result<String> {
+    const MOST: usize = 2_000;
+    let (mut end, mut part) = (Vec::new(), [0; 4096]);
+    loop {
+        let n = stream.read(&mut part).await?;
+        if n == 0 {
+            return Ok(String::from_utf8_lossy(&end).into_owned());
+        }
+        end.extend_from_slice(&part[..n]);
+        end.drain(..end.len().saturating_sub(MOST));
+    }
 }
 
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
-fn read_files(root: &Path, folder: &Path, files: &mut BTreeMap<String, Vec<u8>>) -> std::io::Result<()> {
+/// The plain files of a folder, by name.
+fn read_files(folder: &Path) -> std::io::Result<BTreeMap<String, Vec<u8>>> {
+    let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            read_files(root, &path, files)?;
-        } else if let Ok(name) = path.strip_prefix(root) {
-            files.insert(name.to_string_lossy().into_owned(), std::fs::read(&path)?);
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            files.insert(entry.file_name().to_string_lossy().into_owned(), std::fs::read(entry.path())?);
         }
     }
-    Ok(())
+    Ok(files)
 }

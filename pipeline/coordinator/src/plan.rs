@@ -3,7 +3,7 @@
 mod training;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use capfilt_schemas::{
@@ -66,6 +66,8 @@ pub struct PlanConfig {
     pub sql: SqlConfig,
     /// Folder for the files of external trainers; it may be lost at any time.
     pub work_dir: PathBuf,
+    /// Tells whether a folder holds a checkpoint that can play a role, and if not, why.
+    pub check_model: fn(&Path, &str) -> Result<(), String>,
 }
 
 /// What the store says, as far as a plan depends on it.
@@ -107,7 +109,7 @@ pub struct Finish {
     pub build: TaskId,
     /// Metrics of the round's models.
     pub metrics: BTreeMap<String, f64>,
-    /// Metrics of the challengers, with the round's model in a role that has none; empty when none were trained.
+    /// Metrics of the challengers; none in a role that has none.
     pub challenger_metrics: BTreeMap<String, f64>,
     /// Role → challenger, for the roles in which it is better.
     pub promoted: BTreeMap<String, Digest>,
@@ -250,7 +252,7 @@ impl<'a> Planner<'a> {
                 if round == 1
                     && let Some((captioner, filter)) = first
                 {
-                    self.plan.actions.push(Action::StartRound(RoundRecord { round, captioner, filter }));
+                    self.plan.actions.push(Action::StartRound(RoundRecord { round, captioner, filter, started_at_ms: 0 }));
                 }
                 return;
             };
@@ -394,6 +396,7 @@ impl<'a> Planner<'a> {
                 round: next,
                 captioner: pick(retrain::CAPTIONER, record.captioner),
                 filter: pick(retrain::FILTER, record.filter),
+                started_at_ms: 0,
             }));
             return false;
         }

@@ -1,6 +1,6 @@
 //! The loop: observe → plan → act. It keeps nothing that a restart would miss; it may be killed and started again at any point.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
 use arrow::array::{Array, AsArray};
@@ -158,7 +158,7 @@ async fn act(
 ) -> Result<(), CoordinatorError> {
     match action {
         Action::StartRound(record) => {
-            let record = &in_service(store, record, seen).await?;
+            let record = &RoundRecord { started_at_ms: now_ms(), ..in_service(store, record, seen).await? };
             if config.models.is_none() && record.round == 1 {
                 first_models(store, config, record).await?;
             }
@@ -194,19 +194,23 @@ async fn first_models(store: &Store, config: &PlanConfig, record: &RoundRecord) 
     Ok(())
 }
 
-/// The models of a round that follows another: what a person promoted or rolled back to since the end of that one comes first.
+/// The models of a round that follows another: what a person promoted or rolled back to since that one began comes first.
 async fn in_service(store: &Store, record: &RoundRecord, seen: &Observation) -> Result<RoundRecord, CoordinatorError> {
     let mut record = record.clone();
-    let before = seen.results.iter().filter(|r| r.round + 1 == record.round).map(|r| r.finished_at_ms).max();
-    let Some(before) = before else { return Ok(record) };
+    let Some(before) = seen.rounds.iter().find(|r| r.round + 1 == record.round) else { return Ok(record) };
     for (role, model) in [(retrain::CAPTIONER, &mut record.captioner), (retrain::FILTER, &mut record.filter)] {
-        // Promotions by a run have a key.
-        let by_hand = |event: &AliasEvent| event.key.is_empty() && event.created_at_ms >= before;
-        if let Some(event) = store.model_in_role(role).await?.filter(by_hand) {
+        if let Some(event) = put_by_hand(store, role, before).await? {
             *model = event.model;
         }
     }
     Ok(record)
+}
+
+/// What a person has put into a role since a round began, if nothing came after it.
+async fn put_by_hand(store: &Store, role: &str, since: &RoundRecord) -> Result<Option<AliasEvent>, CoordinatorError> {
+    // Promotions by a run have a key.
+    let by_hand = |event: &AliasEvent| event.key.is_empty() && event.created_at_ms >= since.started_at_ms;
+    Ok(store.model_in_role(role).await?.filter(by_hand))
 }
 
 /// Does one of the coordinator's own tasks and commits it, by the same protocol as a worker.
@@ -303,22 +307,35 @@ async fn finish_round(store: &Store, config: &PlanConfig, finish: &Finish, seen:
     let Some(build) = seen.commits.get(&finish.build) else { return Ok(()) };
     let round = finish.record.round;
     let version = publish(store, config, round, build, seen).await?;
+    let mut reasons = finish.reasons.clone();
+    let mut kept = BTreeSet::new();
+    for role in finish.promoted.keys() {
+        if let Some(event) = put_by_hand(store, role, &finish.record).await? {
+            let why = format!("; it is not put in service, for a person chose {} meanwhile", event.model.short());
+            reasons.entry(role.clone()).or_default().push_str(&why);
+            kept.insert(role);
+        }
+    }
     let result = RoundResult {
         round,
         dataset: DatasetRef { version: version.version, digest: version.digest },
         metrics: finish.metrics.clone(),
         challenger_metrics: finish.challenger_metrics.clone(),
         promoted: finish.promoted.keys().cloned().collect(),
-        reasons: finish.reasons.clone(),
+        reasons: reasons.clone(),
         rests_on: finish.rests_on.iter().copied().collect(),
         finished_at_ms: now_ms(),
     };
-    for (role, why) in &finish.reasons {
+    for (role, why) in &reasons {
         let Some(model) = finish.promoted.get(role) else {
             let what = if role == retrain::CLIP { "trained a" } else { "keeps its" };
             store.log_event(&config.run, &format!("round {round} {what} {role}: {why}")).await?;
             continue;
         };
+        if kept.contains(role) {
+            store.log_event(&config.run, &format!("round {round} trained a better {role}, {}: {why}", model.short())).await?;
+            continue;
+        }
         let reason = format!("run {} round {round}: {why}", config.run);
         let key = format!("{}/{round}/{}", config.run, result.key());
         store.set_alias(role, *model, "promote", &reason, &key, finish.challenger_metrics.clone()).await?;

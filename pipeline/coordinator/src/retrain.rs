@@ -21,8 +21,8 @@ pub struct RetrainConfig {
     pub enabled: bool,
     /// A dataset version with fewer rows than this is not trained on.
     pub min_pairs: u64,
-    /// Nor one that has fewer than so many rows more than the version on which the captioner in service was trained; all rows are new to a model
-    /// that was not trained here.
+    /// Nor one that is not so many rows larger than the version on which the captioner in service was trained; all rows are new to a model that was
+    /// not trained here. First models are trained on any.
     pub min_new_pairs: u64,
     /// But one is trained on all the same that was built so many days after that captioner was trained; without it, age is no reason.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -56,6 +56,12 @@ pub(crate) struct Seen {
 
 const MS_PER_DAY: f64 = 86_400_000.0;
 
+/// What is measured of a model in a role on held-out pairs.
+const METRICS: [(&str, &[&str]); 2] = [
+    (CAPTIONER, &["cider_d", "bleu_4", "rouge_l"]),
+    (FILTER, &["auroc", "auroc_itc", "precision", "recall", "tr_at_1", "tr_at_5", "tr_at_10", "ir_at_1", "ir_at_5", "ir_at_10"]),
+];
+
 /// Who plays a role from now on, and why.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Verdict {
@@ -87,25 +93,49 @@ impl RetrainConfig {
         self.metric.get(role).map(String::as_str).or(default)
     }
 
-    /// Whether a version of `rows` rows is to be trained on, where the models in service have seen one; or why not, if it is for its size and their age.
-    pub(crate) fn wanted(&self, rows: u64, seen: Seen) -> Result<bool, String> {
-        let new = rows.saturating_sub(seen.rows);
-        let days = seen.age_ms as f64 / MS_PER_DAY;
-        let old = self.max_age_days.is_some_and(|most| days >= most);
-        match self.enabled {
-            false => Ok(false),
-            true if rows < self.min_pairs => Err(format!("{rows} pairs are fewer than retrain.min_pairs, {}", self.min_pairs)),
-            true if new < self.min_new_pairs && !old => {
-                let age = self
-                    .max_age_days
-                    .map_or(String::new(), |most| format!(", and {days:.1} days are less than retrain.max_age_days, {most}"));
-                Err(format!(
-                    "{new} pairs more than it was trained on are fewer than retrain.min_new_pairs, {}{age}",
-                    self.min_new_pairs
-                ))
-            }
-            true => Ok(true),
+    /// Checks what serde cannot.
+    ///
+    /// # Errors
+    /// The setting that makes no sense, and what to write.
+    pub fn check(&self) -> Result<(), String> {
+        if !(0.0..=1.0).contains(&self.confidence) {
+            return Err(format!("retrain.confidence is {}; it is a share, 0 to 1", self.confidence));
         }
+        if !self.min_gain.is_finite() {
+            return Err(format!("retrain.min_gain is {}; it is a number", self.min_gain));
+        }
+        if let Some(days) = self.max_age_days.filter(|days| !(days.is_finite() && *days > 0.0)) {
+            return Err(format!("retrain.max_age_days is {days}; it is a number of days above 0"));
+        }
+        for (role, metric) in &self.metric {
+            let Some((_, known)) = METRICS.iter().find(|(known, _)| known == role) else {
+                return Err(format!("retrain.metric.{role}: the roles are {CAPTIONER} and {FILTER}"));
+            };
+            if !metric.strip_prefix(role.as_str()).and_then(|name| name.strip_prefix('/')).is_some_and(|m| known.contains(&m)) {
+                let known: Vec<String> = known.iter().map(|metric| format!("{role}/{metric}")).collect();
+                return Err(format!("retrain.metric.{role} is \"{metric}\"; there are {}", known.join(", ")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a version of `rows` rows is to be trained on, where the models in service have seen one, if there are any; or why not, if it is for its
+    /// size and their age.
+    pub(crate) fn wanted(&self, rows: u64, seen: Option<Seen>) -> Result<bool, String> {
+        if !self.enabled {
+            return Ok(false);
+        }
+        if rows < self.min_pairs {
+            return Err(format!("{rows} pairs are fewer than retrain.min_pairs, {}", self.min_pairs));
+        }
+        let Some(seen) = seen else { return Ok(true) };
+        let (new, days) = (rows.saturating_sub(seen.rows), seen.age_ms as f64 / MS_PER_DAY);
+        if new >= self.min_new_pairs || self.max_age_days.is_some_and(|most| days >= most) {
+            return Ok(true);
+        }
+        let age = |most| format!(", and {days:.1} days are less than retrain.max_age_days, {most}");
+        let age = self.max_age_days.map_or_else(String::new, age);
+        Err(format!("{new} pairs more than it was trained on are fewer than retrain.min_new_pairs, {}{age}", self.min_new_pairs))
     }
 
     /// Whether the challenger wins a role. A metric that is missing on either side, or not a number, never does.
@@ -122,8 +152,11 @@ impl RetrainConfig {
         }
         let draws = |measured: &Measured| measured.resampled.get(metric).cloned().unwrap_or_default();
         let gains: Vec<f64> = draws(champion).iter().zip(draws(challenger)).map(|(now, new)| new - now).collect();
-        if self.confidence <= 0.0 || gains.is_empty() {
+        if self.confidence <= 0.0 {
             return Verdict { challenger_wins: true, why };
+        }
+        if gains.is_empty() {
+            return lost(format!("{why}, without draws that tell how sure that is"));
         }
         let share = gains.iter().filter(|gain| **gain > self.min_gain).count() as f64 / gains.len() as f64;
         let gain = if self.min_gain > 0.0 { format!("a gain of {}", self.min_gain) } else { "a gain".to_owned() };
@@ -143,7 +176,7 @@ mod tests {
 
     #[test]
     fn only_a_larger_known_metric_wins() {
-        let config = RetrainConfig { min_gain: 0.01, ..RetrainConfig::default() };
+        let config = RetrainConfig { min_gain: 0.01, confidence: 0.0, ..RetrainConfig::default() };
         let m = |v: f64| measured(v, &[]);
         let wins = |role: &str, now: &Measured, new: &Measured| config.verdict(role, now, new).challenger_wins;
         assert!(wins(FILTER, &m(0.70), &m(0.72)));
@@ -153,18 +186,24 @@ mod tests {
         assert!(!wins(CAPTIONER, &m(0.1), &m(0.9)));
         // One role's metric set leaves the other's as it was.
         let metric = BTreeMap::from([(CAPTIONER.to_owned(), "captioner/bleu_4".to_owned())]);
-        assert!(RetrainConfig { metric, ..RetrainConfig::default() }.verdict(FILTER, &m(0.70), &m(0.72)).challenger_wins);
+        assert!(
+            RetrainConfig { metric, confidence: 0.0, ..RetrainConfig::default() }
+                .verdict(FILTER, &m(0.70), &m(0.72))
+                .challenger_wins
+        );
     }
 
     #[test]
     fn a_version_is_trained_on_for_its_size_or_the_age_of_the_models() {
-        let seen = |rows, days| Seen { rows, age_ms: days * MS_PER_DAY as u64 };
+        let seen = |rows, days| Some(Seen { rows, age_ms: days * MS_PER_DAY as u64 });
         assert_eq!(RetrainConfig::default().wanted(5_000, seen(0, 0)), Ok(false));
         let config = RetrainConfig { enabled: true, min_pairs: 100, min_new_pairs: 10, ..RetrainConfig::default() };
         assert_eq!(config.wanted(100, seen(90, 0)), Ok(true));
         assert!(config.wanted(99, seen(0, 0)).is_err_and(|why| why.contains("min_pairs")));
         assert!(config.wanted(120, seen(111, 1000)).is_err_and(|why| why.contains("min_new_pairs")));
         assert!(config.wanted(120, seen(200, 0)).is_err());
+        let choosy = RetrainConfig { min_new_pairs: 1_000, ..config.clone() };
+        assert_eq!(choosy.wanted(120, None), Ok(true), "first models have seen none");
         let config = RetrainConfig { max_age_days: Some(7.0), ..config };
         assert_eq!(config.wanted(120, seen(111, 7)), Ok(true));
         assert!(
@@ -184,6 +223,22 @@ mod tests {
         let verdict = config.verdict(FILTER, &champion, &luckier);
         assert!(!verdict.challenger_wins && verdict.why.contains("50.0 % of 4 draws"), "{}", verdict.why);
         assert!(RetrainConfig { confidence: 0.5, ..config.clone() }.verdict(FILTER, &champion, &luckier).challenger_wins);
+        assert!(!config.verdict(FILTER, &measured(0.70, &[]), &luckier).challenger_wins, "nobody knows how sure it is");
         assert!(RetrainConfig { confidence: 0.0, ..config }.verdict(FILTER, &champion, &luckier).challenger_wins);
+    }
+
+    #[test]
+    fn settings_that_could_never_promote_are_refused() {
+        let with = |role: &str, metric: &str| RetrainConfig {
+            metric: BTreeMap::from([(role.to_owned(), metric.to_owned())]),
+            ..RetrainConfig::default()
+        };
+        assert_eq!(with(FILTER, "filter/auroc_itc").check(), Ok(()));
+        assert!(with(FILTER, "filter/aurco").check().is_err_and(|why| why.contains("filter/auroc, ")));
+        assert!(with(FILTER, "captioner/cider_d").check().is_err());
+        assert!(with("clip", "clip/auroc").check().is_err_and(|why| why.contains("the roles are")));
+        for bad in [f64::NAN, f64::INFINITY] {
+            assert!(RetrainConfig { min_gain: bad, ..RetrainConfig::default() }.check().is_err());
+        }
     }
 }

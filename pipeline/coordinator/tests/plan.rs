@@ -33,10 +33,11 @@ fn config() -> PlanConfig {
             evaluate: json!({}),
             versions: BTreeMap::new(),
         },
-        retrain: RetrainConfig { enabled: true, min_pairs: 1, ..RetrainConfig::default() },
+        retrain: RetrainConfig { enabled: true, min_pairs: 1, confidence: 0.0, ..RetrainConfig::default() },
         max_attempts: 3,
         sql: SqlConfig::default(),
         work_dir: "work".into(),
+        check_model: |_, _| Ok(()),
     }
 }
 
@@ -382,6 +383,44 @@ fn a_task_that_was_given_up_does_not_stop_the_rest() {
     }
     assert_eq!(world.of_stage(StageKind::Fetch).len(), 2);
     assert_eq!(world.datasets().len(), 2);
+}
+
+#[test]
+fn a_training_that_was_given_up_leaves_the_role_as_it_is() {
+    for external in [false, true] {
+        let (mut config, mut world) = (config(), World::default());
+        if external {
+            config.stages.train.insert("captioner".to_owned(), json!({"role": "captioner", "command": ["train"]}));
+        }
+        loop {
+            let now = plan(&config, &world.seen);
+            assert_eq!(now.stuck, None);
+            if now.complete {
+                break;
+            }
+            let fails = |task: &Task| task.stage == StageKind::Train && task.params["role"] == "captioner";
+            for task in &now.tasks {
+                match fails(task) {
+                    true => _ = world.seen.failures.insert(task.id(), (1, false)),
+                    false => world.work(task),
+                }
+            }
+            for action in &now.actions {
+                match action {
+                    Action::Own(task) if fails(task) => _ = world.seen.failures.insert(task.id(), (1, false)),
+                    action => world.act(action),
+                }
+            }
+        }
+        let result = &world.seen.results[0];
+        assert!(result.reasons["captioner"].contains("could not be trained"), "{result:?}");
+        assert_eq!(
+            result.challenger_metrics.keys().collect::<Vec<_>>(),
+            ["filter/auroc"],
+            "the champion's are not the challenger's"
+        );
+        assert!(world.seen.rounds.iter().all(|round| round.captioner == Digest::of(b"captioner")));
+    }
 }
 
 #[test]

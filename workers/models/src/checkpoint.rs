@@ -18,6 +18,7 @@ use crate::config::MedConfig;
 use crate::error::{ModelError, Result, TensorProblem, TensorProblems};
 use crate::files::{CONFIG, Files, IMAGE_MOMENTS, OPEN_CLIP_CONFIG, PREPROCESSOR, TOKENIZER_CONFIG, WEIGHTS, read_text};
 use crate::med::{Med, Parts};
+use crate::moments::ImageMoments;
 use crate::original::{infer_config, is_original, translate};
 use crate::parameters::{Asked, asked_for};
 use crate::preprocess::{self, Preprocessor};
@@ -237,6 +238,14 @@ impl Checkpoint {
         }
     }
 
+    /// How the image features of what a filter judges are spread.
+    ///
+    /// # Errors
+    /// Nobody knows: it was not trained here; or the file is damaged.
+    pub fn image_moments(&self, device: &Device) -> Result<ImageMoments> {
+        ImageMoments::read(&self.dir.join(IMAGE_MOMENTS), self.config()?.image_text_hidden_size, device)
+    }
+
     /// The image transform.
     ///
     /// # Errors
@@ -361,17 +370,18 @@ impl Checkpoint {
         tensors: &BTreeMap<String, Tensor>,
         dtype: DType,
         tokenizer_json: &str,
+        preprocessor: &Preprocessor,
     ) -> Result<Self> {
         let config = config.clone().checked()?;
         let json_error = |source| ModelError::Json { path: dir.join(CONFIG), source };
         let text = serde_json::to_string_pretty(&config).map_err(json_error)?;
         empty_directory(dir)?;
         write_tensors(&dir.join(WEIGHTS), tensors, dtype)?;
-        write_texts(dir, (CONFIG, &text), tokenizer_json, &Preprocessor::new(config.vision_config.image_size).to_json())?;
+        write_texts(dir, (CONFIG, &text), tokenizer_json, &preprocessor.to_json())?;
         Self::open(dir)
     }
 
-    /// [`Self::save`] for a CLIP whose images are stretched to its size. One with a ResNet is written in OpenCLIP's layout.
+    /// [`Self::save`] for a CLIP. One with a ResNet is written in OpenCLIP's layout.
     ///
     /// # Errors
     /// As [`Self::save`].
@@ -381,10 +391,11 @@ impl Checkpoint {
         tensors: &BTreeMap<String, Tensor>,
         dtype: DType,
         tokenizer_json: &str,
+        preprocessor: &Preprocessor,
     ) -> Result<Self> {
         let config = config.clone().checked()?;
         empty_directory(dir)?;
-        let preprocessor = Preprocessor::new(config.image_size()).to_json();
+        let preprocessor = preprocessor.to_json();
         match config.to_open_clip() {
             Some(text) => {
                 write_tensors(&dir.join(WEIGHTS), &openclip::arrange(tensors)?, dtype)?;

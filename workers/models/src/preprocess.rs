@@ -333,6 +333,12 @@ impl Preprocessor {
         self.side
     }
 
+    /// The same for a model that is trained on whole images, stretched to the square: nothing is cut off them.
+    #[must_use]
+    pub(crate) fn stretching(self) -> Self {
+        Self { fit: Fit::Stretch, ..self }
+    }
+
     fn checked(self) -> std::result::Result<Self, String> {
         match self.side == 0 || self.std.contains(&0.0) {
             true => Err("asks for images of side 0 or a deviation of 0".to_owned()),

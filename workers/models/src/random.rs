@@ -33,6 +33,25 @@ impl Stream {
         self.uniform()
     }
 
+    /// Uniform in `0..n`, for `n` of at least 1.
+    pub fn below(&mut self, n: usize) -> usize {
+        ((self.uniform() * n as f64) as usize).min(n - 1)
+    }
+
+    /// A place in `weights`, drawn in proportion to them; `None` where none is more than 0.
+    pub fn weighted(&mut self, weights: &[f64]) -> Option<usize> {
+        let mut left = self.uniform() * weights.iter().sum::<f64>();
+        let mut last = None;
+        for (place, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
+            last = Some(place);
+            if left < *weight {
+                break;
+            }
+            left -= weight;
+        }
+        last
+    }
+
     /// The next standard normal number (Box and Muller, two uniform draws).
     pub fn normal(&mut self) -> f64 {
         let radius = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();

@@ -1,9 +1,10 @@
 //! The filter: how well each text fits its image.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::Checkpoint;
 use crate::error::{ModelError, Result};
 use crate::med::Med;
 use crate::moments::ImageMoments;
@@ -119,6 +120,17 @@ impl FilterScorer {
     #[must_use]
     pub fn standardized(self, moments: ImageMoments) -> Self {
         Self { moments: Some(moments), ..self }
+    }
+
+    /// Tells ITC from now on as `itc` says, by the moments that the scorer's checkpoint holds.
+    ///
+    /// # Errors
+    /// It is to be standardized, and the checkpoint holds none: only filters that were trained here do.
+    pub fn telling(self, itc: Itc, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        Ok(match itc {
+            Itc::Cosine => Self { moments: None, ..self },
+            Itc::Standardized => self.standardized(checkpoint.image_moments(device)?),
+        })
     }
 
     /// Scores `texts[i]` against `images[i]`; each image is encoded once. Texts are cleaned first ([`clean_caption`]).

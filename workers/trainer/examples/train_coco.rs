@@ -18,9 +18,10 @@ use std::time::Instant;
 
 use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::device::Device;
+use capfilt_models::score::Itc;
 use capfilt_models::train::Pretrained;
 use capfilt_schemas::Origin;
-use capfilt_trainer::{EvaluateConfig, Member, Metric, PairText, TrainConfig, TrainPair, TrainSet, evaluate, train};
+use capfilt_trainer::{EvaluateConfig, Member, Metric, PairText, Saves, TrainConfig, TrainPair, TrainSet, evaluate, train};
 use serde::Deserialize;
 
 #[derive(Default, Deserialize)]
@@ -69,7 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Member::ONLY,
         (parent.as_ref(), Pretrained::default()),
         &Device::Cpu,
-        &unfinished,
+        Saves { folder: &unfinished, every: 100 },
         |progress| {
             println!(
                 "{:.0} pairs/s, {:.0} % of the time waiting for pairs, step {} of {}: {}",
@@ -93,7 +94,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::fs::remove_dir_all(&unfinished)?;
 
     let began = Instant::now();
-    for Metric { name, value, .. } in evaluate(&Checkpoint::open(out)?, &judged, &settings.evaluate, &Device::Cpu)? {
+    for Metric { name, value, .. } in evaluate(&[Checkpoint::open(out)?], &judged, &settings.evaluate, Itc::Cosine, &Device::Cpu)?
+    {
         println!("{name} {value:.4}");
     }
     println!("judged in {:.1} s", began.elapsed().as_secs_f64());

@@ -7,7 +7,7 @@ use capfilt_models::clip::{ClipConfig, ClipFamily, ClipTextConfig, ClipVision, R
 use capfilt_models::config::{MedConfig, TextConfig, VisionConfig};
 use capfilt_models::device::{DType, built_for, check_name};
 use capfilt_models::special;
-use capfilt_models::train::{AdamWConfig, Augmentation, Precision, Recipe, Role, Schedule};
+use capfilt_models::train::{AdamWConfig, Augmentation, Recipe, Role, Schedule, StoredDType};
 use capfilt_models::trunk::TrunkKind;
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +56,8 @@ pub struct TrainerWorkerConfig {
     pub memory_mib: u64,
     /// Room for that in the working folder, where the next training finds it.
     pub feature_maps_mib: u64,
+    /// Steps after which the state of a training is saved, rounded up to whole log lines; 0 never saves.
+    pub checkpoint_every: u64,
     /// Members of a model that are trained at a time on a CPU, each with weights and moments of its own; as many as there are threads, if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub members_at_once: Option<NonZeroUsize>,
@@ -81,7 +83,7 @@ impl TrainerWorkerConfig {
 
 impl Default for TrainerWorkerConfig {
     fn default() -> Self {
-        Self { device: "cpu".to_owned(), memory_mib: 2048, feature_maps_mib: 4096, members_at_once: None }
+        Self { device: "cpu".to_owned(), memory_mib: 2048, feature_maps_mib: 4096, checkpoint_every: 500, members_at_once: None }
     }
 }
 
@@ -211,7 +213,7 @@ const fn is_one(number: &usize) -> bool {
     *number == 1
 }
 
-/// Everything but the pairs that decides what a run ends in, and how often it saves its state.
+/// Everything but the pairs that decides what a run ends in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
@@ -247,11 +249,11 @@ pub struct TrainConfig {
     pub accumulate: usize,
     /// Number type of the passes through the model, `f32` or `bf16`; weights, moments and losses stay f32.
     pub dtype: TrainDType,
-    /// Decay of the slow encoders, which contrast is made with; 0 trains without them.
+    /// Decay of the momentum encoders, which contrast is made with; 0 trains without them.
     pub momentum: f64,
     /// Features of earlier pairs that contrast is made with; no more than the run has pairs.
     pub queue: usize,
-    /// Share of what the slow encoders find similar in the targets of contrast.
+    /// Share of what the momentum encoders find similar in the targets of contrast.
     pub alpha: f64,
     /// Epochs over which that share rises from 0.
     pub alpha_ramp_epochs: f64,
@@ -266,7 +268,7 @@ pub struct TrainConfig {
     /// Decay of the two moments of `AdamW`.
     pub betas: [f64; 2],
     /// Largest norm of the gradients.
-    pub clip: f64,
+    pub max_grad_norm: f64,
     /// Keys all randomness.
     pub seed: u64,
     /// Label smoothing of the LM loss.
@@ -287,18 +289,17 @@ pub struct TrainConfig {
     pub crop_min_area: f64,
     /// Whether half of the images are mirrored. Wrong wherever texts say left or right.
     pub flip: bool,
-    /// Strength of random distortions of the images (rotation, shear, brightness, contrast), 0 to 1; 0 switches them off.
+    /// Strength of random distortions of the images (RandAugment, arXiv 1909.13719, with BLIP's list), 0 to 1; 0 switches them off.
     pub distort: f64,
-    /// Steps after which the state is saved, rounded up to whole log lines; 0 never saves.
-    pub checkpoint_every: u64,
     /// Steps that one line of the training log sums up.
     pub log_every: u64,
     /// How the finished weights are stored.
-    pub precision: Precision,
+    pub stored_dtype: StoredDType,
 }
 
 impl Default for TrainConfig {
-    /// BLIP's settings where it has them (`configs/pretrain.yaml`, `models/blip_pretrain.py`).
+    /// BLIP's settings where it has them (`configs/pretrain.yaml`, `models/blip_pretrain.py`; the crop is that of its fine-tuning). Its gradients
+    /// are not clipped.
     fn default() -> Self {
         Self {
             role: Role::Captioner,
@@ -323,7 +324,7 @@ impl Default for TrainConfig {
             warmup_steps: 100,
             weight_decay: 0.05,
             betas: [0.9, 0.999],
-            clip: 1.0,
+            max_grad_norm: 1.0,
             seed: 0,
             label_smoothing: 0.1,
             prompt: "a picture of ".to_owned(),
@@ -335,9 +336,8 @@ impl Default for TrainConfig {
             crop_min_area: 0.5,
             flip: false,
             distort: 0.5,
-            checkpoint_every: 500,
             log_every: 10,
-            precision: Precision::F16,
+            stored_dtype: StoredDType::F16,
         }
     }
 }
@@ -400,7 +400,7 @@ impl TrainConfig {
             ("weight_decay", self.weight_decay, 0.0..=1.0),
             ("beta 1", self.betas[0], 0.0..=0.9999),
             ("beta 2", self.betas[1], 0.0..=0.99999),
-            ("clip", self.clip, 1e-6..=1e6),
+            ("max_grad_norm", self.max_grad_norm, 1e-6..=1e6),
             ("label_smoothing", f64::from(self.label_smoothing), 0.0..=0.9),
             ("momentum", self.momentum, 0.0..=0.999_999),
             ("alpha", self.alpha, 0.0..=1.0),
@@ -434,11 +434,6 @@ impl TrainConfig {
         }
     }
 
-    /// Steps between two saved states: whole log lines.
-    pub(crate) fn save_every(&self) -> u64 {
-        self.checkpoint_every.next_multiple_of(self.log_every)
-    }
-
     /// The recipe of a run of `steps` steps over `pairs` pairs. A warm-up longer than a tenth of a short run is cut to that, and a queue
     /// that would hold a pair twice to whole batches of the pairs.
     pub(crate) fn recipe(&self, steps: u64, pairs: usize) -> Recipe {
@@ -456,7 +451,7 @@ impl TrainConfig {
             optimizer: AdamWConfig {
                 betas: self.betas,
                 weight_decay: self.weight_decay,
-                clip: self.clip,
+                max_grad_norm: self.max_grad_norm,
                 ..AdamWConfig::default()
             },
             label_smoothing: self.label_smoothing,

@@ -36,14 +36,17 @@ pub enum TrainerError {
         /// What the store said.
         reason: String,
     },
-    /// A stored image cannot be used.
-    #[error("the stored image of sample {sample_id} cannot be decoded: {reason}")]
+    /// An image cannot be used.
+    #[error("the image of sample {sample_id} cannot be used: {reason}")]
     Image {
         /// The sample.
         sample_id: String,
         /// What is wrong with it.
         reason: String,
     },
+    /// The machine gives no threads.
+    #[error("no threads to train with: {0}")]
+    Threads(String),
     /// A file of an unfinished run cannot be read or written.
     #[error("cannot access {path}")]
     Io {
@@ -69,7 +72,7 @@ impl TrainerError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Io { .. } | Self::Images { .. } | Self::Stopped { .. } => true,
+            Self::Io { .. } | Self::Images { .. } | Self::Stopped { .. } | Self::Threads(_) => true,
             Self::Model(error) => error.is_retryable(),
             Self::Config(_) | Self::Image { .. } | Self::NoPairs { .. } | Self::NoReferences { .. } | Self::Retrieval(_) => false,
         }

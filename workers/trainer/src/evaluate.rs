@@ -11,14 +11,13 @@ use capfilt_models::preprocess::Pixels;
 use capfilt_models::random::Stream;
 use capfilt_models::retrieval::retrieval_scores;
 use capfilt_models::sampling::{Sampling, Strategy};
-use capfilt_models::score::{FilterScorer, ItmToken};
+use capfilt_models::score::{FilterScorer, Itc, ItmToken};
 use capfilt_models::tokenizer::{MAX_WORDS, TextTokenizer, clean_caption};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::metrics::{CaptionCase, Confusion, Ranks, Relevance, auroc, bleu, bleu_counts, cider_d, ranks, recall, rouge_l};
 use crate::pair::prepared;
-use crate::sampler::below;
 use crate::{TrainPair, TrainerError, ZeroShot};
 
 /// Settings of an evaluation.
@@ -84,23 +83,28 @@ pub struct Metric {
 /// Metrics of a model on held-out pairs, in the order of their names: `captioner/…` if it has a decoder, `filter/…` if it has an
 /// encoder, `clip/…` of a CLIP. All are in `0..=1` but CIDEr-D, which is in `0..=10`; higher is better for each.
 ///
-/// The model computes in f32 on `device`. Captions are written greedily. Areas under the ROC curve set each image's own captions against as many
-/// captions of other images, drawn by key; a caption that any image of the pair's concept shares word by word is never drawn as wrong for it.
+/// `captioner/`: `bleu_4`, `cider_d`, `rouge_l`. `filter/`: `auroc` by ITM, `auroc_itc`, `precision` and `recall` at `min_itm`, and of retrieval
+/// `tr_at_1`, `_5`, `_10` and `ir_at_…`. `clip/`: `auroc`, the same of retrieval, `zero_shot_at_1` and `_5`.
+///
+/// Scores of texts are means over all `members`, none of which has seen a held-out pair, and `itc` tells what ITC is, as for the texts that the model
+/// judges; captions and retrieval are the first member's. It computes in f32 on `device`. Captions are written greedily. Areas under the ROC curve set each image's own captions against as many
+/// captions of other images, drawn by key; those of an image that shares one with it, word by word, are never drawn as wrong for it.
 /// The pairs' pixels must be as large as the model's images.
 ///
 /// # Errors
 ///
-/// No pairs, an image without captions, or a failing model.
+/// No pairs, no model, an image without captions, or a failing model.
 pub fn evaluate(
-    checkpoint: &Checkpoint,
+    members: &[Checkpoint],
     pairs: &[TrainPair],
     config: &EvaluateConfig,
+    itc: Itc,
     device: &Device,
 ) -> Result<Vec<Metric>, TrainerError> {
     config.check()?;
-    if pairs.is_empty() {
+    let (Some(checkpoint), false) = (members.first(), pairs.is_empty()) else {
         return Err(TrainerError::NoPairs { purpose: "judge by", reason: "the held-out set is empty".to_owned() });
-    }
+    };
     let preprocessor = checkpoint.preprocessor()?;
     let pixels = pairs
         .iter()
@@ -119,7 +123,7 @@ pub fn evaluate(
             set.judge_captioner(&med, &tokenizer, config, &mut metrics)?;
         }
         if parts.encoder {
-            set.judge_matching(&med, &tokenizer, config, &mut metrics)?;
+            set.judge_matching(members, (config, itc), device, &mut metrics)?;
             set.judge_retrieval(&med, &tokenizer, config, &mut metrics)?;
         }
     }
@@ -139,7 +143,7 @@ impl Metrics {
         let draw = |number: usize| {
             let mut stream = Stream::new("held-out images drawn again", config.seed, &[&(number as u64).to_le_bytes()]);
             let mut counts = vec![0.0; images];
-            (0..images).for_each(|_| counts[below(&mut stream, images)] += 1.0);
+            (0..images).for_each(|_| counts[stream.below(images)] += 1.0);
             counts
         };
         Self { found: Vec::new(), draws: (0..config.resamples).map(draw).collect(), once: vec![1.0; images] }
@@ -163,6 +167,22 @@ fn mean(values: &[f64], weights: &[f64]) -> Option<f64> {
 struct HeldOut<'a> {
     pairs: &'a [TrainPair],
     pixels: Vec<Pixels>,
+}
+
+/// The captions of each image, those of other images after them.
+struct Captions<'a> {
+    texts: Vec<Vec<&'a str>>,
+    /// Of each caption, in that order: whether it is the image's own.
+    right: Vec<bool>,
+    /// And the image.
+    image_of: Vec<usize>,
+}
+
+impl Captions<'_> {
+    /// Weights of the images as weights of the captions.
+    fn weights(&self, of_images: &[f64]) -> Vec<f64> {
+        self.image_of.iter().map(|&image| of_images[image]).collect()
+    }
 }
 
 impl HeldOut<'_> {
@@ -209,42 +229,43 @@ impl HeldOut<'_> {
 
     fn judge_matching(
         &self,
-        med: &Med,
-        tokenizer: &TextTokenizer,
-        config: &EvaluateConfig,
+        members: &[Checkpoint],
+        (config, told): (&EvaluateConfig, Itc),
+        device: &Device,
         metrics: &mut Metrics,
     ) -> Result<(), TrainerError> {
-        let scorer = FilterScorer::new(med.clone(), tokenizer.clone(), config.first_token)?;
-        let texts = self.own_and_wrong_captions(config.seed);
-        let mut scored = Vec::new();
-        for (pixels, texts) in self.pixels.chunks(self.together(med)).zip(texts.chunks(self.together(med))) {
-            scored.extend(scorer.score(pixels, texts)?);
-        }
-        let (mut itm, mut itc, mut right, mut image_of) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for (image, (pair, scores)) in self.pairs.iter().zip(scored).enumerate() {
-            for (place, score) in scores.iter().enumerate() {
-                itm.push(score.itm);
-                itc.push(score.itc);
-                right.push(place < pair.texts.len());
-                image_of.push(image);
+        let captions = self.captions(config.seed);
+        let (mut itm, mut itc) = (vec![0.0; captions.right.len()], vec![0.0; captions.right.len()]);
+        for member in members {
+            let med = member.med(device, DType::F32)?;
+            let together = self.together(&med);
+            let scorer = FilterScorer::new(med, member.tokenizer()?, config.first_token)?.telling(told, member, device)?;
+            let mut means = itm.iter_mut().zip(&mut itc);
+            for (pixels, texts) in self.pixels.chunks(together).zip(captions.texts.chunks(together)) {
+                for (score, (itm, itc)) in scorer.score(pixels, texts)?.into_iter().flatten().zip(&mut means) {
+                    *itm += score.itm / members.len() as f32;
+                    *itc += score.itc / members.len() as f32;
+                }
             }
         }
-        let of_texts = |weights: &[f64]| image_of.iter().map(|&image| weights[image]).collect::<Vec<f64>>();
-        let kept = |weights: &[f64]| Confusion::at(config.min_itm, &itm, &right, &of_texts(weights));
-        metrics.add("filter/auroc", |weights| auroc(&itm, &right, &of_texts(weights)));
-        metrics.add("filter/auroc_itc", |weights| auroc(&itc, &right, &of_texts(weights)));
+        let kept = |weights: &[f64]| Confusion::at(config.min_itm, &itm, &captions.right, &captions.weights(weights));
+        metrics.add("filter/auroc", |weights| auroc(&itm, &captions.right, &captions.weights(weights)));
+        metrics.add("filter/auroc_itc", |weights| auroc(&itc, &captions.right, &captions.weights(weights)));
         metrics.add("filter/precision", |weights| kept(weights).precision());
         metrics.add("filter/recall", |weights| kept(weights).recall());
         Ok(())
     }
 
-    /// The captions of each image, those of other images after them.
-    fn own_and_wrong_captions(&self, seed: u64) -> Vec<Vec<&str>> {
-        let texts = |i: usize| {
-            let own = self.pairs[i].texts.iter().map(|text| text.text.as_str());
-            own.chain(self.wrong_captions(i, seed)).collect()
-        };
-        (0..self.pairs.len()).map(texts).collect()
+    fn captions(&self, seed: u64) -> Captions<'_> {
+        let mut captions = Captions { texts: Vec::new(), right: Vec::new(), image_of: Vec::new() };
+        for (image, pair) in self.pairs.iter().enumerate() {
+            let own = pair.texts.iter().map(|text| text.text.as_str());
+            let texts: Vec<&str> = own.chain(self.wrong_captions(image, seed)).collect();
+            captions.right.extend((0..texts.len()).map(|place| place < pair.texts.len()));
+            captions.image_of.resize(captions.right.len(), image);
+            captions.texts.push(texts);
+        }
+        captions
     }
 
     /// As many captions of other images as pair `i` has of its own, or fewer if there are not as many.
@@ -257,12 +278,12 @@ impl HeldOut<'_> {
             if wrong.len() == self.pairs[i].texts.len() {
                 break;
             }
-            let other = &self.pairs[below(&mut stream, self.pairs.len())];
+            let other = &self.pairs[stream.below(self.pairs.len())];
             if other.texts.iter().any(|text| own.contains(&clean_caption(&text.text, MAX_WORDS))) {
                 continue;
             }
             if !other.texts.is_empty() {
-                wrong.push(other.texts[below(&mut stream, other.texts.len())].text.as_str());
+                wrong.push(other.texts[stream.below(other.texts.len())].text.as_str());
             }
         }
         wrong
@@ -312,19 +333,11 @@ impl HeldOut<'_> {
         let cosines: Vec<f32> = images.iter().flat_map(|image| features.iter().map(move |text| cosine(image, text))).collect();
         add_recall(metrics, "clip", &ranks(&cosines, &cosines, &relevance)?, &relevance);
 
-        let (mut scores, mut right, mut image_of) = (Vec::new(), Vec::new(), Vec::new());
-        let captions = self.own_and_wrong_captions(config.seed);
-        let features = scorer.text_features(&captions.concat())?;
-        let mut features = features.iter();
-        for (image, captions) in captions.iter().enumerate() {
-            for (place, text) in features.by_ref().take(captions.len()).enumerate() {
-                scores.push(cosine(&images[image], text));
-                right.push(place < self.pairs[image].texts.len());
-                image_of.push(image);
-            }
-        }
-        let of_texts = |weights: &[f64]| image_of.iter().map(|&image| weights[image]).collect::<Vec<f64>>();
-        metrics.add("clip/auroc", |weights| auroc(&scores, &right, &of_texts(weights)));
+        let captions = self.captions(config.seed);
+        let features = scorer.text_features(&captions.texts.concat())?;
+        let scores: Vec<f32> =
+            captions.image_of.iter().zip(&features).map(|(&image, text)| cosine(&images[image], text)).collect();
+        metrics.add("clip/auroc", |weights| auroc(&scores, &captions.right, &captions.weights(weights)));
 
         let Some(zero_shot) = &config.zero_shot else { return Ok(()) };
         let classes = zero_shot.features(scorer)?;

@@ -40,7 +40,7 @@ impl Loader {
             }
         };
         let spawned = Builder::new().name("loader".to_owned()).spawn_scoped(scope, load);
-        spawned.map_err(|e| TrainerError::Config(format!("no thread to load pairs with: {e}")))?;
+        spawned.map_err(|e| TrainerError::Threads(e.to_string()))?;
         Ok(Self { steps, waited: Duration::ZERO })
     }
 
@@ -49,7 +49,7 @@ impl Loader {
         let began = Instant::now();
         let step = self.steps.recv();
         self.waited += began.elapsed();
-        step.unwrap_or_else(|_| Err(TrainerError::Config("the thread that loads pairs is gone".to_owned())))
+        step.unwrap_or_else(|_| Err(TrainerError::Threads("the one that loads pairs is gone".to_owned())))
     }
 
     /// How long the model has waited for pairs, the first ones included.

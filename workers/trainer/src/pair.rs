@@ -47,9 +47,7 @@ impl TrainPair {
 /// They are no square of the size that the model takes.
 pub(crate) fn prepared(preprocessor: &Preprocessor, sample_id: &str, pixels: &[u8]) -> Result<Pixels, TrainerError> {
     let side = preprocessor.side() as u32;
-    let image = RgbImage::from_raw(side, side, pixels.to_vec()).ok_or_else(|| TrainerError::NoPairs {
-        purpose: "judge by",
-        reason: format!("image {sample_id} is not {side}x{side}"),
-    })?;
+    let image = RgbImage::from_raw(side, side, pixels.to_vec())
+        .ok_or_else(|| TrainerError::Image { sample_id: sample_id.to_owned(), reason: format!("it is not {side}x{side}") })?;
     Ok(preprocessor.prepare(&image)?)
 }

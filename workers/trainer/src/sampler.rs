@@ -128,7 +128,7 @@ impl Sampler {
         let entry = &set.entries()[pair];
         let mut stream = Stream::new("text of a pair", self.seed, &[entry.sample_id.as_bytes(), &epoch.to_le_bytes()]);
         let weights: Vec<f64> = entry.texts.iter().map(|text| self.mixture.of_text(text.origin)).collect();
-        Draw { pair, text: weighted(&weights, stream.uniform()), epoch }
+        Draw { pair, text: stream.weighted(&weights).unwrap_or_default(), epoch }
     }
 }
 
@@ -173,27 +173,8 @@ impl Pool {
 /// Fisher and Yates.
 fn shuffle<T>(items: &mut [T], stream: &mut Stream) {
     for last in (1..items.len()).rev() {
-        items.swap(last, below(stream, last + 1));
+        items.swap(last, stream.below(last + 1));
     }
-}
-
-/// The item at `uniform`, in `0..1`, of the sum of the weights; one of them at least is more than 0.
-fn weighted(weights: &[f64], uniform: f64) -> usize {
-    let mut left = uniform * weights.iter().sum::<f64>();
-    let mut last = 0;
-    for (item, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
-        last = item;
-        if left < *weight {
-            break;
-        }
-        left -= weight;
-    }
-    last
-}
-
-/// Uniform in `0..n`, for `n` of at least 1.
-pub(crate) fn below(stream: &mut Stream, n: usize) -> usize {
-    ((stream.uniform() * n as f64) as usize).min(n - 1)
 }
 
 #[cfg(test)]

@@ -97,18 +97,6 @@ impl TrainSet {
         Self { entries, images: Images::Stored(Box::new(images)), feature_maps }
     }
 
-    /// Images.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether there is none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
     pub(crate) fn entries(&self) -> &[Entry] {
         &self.entries
     }

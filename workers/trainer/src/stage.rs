@@ -1,17 +1,15 @@
 //! The `train` and `evaluate` stages: rows of a dataset version or of held-out pairs in, the files of a model or metrics out.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
-use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Float64Builder, ListBuilder, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, UInt32Type};
 use capfilt_models::checkpoint::Checkpoint;
-use capfilt_models::device::{Device, device};
+use capfilt_models::device::device;
 use capfilt_models::files;
+use capfilt_models::score::Itc;
 use capfilt_models::train::{FeatureMaps, Pretrained};
 use capfilt_runtime::{RowStream, Stage, StageError, Work, on_blocking, rows};
 use capfilt_schemas::{Digest, FetchStatus, Origin, StageKind, Table, column};
@@ -21,15 +19,16 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
+use crate::members::train_members;
 use crate::set::{Entry, StoredImages};
-use crate::train::{LOG, SETTINGS};
 use crate::{
-    EvaluateConfig, Init, Member, Metric, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig,
-    evaluate, train,
+    EvaluateConfig, Init, Metric, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig, evaluate,
 };
 
-/// Raised whenever the same dataset and settings would give another model, or the same model other metrics.
-pub const STAGE_VERSION: u32 = 6;
+/// Raised whenever the same dataset and settings would give another model.
+pub const TRAIN_VERSION: u32 = 7;
+/// Raised whenever the same model and held-out pairs would give other metrics.
+pub const EVALUATE_VERSION: u32 = 7;
 
 /// Trains a model on a dataset version. The task's model is the one in service: its tokenizer is kept, and its weights are the start if
 /// the settings say so.
@@ -39,6 +38,9 @@ pub struct TrainStage(pub TrainerWorkerConfig);
 #[derive(Serialize, Deserialize)]
 struct EvaluateParams {
     role: String,
+    /// As in the parameters of a score task.
+    #[serde(default)]
+    itc: Itc,
     #[serde(flatten)]
     config: serde_json::Map<String, serde_json::Value>,
 }
@@ -59,8 +61,10 @@ impl Stage for TrainStage {
                 Some(model) => Some(work.model_folder(&model).await?),
                 None => None,
             };
-            let (trunk, words) =
-                (known(&work, config.trunk_weights.as_deref()).await?, known(&work, config.word_weights.as_deref()).await?);
+            let (trunk, words) = (
+                pretrained(&work, config.trunk_weights.as_deref()).await?,
+                pretrained(&work, config.word_weights.as_deref()).await?,
+            );
             let side = match &parent {
                 Some(folder) if config.init != Init::Fresh => {
                     Checkpoint::open(folder).and_then(|parent| Ok(parent.preprocessor()?.side())).map_err(fail)?
@@ -74,8 +78,8 @@ impl Stage for TrainStage {
             let _stop = work.cancel.clone().drop_guard();
             let task = work.clone();
             let run = move || {
-                let known = Pretrained { trunk: trunk.as_deref(), words: words.as_deref() };
-                train_members(&pairs, &config, (parent.as_deref(), known), (&device, worker.members_at_once), &scratch, &task)
+                let pretrained = Pretrained { trunk: trunk.as_deref(), words: words.as_deref() };
+                train_members(&pairs, &config, (parent.as_deref(), pretrained), (&device, &worker), &scratch, &task)
             };
             let files = on_blocking(run).await?.map_err(caused)?;
             let parts: Vec<_> = model_rows(&files).collect::<Result<_, _>>()?;
@@ -95,11 +99,13 @@ impl Stage for EvaluateStage {
         rows(async move {
             let params: EvaluateParams = work.params()?;
             let config: EvaluateConfig = serde_json::from_value(params.config.into())?;
-            let checkpoint = Checkpoint::open(&work.model_folder(&work.model()?).await?).map_err(fail)?;
-            let side = checkpoint.preprocessor().map_err(fail)?.side();
+            let folders = files::member_folders(&work.model_folder(&work.model()?).await?).concat();
+            let members: Vec<Checkpoint> =
+                folders.iter().map(|folder| Checkpoint::open(folder)).collect::<Result<_, _>>().map_err(fail)?;
+            let side = members[0].preprocessor().map_err(fail)?.side();
             let pairs = heldout_pairs(input, side).await?;
             let device = device(&worker.device).map_err(fail)?;
-            let judge = move || evaluate(&checkpoint, &pairs, &config, &device);
+            let judge = move || evaluate(&members, &pairs, &config, params.itc, &device);
             let metrics = on_blocking(judge).await?.map_err(caused)?;
             // A checkpoint may hold both roles; only the one that is asked about counts.
             let of_role = |metric: &&Metric| metric.name.split('/').next() == Some(params.role.as_str());
@@ -120,102 +126,8 @@ impl Stage for EvaluateStage {
     }
 }
 
-/// Trains the members of a model and returns the files of all. On a CPU as many at a time as there are threads, or fewer if that is set: a small model is
-/// made of products too small to be divided well.
-fn train_members(
-    pairs: &TrainSet,
-    config: &TrainConfig,
-    (parent, known): (Option<&Path>, Pretrained<'_>),
-    (device, most_at_once): (&Device, Option<NonZeroUsize>),
-    scratch: &Path,
-    work: &Work,
-) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
-    let (members, threads) = (config.members(), rayon::current_num_threads());
-    let at_once = if device.is_cpu() { members.min(most_at_once.map_or(threads, NonZeroUsize::get)).min(threads) } else { 1 };
-    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let steps: Vec<AtomicU64> = (0..members).map(|_| AtomicU64::new(0)).collect();
-    let one = |number: usize| -> Result<Vec<(String, Vec<u8>)>, TrainerError> {
-        let member = Member { fold: number % config.folds, folds: config.folds, repeat: number / config.folds };
-        let folder = files::member(member.repeat, member.fold);
-        let parent = parent.map(|parent| parent_of(member, parent, config)).transpose()?;
-        let scratch = scratch.join(&folder);
-        std::fs::create_dir_all(&scratch).map_err(|source| TrainerError::Io { path: scratch.clone(), source })?;
-        let (mut pairs_per_second, mut waited) = (0.0, 0.0);
-        let trained = train(pairs, config, member, (parent.as_ref(), known), device, &scratch, |p| {
-            (pairs_per_second, waited) = (p.pairs_per_second, p.waited);
-            steps[number].store(p.line.step, Ordering::Relaxed);
-            let made = steps.iter().map(|steps| steps.load(Ordering::Relaxed)).sum();
-            work.progress(made, members as u64 * p.steps, "steps");
-            let stop = work.cancel.is_cancelled() || failed.load(Ordering::Relaxed);
-            if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        })?;
-        let percent = 100.0 * waited;
-        tracing::info!(role = ?config.role, member = number, "trained {pairs_per_second:.1} pairs/s; the model waited for pairs {percent:.1} % of the time");
-        if number == 0 {
-            work.facts.set("log", thinned(&trained[LOG]));
-        }
-        Ok(trained.into_iter().map(|(name, bytes)| (folder.join(name).display().to_string(), bytes)).collect())
-    };
-    let some = || {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.div_ceil(at_once)).build();
-        let pool = pool.map_err(|e| TrainerError::Config(format!("no threads to train with: {e}")))?;
-        let mut files = BTreeMap::new();
-        loop {
-            let number = next.fetch_add(1, Ordering::Relaxed);
-            if number >= members {
-                return Ok(files);
-            }
-            files.extend(pool.install(|| one(number)).inspect_err(|_| failed.store(true, Ordering::Relaxed))?);
-        }
-    };
-    let trained: Vec<Result<BTreeMap<_, _>, TrainerError>> = std::thread::scope(|scope| {
-        let running: Vec<_> = (0..at_once).map(|_| scope.spawn(some)).collect();
-        running.into_iter().map(|one| one.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-    });
-    // One that fails stops the others: its error is the one to tell.
-    let (trained, errors): (Vec<_>, Vec<_>) = trained.into_iter().partition(Result::is_ok);
-    let mut errors: Vec<TrainerError> = errors.into_iter().filter_map(Result::err).collect();
-    errors.sort_by_key(|error| matches!(error, TrainerError::Stopped { .. }));
-    match errors.into_iter().next() {
-        Some(error) => Err(error),
-        None => Ok(trained.into_iter().flatten().flatten().collect()),
-    }
-}
-
-/// Lines of a training log, no more than a chart can show, the last one among them.
-fn thinned(log: &[u8]) -> Vec<serde_json::Value> {
-    const MOST: usize = 200;
-    let lines: Vec<serde_json::Value> =
-        log.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
-    let every = lines.len().div_ceil(MOST).max(1);
-    let mut kept: Vec<_> = lines.into_iter().rev().step_by(every).collect();
-    kept.reverse();
-    kept
-}
-
-/// What a member starts from: the same member of the parent, which has not seen the pairs either that it will judge; or a parent without members,
-/// if it was not trained here.
-fn parent_of(member: Member, folder: &Path, config: &TrainConfig) -> Result<Checkpoint, TrainerError> {
-    if config.init == Init::Fresh || config.members() == 1 {
-        return Ok(Checkpoint::open(folder)?);
-    }
-    let members = files::member_folders(folder);
-    let found = (members[0].len(), members.len());
-    if found == (1, 1) && !folder.join(SETTINGS).exists() {
-        return Ok(Checkpoint::open(folder)?);
-    }
-    if found.0 == config.folds && config.repeats <= found.1 {
-        return Ok(Checkpoint::open(&members[member.repeat][member.fold])?);
-    }
-    let ((folds, repeats), TrainConfig { folds: own, repeats: times, .. }) = (found, config);
-    Err(TrainerError::Config(format!(
-        "`folds` is {own} and `repeats` {times}, but the model to start from has {folds} and {repeats}: its members have seen what these would judge; \
-         start \"fresh\", or from a MED with as many folds and no fewer repeats"
-    )))
-}
-
 /// The folder with files of the store that a setting names by their digest.
-async fn known(work: &Work, digest: Option<&str>) -> Result<Option<PathBuf>, StageError> {
+async fn pretrained(work: &Work, digest: Option<&str>) -> Result<Option<PathBuf>, StageError> {
     let Some(text) = digest else { return Ok(None) };
     let no_digest = |_| StageError::Input(format!("`{text}` is no digest of files in the store"));
     Ok(Some(work.model_folder(&text.parse().map_err(no_digest)?).await?))
@@ -307,7 +219,7 @@ fn decode(batch: &RecordBatch, rows: Vec<(usize, (String, Vec<PairText>))>, side
     rows.into_par_iter()
         .map(|(i, (sample_id, texts))| {
             let image = image::load_from_memory(images.value(i))
-                .map_err(|e| StageError::Input(format!("the stored image of sample {sample_id} cannot be decoded: {e}")))?;
+                .map_err(|e| caused(TrainerError::Image { sample_id: sample_id.clone(), reason: e.to_string() }))?;
             TrainPair::new(sample_id, texts, &image.into_rgb8(), side).map_err(caused)
         })
         .collect()

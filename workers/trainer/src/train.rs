@@ -44,6 +44,15 @@ pub struct LogLine {
     pub temperature: Option<f32>,
 }
 
+/// Where an unfinished run is saved, and how often.
+#[derive(Debug, Clone, Copy)]
+pub struct Saves<'a> {
+    /// The folder, one for each member of a model.
+    pub folder: &'a Path,
+    /// Steps between two saved states, rounded up to whole log lines; 0 never saves.
+    pub every: u64,
+}
+
 /// Where a run is, told after every log line.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress<'a> {
@@ -59,10 +68,10 @@ pub struct Progress<'a> {
 
 /// Trains one member of a model and returns its files, name → bytes: the checkpoint, the training log and the settings.
 ///
-/// The result depends on the pairs as a set, the settings, the member, the parent, what it begins with and the kind of device alone. `resume_dir`,
-/// one for each member,
-/// takes the state of the unfinished run; called again with it, the run goes on from the last saved state and ends in the same bytes. `progress` may
-/// stop the run by [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images (`model.image_size`, or the parent's).
+/// The result depends on the pairs as a set, the settings, the member, the parent, what it begins with and the kind of device alone. Called again
+/// with the same `saves`, an unfinished run goes on from the last saved state and ends in the same bytes; a state that is damaged, or another run's,
+/// is no more than lost work. `progress` may stop the run by [`ControlFlow::Break`]. The pairs' pixels must be as large as the model's images
+/// (`model.image_size`, or the parent's).
 ///
 /// # Errors
 ///
@@ -71,9 +80,9 @@ pub fn train(
     set: &TrainSet,
     config: &TrainConfig,
     member: Member,
-    (parent, known): (Option<&Checkpoint>, Pretrained<'_>),
+    (parent, pretrained): (Option<&Checkpoint>, Pretrained<'_>),
     device: &Device,
-    resume_dir: &Path,
+    saves: Saves<'_>,
     mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<BTreeMap<String, Vec<u8>>, TrainerError> {
     config.check()?;
@@ -81,13 +90,22 @@ pub fn train(
     let sampler = Sampler::new(set, config.mixture(), config.shuffle_shards, member, seed)?;
     let steps = config.total_steps(sampler.pairs());
     let recipe = Recipe { seed, ..config.recipe(steps, sampler.pairs()) };
-    let mut trainer = start(set, config, (parent, known), recipe, device)?;
-    trainer.keep_feature_maps(Arc::clone(&set.feature_maps))?;
-    let state = resume_dir.join("state.safetensors");
-    if state.exists() {
-        trainer.load_state(&state)?;
+    let begin = || -> Result<Trainer, TrainerError> {
+        let mut trainer = start(set, config, (parent, pretrained), recipe.clone(), device)?;
+        trainer.keep_feature_maps(Arc::clone(&set.feature_maps))?;
+        Ok(trainer)
+    };
+    let mut trainer = begin()?;
+    let state = saves.folder.join("state.safetensors");
+    if state.exists()
+        && let Err(error) = trainer.load_state(&state)
+    {
+        tracing::warn!(%error, "the training begins again: its saved state cannot be used");
+        std::fs::remove_file(&state).map_err(|source| TrainerError::Io { path: state.clone(), source })?;
+        trainer = begin()?;
     }
-    let mut log = Log::open(resume_dir.join(LOG), trainer.steps())?;
+    let mut log = Log::open(saves.folder.join(LOG), trainer.steps())?;
+    let save_every = saves.every.next_multiple_of(config.log_every);
 
     let (began, first, batch) = (Instant::now(), trainer.steps(), config.batch as u64);
     let mut window = Window::default();
@@ -99,7 +117,7 @@ pub fn train(
             if done % config.log_every == 0 || done == steps {
                 let line = std::mem::take(&mut window).line();
                 log.write(&line)?;
-                if config.checkpoint_every > 0 && done % config.save_every() == 0 && done < steps {
+                if saves.every > 0 && done % save_every == 0 && done < steps {
                     log.flush()?;
                     trainer.save_state(&state)?;
                 }
@@ -114,7 +132,7 @@ pub fn train(
         Ok(())
     })?;
     log.flush()?;
-    let folder = resume_dir.join("checkpoint");
+    let folder = saves.folder.join("checkpoint");
     let mut files = finished(&trainer, config, &folder, &log.path)?;
     if config.role.parts().encoder
         && let Some(moments) = image_moments(set, member, &Checkpoint::open(&folder)?, device)?
@@ -131,7 +149,7 @@ pub fn train(
 fn start(
     set: &TrainSet,
     config: &TrainConfig,
-    (parent, known): (Option<&Checkpoint>, Pretrained<'_>),
+    (parent, pretrained): (Option<&Checkpoint>, Pretrained<'_>),
     recipe: Recipe,
     device: &Device,
 ) -> Result<Trainer, TrainerError> {
@@ -155,7 +173,7 @@ fn start(
             let tokenizer = parent.tokenizer()?.json().to_owned();
             let parent = parent.config()?;
             let model = config.model.config(Some(parent), parent.text_config.vocab_size);
-            Ok(Trainer::fresh(&Architecture::Med(model), tokenizer, known, recipe, device)?)
+            Ok(Trainer::fresh(&Architecture::Med(model), tokenizer, pretrained, recipe, device)?)
         }
         (Init::Fresh, None) => {
             let texts = set.entries().iter().flat_map(|entry| &entry.texts);
@@ -164,7 +182,7 @@ fn start(
             Ok(Trainer::fresh(
                 &Architecture::Med(config.model.config(None, config.vocab_size)),
                 tokenizer,
-                known,
+                pretrained,
                 recipe,
                 device,
             )?)
@@ -213,7 +231,7 @@ fn finished(
     if folder.exists() {
         std::fs::remove_dir_all(folder).map_err(fail(folder))?;
     }
-    trainer.save_checkpoint(folder, config.precision)?;
+    trainer.save_checkpoint(folder, config.stored_dtype)?;
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(folder).map_err(fail(folder))? {
         let entry = entry.map_err(fail(folder))?;

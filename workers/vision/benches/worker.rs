@@ -20,7 +20,7 @@ use capfilt_models::generate::Captioner;
 use capfilt_models::med::Parts;
 use capfilt_models::ops::Precision;
 use capfilt_models::parameters::fresh_tensors;
-use capfilt_models::preprocess::Pixels;
+use capfilt_models::preprocess::{Pixels, Preprocessor};
 use capfilt_models::sampling::Sampling;
 use capfilt_models::special;
 use capfilt_models::tokenizer::train_wordpiece;
@@ -49,7 +49,8 @@ async fn make(folder: &Path) {
     let tokenizer = train_wordpiece(&["a picture of a grey heron standing in the water"], 100).unwrap();
     let tensors = fresh_tensors(&config, Parts::CAPTIONER, 1, &Device::Cpu).unwrap();
     let checkpoint = folder.join("checkpoint");
-    Checkpoint::save(&checkpoint, &config, &tensors, DType::F32, &tokenizer).unwrap();
+    Checkpoint::save(&checkpoint, &config, &tensors, DType::F32, &tokenizer, &Preprocessor::new(config.vision_config.image_size))
+        .unwrap();
     let names = ["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"];
     let files = names.map(|name| (name.to_owned(), std::fs::read(checkpoint.join(name)).unwrap()));
     let store = Store::open(folder.join("store").to_str().unwrap()).await.unwrap();

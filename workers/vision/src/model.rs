@@ -9,7 +9,6 @@ use capfilt_models::clip::ClipScorer;
 use capfilt_models::device::{DType, Device, built_for, check_name, device};
 use capfilt_models::generate::Captioner;
 use capfilt_models::med::{Med, Parts};
-use capfilt_models::moments::ImageMoments;
 use capfilt_models::ops::{Precision, is_fast, multiplies};
 use capfilt_models::preprocess::Preprocessor;
 use capfilt_models::sampling::Sampling;
@@ -218,14 +217,7 @@ pub(crate) fn filter(
         checkpoint.tokenizer()?,
         first_token,
     )?;
-    let filter = match itc {
-        Itc::Cosine => filter,
-        Itc::Standardized => {
-            let width = checkpoint.config()?.image_text_hidden_size;
-            filter.standardized(ImageMoments::read(&folder.join(files::IMAGE_MOMENTS), width, device)?)
-        }
-    };
-    Ok((filter, checkpoint.preprocessor()?))
+    Ok((filter.telling(itc, &checkpoint, device)?, checkpoint.preprocessor()?))
 }
 
 /// A CLIP and its image transform, from a checkpoint folder.

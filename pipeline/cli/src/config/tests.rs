@@ -46,6 +46,35 @@ fn the_reference_of_gathering_tells_the_defaults() {
     }
 }
 
+#[test]
+fn the_reference_of_training_tells_the_defaults() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/train.toml");
+    let config = RunConfig::load(&path, &[]).map_err(|f| f.text()).unwrap();
+    let TrainSection::BuiltIn(told) = &config.train["filter"] else { panic!("it is built in") };
+    let params = config.train_params().unwrap().remove("filter").unwrap();
+    let params: TrainConfig = serde_json::from_value(params).unwrap();
+    let usual = TrainConfig { role: params.role, epochs: params.epochs, ..TrainConfig::default() };
+    assert_eq!(params, usual);
+    // One is left out where a model has one member, the other stands beside it.
+    let shown = json(&TrainConfig { folds: 2, repeats: 2, ..usual }).unwrap();
+    let missing: Vec<_> = shown.as_object().unwrap().keys().filter(|key| !told.contains_key(*key)).collect();
+    assert_eq!(missing, ["role", "steps"]);
+    let metric = config.retrain.metric.clone();
+    assert_eq!(config.retrain, RetrainConfig { enabled: true, metric, ..RetrainConfig::default() });
+    assert_eq!((config.evaluate, config.worker.trainer), (EvaluateConfig::default(), TrainerWorkerConfig::default()));
+}
+
+#[test]
+fn every_config_can_be_loaded() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            RunConfig::load(&path, &[]).map_err(|f| f.text()).unwrap();
+        }
+    }
+}
+
 /// The config of the demo with some settings changed.
 fn demo(changes: &[&str]) -> Result<RunConfig, String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/demo.toml");

@@ -21,7 +21,7 @@ impl<'a> Planner<'a> {
         }
         let built = self.build(samples.commits.iter().flat_map(|c| c.as_inputs()).collect(), annotated, heldout)?;
         self.plan.last_build = Some(built.task_id);
-        if let Err(why) = self.config.retrain.wanted(rows(built), Seen::default()) {
+        if let Err(why) = self.config.retrain.wanted(rows(built), None) {
             self.plan.stuck = Some(format!("no first models were trained: {why}"));
             return None;
         }
@@ -36,7 +36,7 @@ impl<'a> Planner<'a> {
     /// Trains on what was built, if that is wanted and it is large enough, and holds the result against the round's models. `false`
     /// while that goes on.
     pub(super) fn challenge(&mut self, finish: &mut Finish, champion: &Measured, built: &Commit, heldout: &Settled<'a>) -> bool {
-        match self.config.retrain.wanted(rows(built), self.seen_by(finish.record.captioner, built)) {
+        match self.config.retrain.wanted(rows(built), Some(self.seen_by(finish.record.captioner, built))) {
             Ok(true) => {}
             Ok(false) => return true,
             Err(why) => {
@@ -46,14 +46,20 @@ impl<'a> Planner<'a> {
             }
         }
         let Some(challengers) = self.train(Some(&finish.record), built, &mut finish.rests_on) else { return false };
-        if challengers.is_empty() {
-            return true;
-        }
         let pick = |role: &str, now: Digest| challengers.get(role).copied().unwrap_or(now);
         let captioner = pick(retrain::CAPTIONER, finish.record.captioner);
         let filter = pick(retrain::FILTER, finish.record.filter);
         let clip = challengers.get(retrain::CLIP).copied();
         let Some(metrics) = self.evaluate(captioner, filter, clip, heldout, &mut finish.rests_on) else { return false };
+        for role in [retrain::CAPTIONER, retrain::FILTER] {
+            if self.config.stages.train.contains_key(role) && !challengers.contains_key(role) {
+                finish.reasons.insert(role.to_owned(), "its challenger could not be trained".to_owned());
+            }
+        }
+        // In a role without a challenger it is the round's own model that was measured.
+        let of_challengers = |metric: &String| metric.split_once('/').is_some_and(|(role, _)| challengers.contains_key(role));
+        finish.challenger_metrics =
+            metrics.values.iter().filter(|(name, _)| of_challengers(name)).map(|(n, v)| (n.clone(), *v)).collect();
         for (role, model) in challengers {
             if role == retrain::CLIP {
                 finish.reasons.insert(role, format!("model {} measures the version, and plays no role", model.short()));
@@ -65,7 +71,6 @@ impl<'a> Planner<'a> {
                 finish.promoted.insert(role, model);
             }
         }
-        finish.challenger_metrics = metrics.values;
         true
     }
 
@@ -78,7 +83,8 @@ impl<'a> Planner<'a> {
         Seen { rows: built.map_or(0, rows), age_ms }
     }
 
-    /// The captioner and the filter that are trained on what was built, and the CLIP, without those that were given up; `None` while that goes on.
+    /// The captioner and the filter that are trained on what was built, and the CLIP, without those that were given up; `None` while that goes on,
+    /// and for good where an external trainer of first models is given up.
     /// Where a MED is pre-trained, it comes first, and is what those start from that ask for it. Tells which tasks that took.
     fn train(
         &mut self,
@@ -93,8 +99,10 @@ impl<'a> Planner<'a> {
             let train = planner.task(StageKind::Train, params.clone(), model, inputs.clone());
             let mut settled = Settled::none();
             let external = params.get("command").is_some_and(|c| c.as_array().is_some_and(|c| !c.is_empty()));
-            let trained = if external { planner.own(train) } else { planner.settle(train, 0, &mut settled) };
-            if !settled.all || (external && trained.is_none()) {
+            // One that is given up leaves the model in service where it is.
+            let own = external && !(in_service.is_some() && planner.is_dead(&train));
+            let trained = if own { planner.own(train) } else { planner.settle(train, 0, &mut settled) };
+            if !settled.all || (own && trained.is_none()) {
                 return None;
             }
             let model = trained.and_then(|c| Some((c.task_id, c.outputs.first()?.digest)));
@@ -103,7 +111,7 @@ impl<'a> Planner<'a> {
                 model
             }))
         };
-        // Its weights are fresh; the vocabulary is that of the models in service.
+        // The model in service gives its vocabulary, and its weights where `init` is "parent".
         let med = one(self, retrain::MED, in_service.map(|record| record.captioner))?;
         let mut trained = BTreeMap::new();
         let mut all = true;

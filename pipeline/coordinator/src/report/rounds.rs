@@ -50,7 +50,7 @@ pub(super) fn metrics(h: &mut Html, report: &Report) {
             h.put("<figure><figcaption><b>{}</b>", &[&label(name)]);
             if let Some((_, champion, challenger)) = points.last() {
                 h.put("<span>{}", &[&champion.map_or("–".to_owned(), number)]);
-                change(h, name, *champion, *challenger);
+                change(h, *champion, *challenger);
                 h.raw("</span>");
             }
             h.raw("</figcaption>");
@@ -125,7 +125,7 @@ fn table(h: &mut Html, judged: &[&Round], roles: &BTreeMap<&str, Vec<&str>>, val
                     "<td class=\"num group\">{}</td><td class=\"num\">{}</td><td class=\"num\">",
                     &[&shown(champion), &shown(challenger)],
                 );
-                change(h, name, champion, challenger);
+                change(h, champion, challenger);
                 h.raw("</td>");
             }
             h.raw("</tr>");
@@ -135,22 +135,20 @@ fn table(h: &mut Html, judged: &[&Round], roles: &BTreeMap<&str, Vec<&str>>, val
 }
 
 /// How much better or worse the challenger is, with an arrow in the direction of the number.
-fn change(h: &mut Html, name: &str, champion: Option<f64>, challenger: Option<f64>) {
+fn change(h: &mut Html, champion: Option<f64>, challenger: Option<f64>) {
     let Some(by) = challenger.zip(champion).map(|(new, now)| new - now).filter(|d| d.is_finite()) else { return };
-    let less_is_better = ["loss", "perplexity"].iter().any(|word| name.contains(word));
     if by.abs() < 5e-5 {
         h.raw("<em class=\"change\">±0</em>");
         return;
     }
-    let tone = if (by > 0.0) == less_is_better { "down" } else { "up" };
-    let (arrow, sign) = if by > 0.0 { ("▲", "+") } else { ("▼", "−") };
+    let (tone, arrow, sign) = if by > 0.0 { ("up", "▲", "+") } else { ("down", "▼", "−") };
     h.put("<em class=\"change {}\">{} {}{}</em>", &[&tone, &arrow, &sign, &number(by.abs())]);
 }
 
 /// A metric's name as the field writes it.
 fn label(name: &str) -> String {
     let short = name.split_once('/').map_or(name, |(_, metric)| metric);
-    let known = [("cider_d", "CIDEr-D"), ("cider", "CIDEr"), ("rouge_l", "ROUGE-L"), ("auroc", "AUROC"), ("bleu", "BLEU")];
+    let known = [("cider_d", "CIDEr-D"), ("rouge_l", "ROUGE-L"), ("auroc", "AUROC"), ("auroc_itc", "AUROC by ITC")];
     if let Some((_, label)) = known.iter().find(|(k, _)| *k == short) {
         return (*label).to_owned();
     }
@@ -158,12 +156,14 @@ fn label(name: &str) -> String {
     let word = word.trim_end_matches('_');
     match number {
         Some(n) if word == "bleu" => format!("BLEU-{n}"),
-        Some(n) if word == "r" || word.ends_with("_r") => format!("{}R@{n}", word[..word.len() - 1].replace('_', " ")),
+        Some(n) if word == "tr_at" => format!("TR@{n}"),
+        Some(n) if word == "ir_at" => format!("IR@{n}"),
+        Some(n) if word == "zero_shot_at" => format!("zero-shot top-{n}"),
         _ => short.replace('_', " "),
     }
 }
 
-/// A name and the number at its end: `r10` comes after `r5`.
+/// A name and the number at its end: `tr_at_10` comes after `tr_at_5`.
 fn split_number(name: &str) -> (&str, Option<u64>) {
     let word = name.trim_end_matches(|c: char| c.is_ascii_digit());
     (word, name[word.len()..].parse().ok())

@@ -62,7 +62,7 @@ pub(crate) fn jpeg(seed: u64, length: usize) -> Vec<u8> {
 }
 
 pub(crate) fn metrics(cider: f64, auroc: f64) -> BTreeMap<String, f64> {
-    [("captioner/cider_d", cider), ("captioner/bleu_4", cider / 2.0), ("filter/auroc", auroc)]
+    [("captioner/cider_d", cider), ("captioner/bleu_4", cider / 2.0), ("filter/auroc", auroc), ("filter/tr_at_10", 0.5)]
         .map(|(n, v)| (n.to_owned(), v))
         .into()
 }
@@ -115,7 +115,7 @@ impl Recorder {
     }
 
     pub(crate) async fn start(&mut self, round: u32) {
-        let record = RoundRecord { round, captioner: self.models[0], filter: self.models[1] };
+        let record = RoundRecord { round, captioner: self.models[0], filter: self.models[1], started_at_ms: self.clock };
         self.store.start_round(&self.run, record).await.unwrap();
         self.store.log_event(&self.run, &format!("round {round} started")).await.unwrap();
     }

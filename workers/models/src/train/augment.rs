@@ -16,7 +16,7 @@ pub struct Augmentation {
     pub flip: bool,
     /// Strength of the distortions, in `0..=1`; 0 never distorts. Two are drawn for each image from BLIP's list (RandAugment, arXiv
     /// 1909.13719), and each is made with probability ½: automatic contrast, histogram equalisation, brightness, sharpness, shearing or
-    /// moving along an axis, rotation, or none. BLIP: 0.5.
+    /// moving along an axis, rotation, or none. BLIP: 0.5, at which its brightness and sharpness stay as they are.
     pub distort: f64,
 }
 
@@ -38,12 +38,12 @@ const DISTORTIONS: usize = 2;
 /// Probability that a drawn distortion is made.
 const DISTORTED: f64 = 0.5;
 
-/// Full strength: pixels moved sideways per pixel, share of the side that an image is moved by (10 of 224 pixels), degrees, and change of
-/// brightness and of sharpness (`transform/randaugment.py` of BLIP).
+/// Full strength: pixels moved sideways per pixel, share of the side that an image is moved by (10 of 224 pixels), degrees; and the factors of
+/// brightness and of sharpness, from no strength to full (`transform/randaugment.py` of BLIP).
 const MAX_SHEAR: f64 = 0.3;
 const MAX_MOVE: f64 = 10.0 / 224.0;
 const MAX_DEGREES: f64 = 30.0;
-const MAX_CHANGE: f64 = 0.9;
+const FACTORS: [f64; 2] = [0.1, 1.9];
 
 impl Augmentation {
     /// Whether images stay as they are.
@@ -109,14 +109,14 @@ impl Augmentation {
     }
 }
 
-/// One distortion, drawn evenly, at `strength` of its range and in a drawn direction; or none.
+/// One distortion, drawn evenly, at `strength` of its range and, where it has one, in a drawn direction; or none.
 fn distorted(mut pixels: Vec<u8>, side: usize, strength: f64, stream: &mut Stream) -> Vec<u8> {
     let kind = (stream.uniform() * 10.0) as usize;
+    let factor = FACTORS[0] + (FACTORS[1] - FACTORS[0]) * strength;
     let strength = if stream.uniform() < 0.5 { strength } else { -strength };
     if stream.uniform() >= DISTORTED {
         return pixels;
     }
-    let factor = 1.0 + MAX_CHANGE * strength;
     let (shear, shift) = (MAX_SHEAR * strength, MAX_MOVE * side as f64 * strength);
     match kind {
         0 => per_channel(&mut pixels, autocontrast),

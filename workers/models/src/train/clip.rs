@@ -46,7 +46,7 @@ impl Start {
         Ok(Self {
             config: checkpoint.clip_config()?.clone(),
             tokenizer_json: checkpoint.clip_tokenizer()?.json()?,
-            preprocessor: checkpoint.preprocessor()?,
+            preprocessor: checkpoint.preprocessor()?.stretching(),
             tensors: checkpoint.tensors(device)?,
         })
     }

@@ -18,7 +18,7 @@ const NEGATIVE_FLOOR: f64 = 1e-4;
 /// # Errors
 ///
 /// Shapes that do not fit.
-pub fn lm_loss(logits: &Tensor, ids: &Tensor, mask: &Tensor, prompt: usize, smoothing: f32) -> Result<Tensor> {
+pub(super) fn lm_loss(logits: &Tensor, ids: &Tensor, mask: &Tensor, prompt: usize, smoothing: f32) -> Result<Tensor> {
     let (rows, tokens, vocab) = logits.dims3()?;
     if ids.dims() != [rows, tokens] || mask.dims() != ids.dims() {
         return Err(ModelError::Input(format!(
@@ -41,7 +41,7 @@ pub fn lm_loss(logits: &Tensor, ids: &Tensor, mask: &Tensor, prompt: usize, smoo
 
 /// What tells whether an image and a text belong together: hashes of the image's name and of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Key {
+pub(super) struct Key {
     image: u64,
     text: u64,
 }
@@ -49,7 +49,7 @@ pub struct Key {
 impl Key {
     /// Of the name of an image and of a cleaned text.
     #[must_use]
-    pub fn new(image: &str, text: &str) -> Self {
+    pub(super) fn new(image: &str, text: &str) -> Self {
         let hash = |part: &str| {
             let digest: [u8; 32] = Sha256::digest(part.as_bytes()).into();
             u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]])
@@ -79,7 +79,7 @@ impl Key {
 /// Such pairs share the target of the contrastive loss and are never drawn as negatives. BLIP does so by images when it fine-tunes
 /// (`models/blip_retrieval.py`); pictures of the web share texts too.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Matches {
+pub(super) struct Matches {
     rows: usize,
     columns: usize,
     matching: Vec<bool>,
@@ -88,14 +88,14 @@ pub struct Matches {
 impl Matches {
     /// Of each pair of a batch with each pair of `all`.
     #[must_use]
-    pub fn new(batch: &[Key], all: &[Key]) -> Self {
+    pub(super) fn new(batch: &[Key], all: &[Key]) -> Self {
         let matching = batch.iter().flat_map(|one| all.iter().map(|other| one.matches(*other))).collect();
         Self { rows: batch.len(), columns: all.len(), matching }
     }
 
     /// Whether pair `row` of the batch and pair `column` of all belong together.
     #[must_use]
-    pub fn get(&self, row: usize, column: usize) -> bool {
+    pub(super) fn get(&self, row: usize, column: usize) -> bool {
         self.matching[row * self.columns + column]
     }
 
@@ -104,7 +104,7 @@ impl Matches {
     /// # Errors
     ///
     /// The device has no memory.
-    pub fn targets(&self, device: &Device) -> Result<Tensor> {
+    pub(super) fn targets(&self, device: &Device) -> Result<Tensor> {
         let shares = self.matching.chunks(self.columns.max(1)).flat_map(|row| {
             let share = 1.0 / row.iter().filter(|matching| **matching).count().max(1) as f32;
             row.iter().map(move |matching| if *matching { share } else { 0.0 })
@@ -118,17 +118,17 @@ impl Matches {
 /// # Errors
 ///
 /// Shapes that do not fit.
-pub fn similarities(of: &Tensor, with: &Tensor, temperature: &Tensor) -> Result<Tensor> {
+pub(super) fn similarities(of: &Tensor, with: &Tensor, temperature: &Tensor) -> Result<Tensor> {
     Ok(of.matmul(&with.t()?)?.broadcast_div(temperature)?)
 }
 
-/// `alpha · softmax(teacher) + (1 − alpha) · targets`, all `(b, n)`: the targets of ALBEF and BLIP, in which a pair that the slow encoders find
+/// `alpha · softmax(teacher) + (1 − alpha) · targets`, all `(b, n)`: the targets of ALBEF and BLIP, in which a pair that the momentum encoders find
 /// similar is no full negative.
 ///
 /// # Errors
 ///
 /// Shapes that do not fit.
-pub fn soft_targets(teacher: &Tensor, targets: &Tensor, alpha: f64) -> Result<Tensor> {
+pub(super) fn soft_targets(teacher: &Tensor, targets: &Tensor, alpha: f64) -> Result<Tensor> {
     let soft = candle_nn::ops::softmax(&teacher.detach(), D::Minus1)?;
     Ok(((soft * alpha)? + (targets * (1.0 - alpha))?)?)
 }
@@ -139,7 +139,7 @@ pub fn soft_targets(teacher: &Tensor, targets: &Tensor, alpha: f64) -> Result<Te
 /// # Errors
 ///
 /// Shapes that do not fit.
-pub fn contrastive_loss(similarities: &Tensor, targets: &Tensor) -> Result<Tensor> {
+pub(super) fn contrastive_loss(similarities: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let log_p = candle_nn::ops::log_softmax(similarities, D::Minus1)?;
     Ok(((log_p * targets)?.sum_all()? * (-1.0 / similarities.dim(0)?.max(1) as f64))?)
 }
@@ -148,11 +148,11 @@ pub fn contrastive_loss(similarities: &Tensor, targets: &Tensor) -> Result<Tenso
 ///
 /// An entry is `None` when everything in the batch belongs to that pair.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HardNegatives {
+pub(super) struct HardNegatives {
     /// Number of the text for each image.
-    pub text_for_image: Vec<Option<usize>>,
+    pub(super) text_for_image: Vec<Option<usize>>,
     /// Number of the image for each text.
-    pub image_for_text: Vec<Option<usize>>,
+    pub(super) image_for_text: Vec<Option<usize>>,
 }
 
 impl HardNegatives {
@@ -164,7 +164,13 @@ impl HardNegatives {
     /// # Errors
     ///
     /// Similarities of another shape than the batch of `matches` has.
-    pub fn draw(image_to_text: &Tensor, text_to_image: &Tensor, matches: &Matches, seed: u64, number: u64) -> Result<Self> {
+    pub(super) fn draw(
+        image_to_text: &Tensor,
+        text_to_image: &Tensor,
+        matches: &Matches,
+        seed: u64,
+        number: u64,
+    ) -> Result<Self> {
         let mut stream = Stream::new("hard negatives", seed, &[&number.to_le_bytes()]);
         let mut side = |scores: &Tensor| -> Result<Vec<Option<usize>>> {
             let scores = scores.to_vec2::<f32>()?;
@@ -172,31 +178,19 @@ impl HardNegatives {
             if scores.len() != size || scores.iter().any(|row| row.len() != size) {
                 return Err(ModelError::Input(format!("hard negatives: {} rows of similarities for {size} pairs", scores.len())));
             }
-            Ok(scores.iter().enumerate().map(|(i, row)| pick(row, |j| matches.get(i, j), stream.uniform())).collect())
+            Ok(scores.iter().enumerate().map(|(i, row)| pick(row, |j| matches.get(i, j), &mut stream)).collect())
         };
         Ok(Self { text_for_image: side(image_to_text)?, image_for_text: side(text_to_image)? })
     }
 }
 
-/// One multinomial draw by inversion.
-fn pick(scores: &[f32], barred: impl Fn(usize) -> bool, uniform: f64) -> Option<usize> {
+/// A draw in proportion to the softmax of `scores`, among those that are not barred.
+fn pick(scores: &[f32], barred: impl Fn(usize) -> bool, stream: &mut Stream) -> Option<usize> {
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let exponentials: Vec<f64> = scores.iter().map(|score| f64::from(score - max).exp()).collect();
     let total: f64 = exponentials.iter().sum();
-    let weights: Vec<f64> =
-        exponentials.iter().enumerate().map(|(k, e)| if barred(k) { 0.0 } else { e / total + NEGATIVE_FLOOR }).collect();
-    let mut left = uniform * weights.iter().sum::<f64>();
-    let mut last = None;
-    for (k, weight) in weights.into_iter().enumerate() {
-        if weight > 0.0 {
-            last = Some(k);
-            if left < weight {
-                break;
-            }
-            left -= weight;
-        }
-    }
-    last
+    let weight = |(k, e): (usize, &f64)| if barred(k) { 0.0 } else { e / total + NEGATIVE_FLOOR };
+    stream.weighted(&exponentials.iter().enumerate().map(weight).collect::<Vec<_>>())
 }
 
 /// Image-text matching loss, a scalar: cross-entropy of `logits` `(n, 2)`, class 1 = match.
@@ -204,7 +198,7 @@ fn pick(scores: &[f32], barred: impl Fn(usize) -> bool, uniform: f64) -> Option<
 /// # Errors
 ///
 /// Not one label for each row.
-pub fn itm_loss(logits: &Tensor, labels: &[bool]) -> Result<Tensor> {
+pub(super) fn itm_loss(logits: &Tensor, labels: &[bool]) -> Result<Tensor> {
     let targets = labels.iter().map(|&label| Some(u32::from(label))).collect();
     Ok(smoothed_cross_entropy(logits, targets, 0.0)?)
 }

@@ -10,7 +10,7 @@ use candle_nn::VarBuilder;
 use super::feature_maps::{FeatureMaps, TrunkId};
 use super::groups::TextGroups;
 use super::losses::{HardNegatives, Key, Matches, contrastive_loss, itm_loss, lm_loss, similarities, soft_targets};
-use super::momentum::{Momentum, SlowFeatures};
+use super::momentum::{Momentum, MomentumFeatures};
 use super::words::known_words;
 use super::{Losses, Pretrained, Recipe};
 use crate::checkpoint::Checkpoint;
@@ -78,13 +78,13 @@ impl Start {
     pub(super) fn fresh(
         config: &MedConfig,
         tokenizer_json: String,
-        known: Pretrained<'_>,
+        pretrained: Pretrained<'_>,
         recipe: &Recipe,
         device: &Device,
     ) -> Result<Self> {
         let config = config.clone().checked()?;
         let mut tensors = drawn(&config, recipe, device)?;
-        match (config.vision_config.trunk, known.trunk) {
+        match (config.vision_config.trunk, pretrained.trunk) {
             (Some(kind), Some(folder)) => tensors.extend(trunk::pretrained(kind, Weights::open(folder)?, device)?),
             (None, None) => {}
             (Some(_), None) => return Err(ModelError::Config("a trunk is not trained here: it needs weights".to_owned())),
@@ -95,7 +95,7 @@ impl Start {
         let tokenizer = TextTokenizer::from_json(tokenizer_json, &config.text_config, Path::new("tokenizer.json"))?;
         let table = WORDS.into_iter().find(|table| tensors.contains_key(*table));
         if let Some(drawn) = table.and_then(|table| tensors.get_mut(table))
-            && let Some(folder) = known.words
+            && let Some(folder) = pretrained.words
         {
             *drawn = known_words(folder, &tokenizer, drawn, recipe.seed)?;
         }
@@ -124,7 +124,7 @@ impl Start {
         if recipe.role.parts().decoder {
             tensors.extend(stored.into_iter().filter(|(name, _)| name.starts_with("text_decoder.")));
         }
-        Ok(Self { config, tokenizer: checkpoint.tokenizer()?, preprocessor: checkpoint.preprocessor()?, tensors })
+        Ok(Self { config, tokenizer: checkpoint.tokenizer()?, preprocessor: checkpoint.preprocessor()?.stretching(), tensors })
     }
 }
 
@@ -198,7 +198,7 @@ impl MedObjective {
         }
     }
 
-    /// Before a batch: the slow encoders follow.
+    /// Before a batch: the momentum encoders follow.
     pub(super) fn follow(&mut self, variables: &BTreeMap<String, Var>) -> Result<()> {
         self.momentum.as_mut().map_or(Ok(()), |momentum| momentum.follow(variables))
     }
@@ -239,20 +239,20 @@ impl MedObjective {
             let groups = self.groups(encoded.iter(), device)?;
             let of_texts = groups.forward(|group| med.text_features(&group.ids, &group.mask))?;
             let of_images = med.image_features(&states)?;
-            let slow = match &self.momentum {
+            let theirs = match &self.momentum {
                 Some(momentum) => momentum.features(&patches, &groups, &keys)?,
-                None => SlowFeatures::of_batch(&of_images, &of_texts, &keys),
+                None => MomentumFeatures::of_batch(&of_images, &of_texts, &keys),
             };
-            let matches = Matches::new(&keys, &slow.keys);
-            let image_to_text = similarities(&of_images, &slow.texts, temperature)?;
-            let text_to_image = similarities(&of_texts, &slow.images, temperature)?;
+            let matches = Matches::new(&keys, &theirs.keys);
+            let image_to_text = similarities(&of_images, &theirs.texts, temperature)?;
+            let text_to_image = similarities(&of_texts, &theirs.images, temperature)?;
             let truth = matches.targets(device)?;
             let size = keys.len();
             let (for_images, for_texts) = match (&self.momentum, recipe.alpha_at(step)) {
                 (Some(_), alpha) if alpha > 0.0 => {
-                    let slow_side = |features: &Tensor| Ok::<_, ModelError>(features.narrow(0, 0, size)?);
-                    let by_images = similarities(&slow_side(&slow.images)?, &slow.texts, temperature)?;
-                    let by_texts = similarities(&slow_side(&slow.texts)?, &slow.images, temperature)?;
+                    let first_rows = |features: &Tensor| Ok::<_, ModelError>(features.narrow(0, 0, size)?);
+                    let by_images = similarities(&first_rows(&theirs.images)?, &theirs.texts, temperature)?;
+                    let by_texts = similarities(&first_rows(&theirs.texts)?, &theirs.images, temperature)?;
                     (soft_targets(&by_images, &truth, alpha)?, soft_targets(&by_texts, &truth, alpha)?)
                 }
                 _ => (truth.clone(), truth),
@@ -267,7 +267,7 @@ impl MedObjective {
             (losses.itc, losses.itm) = (Some(itc.to_scalar()?), Some(itm.to_scalar()?));
             terms.extend([itc, itm]);
             if let Some(momentum) = &mut self.momentum {
-                momentum.enqueue(&slow)?;
+                momentum.enqueue(&theirs)?;
             }
         }
         let mut total = Tensor::zeros((), DType::F32, device)?;

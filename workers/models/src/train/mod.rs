@@ -4,17 +4,17 @@
 //! are. Every random choice (fresh weights, augmentation, hard negatives) is keyed by the seed and by what it is for, so a run depends on
 //! its inputs alone, and a run that was stopped and resumed ends in the same bytes.
 
-pub mod augment;
+mod augment;
 mod clip;
 mod feature_maps;
 mod groups;
-pub mod losses;
+mod losses;
 mod med;
 mod momentum;
-pub mod optimizer;
+mod optimizer;
 mod prepare;
 mod recipe;
-pub mod schedule;
+mod schedule;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -25,6 +25,6 @@ pub use augment::{Augmentation, shrink};
 pub use feature_maps::FeatureMaps;
 pub use optimizer::{AdamW, AdamWConfig};
 pub use prepare::{Example, Prepared, Preparer};
-pub use recipe::{Precision, Recipe, Role};
+pub use recipe::{Recipe, Role, StoredDType};
 pub use schedule::Schedule;
 pub use trainer::{Architecture, Losses, Pretrained, StepReport, Trainer};

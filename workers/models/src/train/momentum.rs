@@ -1,4 +1,4 @@
-//! The slow side of contrastive learning (`MoCo`, arXiv 1911.05722; ALBEF, arXiv 2107.07651; `models/blip_pretrain.py`): encoders that follow
+//! The momentum side of contrastive learning (`MoCo`, arXiv 1911.05722; ALBEF, arXiv 2107.07651; `models/blip_pretrain.py`): encoders that follow
 //! the trained ones as a moving average, and queues of the features that they made of earlier batches.
 
 use std::collections::{BTreeMap, HashMap};
@@ -14,8 +14,8 @@ use crate::error::{ModelError, Result};
 use crate::med::{Med, Parts};
 use crate::random::Stream;
 
-/// Prefixes of what the slow encoders have of their own: what makes the features of ITC.
-const SLOW: [&str; 4] = ["vision_model.", "vision_proj.", "text_encoder.", "text_proj."];
+/// Prefixes of what the momentum encoders have of their own: what makes the features of ITC.
+const ENCODERS: [&str; 4] = ["vision_model.", "vision_proj.", "text_encoder.", "text_proj."];
 /// No feature of ITC comes through cross-attention.
 const UNUSED: &str = ".crossattention.";
 
@@ -23,7 +23,7 @@ const UNUSED: &str = ".crossattention.";
 const WEIGHTS: &str = "momentum/";
 const QUEUE: &str = "queue/";
 
-/// The slow encoders and their queues.
+/// The momentum encoders and their queues.
 #[derive(Debug)]
 pub(super) struct Momentum {
     med: Med,
@@ -41,8 +41,8 @@ struct Queue {
     next: usize,
 }
 
-/// Features of a batch by the slow encoders, followed by those of the queue: `(b + n, p)` each.
-pub(super) struct SlowFeatures {
+/// Features of a batch by the momentum encoders, followed by those of the queue: `(b + n, p)` each.
+pub(super) struct MomentumFeatures {
     pub(super) images: Tensor,
     pub(super) texts: Tensor,
     pub(super) keys: Vec<Key>,
@@ -59,10 +59,10 @@ impl Momentum {
         length: usize,
         (seed, device): (u64, &Device),
     ) -> Result<Self> {
-        let is_slow = |name: &str| SLOW.iter().any(|prefix| name.starts_with(prefix)) && !name.contains(UNUSED);
+        let is_encoder = |name: &str| ENCODERS.iter().any(|prefix| name.starts_with(prefix)) && !name.contains(UNUSED);
         let weights = online
             .iter()
-            .filter(|(name, _)| is_slow(name))
+            .filter(|(name, _)| is_encoder(name))
             .map(|(name, variable)| Ok((name.clone(), Var::from_tensor(&variable.as_tensor().copy()?)?)))
             .collect::<Result<BTreeMap<_, _>>>()?;
         // What is not used needs a shape all the same: the trained weights have it.
@@ -73,25 +73,25 @@ impl Momentum {
         Ok(Self { med, weights, decay, queue: Queue::new(length, config.image_text_hidden_size, (seed, device))? })
     }
 
-    /// Moves the slow weights towards the trained ones: `decay · slow + (1 − decay) · trained`.
+    /// Moves the weights towards the trained ones: `decay · weight + (1 − decay) · trained`.
     pub(super) fn follow(&mut self, online: &BTreeMap<String, Var>) -> Result<()> {
-        for (name, slow) in &self.weights {
+        for (name, weight) in &self.weights {
             if let Some(trained) = online.get(name) {
-                average(slow, trained.as_tensor(), self.decay)?;
+                average(weight, trained.as_tensor(), self.decay)?;
             }
         }
         Ok(())
     }
 
     /// The features of a batch: what [`Med::patches`] makes of its images, and its texts with `[CLS]` first. Without gradients.
-    pub(super) fn features(&self, patches: &Tensor, texts: &TextGroups, keys: &[Key]) -> Result<SlowFeatures> {
+    pub(super) fn features(&self, patches: &Tensor, texts: &TextGroups, keys: &[Key]) -> Result<MomentumFeatures> {
         let images = self.med.patch_features(patches)?.detach();
         let texts = texts.forward(|group| self.med.text_features(&group.ids, &group.mask))?.detach();
         let behind = |batch: &Tensor, queue: &Tensor| match self.queue.keys.is_empty() {
             true => Ok(batch.clone()),
             false => Tensor::cat(&[batch, queue], 0),
         };
-        Ok(SlowFeatures {
+        Ok(MomentumFeatures {
             images: behind(&images, &self.queue.images)?,
             texts: behind(&texts, &self.queue.texts)?,
             keys: keys.iter().chain(&self.queue.keys).copied().collect(),
@@ -100,14 +100,14 @@ impl Momentum {
     }
 
     /// Puts the features of a batch in the place of the oldest.
-    pub(super) fn enqueue(&mut self, features: &SlowFeatures) -> Result<()> {
+    pub(super) fn enqueue(&mut self, features: &MomentumFeatures) -> Result<()> {
         self.queue.push(features)
     }
 
     /// All that the next step depends on, by name.
     pub(super) fn state(&self) -> Result<Vec<(String, Tensor)>> {
         let mut state: Vec<_> =
-            self.weights.iter().map(|(name, slow)| (format!("{WEIGHTS}{name}"), slow.as_tensor().clone())).collect();
+            self.weights.iter().map(|(name, weight)| (format!("{WEIGHTS}{name}"), weight.as_tensor().clone())).collect();
         let numbers: Vec<i64> = self.queue.keys.iter().flat_map(|key| key.to_numbers()).collect();
         let device = self.queue.images.device();
         state.push((format!("{QUEUE}images"), self.queue.images.clone()));
@@ -124,8 +124,8 @@ impl Momentum {
             let found = saved.get(&key).filter(|tensor| tensor.dims() == shape);
             found.cloned().ok_or_else(|| ModelError::Input(format!("the training state has no {key} of shape {shape:?}")))
         };
-        for (name, slow) in &self.weights {
-            slow.set(&get(WEIGHTS, name, slow.dims())?)?;
+        for (name, weight) in &self.weights {
+            weight.set(&get(WEIGHTS, name, weight.dims())?)?;
         }
         let queue = &mut self.queue;
         let length = queue.keys.len();
@@ -139,8 +139,8 @@ impl Momentum {
     }
 }
 
-impl SlowFeatures {
-    /// The features of a batch itself stand for those of slow encoders, and there is no queue: plain contrast within the batch.
+impl MomentumFeatures {
+    /// The features of a batch itself stand for those of momentum encoders, and there is no queue: plain contrast within the batch.
     pub(super) fn of_batch(images: &Tensor, texts: &Tensor, keys: &[Key]) -> Self {
         Self { images: images.clone(), texts: texts.clone(), keys: keys.to_vec(), batch: keys.len() }
     }
@@ -161,7 +161,7 @@ impl Queue {
         Ok(Self { images: random("images")?, texts: random("texts")?, keys: vec![Key::NONE; length], next: 0 })
     }
 
-    fn push(&mut self, features: &SlowFeatures) -> Result<()> {
+    fn push(&mut self, features: &MomentumFeatures) -> Result<()> {
         let length = self.keys.len();
         let mut taken = 0;
         // In two pieces where the ring's end is in between; of a batch longer than the ring, its beginning.
@@ -195,7 +195,7 @@ mod tests {
             let rows: Vec<f32> = (0..3).flat_map(|i| [(10 * batch + i) as f32; 4]).collect();
             let rows = Tensor::from_vec(rows, (3, 4), device).unwrap();
             let keys: Vec<Key> = (0..3).map(|i| Key::new(&format!("{batch}/{i}"), "t")).collect();
-            SlowFeatures::of_batch(&rows, &(&rows * -1.0).unwrap(), &keys)
+            MomentumFeatures::of_batch(&rows, &(&rows * -1.0).unwrap(), &keys)
         };
         for batch in 0..3 {
             queue.push(&feature(batch)).unwrap();

@@ -18,12 +18,12 @@ pub struct AdamWConfig {
     /// Decoupled weight decay of matrices and embeddings. Vectors (biases, layer norms) and scalars have none.
     pub weight_decay: f64,
     /// Largest Euclidean norm of all gradients together; larger ones are scaled down to it.
-    pub clip: f64,
+    pub max_grad_norm: f64,
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.05, clip: 1.0 }
+        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.05, max_grad_norm: 1.0 }
     }
 }
 
@@ -136,8 +136,8 @@ impl AdamW {
                 reason: "the gradients are not finite; lower the learning rate".to_owned(),
             });
         }
-        let AdamWConfig { betas: [beta1, beta2], eps, weight_decay, clip } = self.config;
-        let scale = if norm > clip { clip / norm } else { 1.0 };
+        let AdamWConfig { betas: [beta1, beta2], eps, weight_decay, max_grad_norm } = self.config;
+        let scale = if norm > max_grad_norm { max_grad_norm / norm } else { 1.0 };
         self.steps += 1;
         let t = self.steps.min(i32::MAX as u64) as i32;
         let (correction1, correction2) = (1.0 - beta1.powi(t), 1.0 - beta2.powi(t));
@@ -157,12 +157,12 @@ impl AdamW {
     }
 }
 
-/// Moves `slow` towards `new`: `decay · slow + (1 − decay) · new`.
-pub(super) fn average(slow: &Var, new: &Tensor, decay: f64) -> Result<()> {
-    let mut moved = slow.as_tensor().clone();
+/// Moves `old` towards `new`: `decay · old + (1 − decay) · new`.
+pub(super) fn average(old: &Var, new: &Tensor, decay: f64) -> Result<()> {
+    let mut moved = old.as_tensor().clone();
     Moment { beta: decay, scale: 1.0, square: false }.update(&mut moved, new)?;
-    if !in_place(slow.as_tensor()) {
-        slow.set(&moved)?;
+    if !in_place(old.as_tensor()) {
+        old.set(&moved)?;
     }
     Ok(())
 }
@@ -314,7 +314,7 @@ mod tests {
 
     #[test]
     fn three_steps_equal_the_published_algorithm() {
-        let config = AdamWConfig { betas: [0.9, 0.99], eps: 1e-6, weight_decay: 0.1, clip: 1.5 };
+        let config = AdamWConfig { betas: [0.9, 0.99], eps: 1e-6, weight_decay: 0.1, max_grad_norm: 1.5 };
         let vars = variables();
         let mut optimizer = AdamW::new(vars.clone(), config).unwrap();
         let mut weights: Vec<f64> = vec![1.0, -2.0, 3.0, 0.5, 0.3, -0.7];

@@ -39,7 +39,7 @@ impl Role {
 /// How the weights of a finished model are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Precision {
+pub enum StoredDType {
     /// 32 bits: what was trained.
     F32,
     /// 16 bits: half the size, rounded to 11 significant bits.
@@ -62,11 +62,11 @@ pub struct Recipe {
     pub accumulate: usize,
     /// Number type of the passes; weights, moments and losses stay f32.
     pub dtype: DType,
-    /// Decay of the slow encoders (BLIP: 0.995); 0 trains without them, by contrast within the batch.
+    /// Decay of the momentum encoders (BLIP: 0.995); 0 trains without them, by contrast within the batch.
     pub momentum: f64,
     /// Features of earlier batches that are kept for contrast (BLIP: 57,600).
     pub queue: usize,
-    /// Share of what the slow encoders find similar in the targets of contrast (BLIP: 0.4).
+    /// Share of what the momentum encoders find similar in the targets of contrast (BLIP: 0.4).
     pub alpha: f64,
     /// Steps over which that share rises from 0.
     pub alpha_ramp: u64,

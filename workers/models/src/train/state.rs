@@ -1,14 +1,16 @@
-//! The whole state of a run in one file: weights, both moments, the step, slow encoders and queues. All randomness is keyed, so there is no
+//! The whole state of a run in one file: weights, both moments, the step, momentum encoders and queues. All randomness is keyed, so there is no
 //! generator to save.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 
 use candle_core::DType;
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 
-use super::{Precision, Trainer};
+use super::{StoredDType, Trainer};
 use crate::checkpoint::Checkpoint;
 use crate::error::{ModelError, Result};
 
@@ -35,7 +37,9 @@ impl Trainer {
         let bytes = safetensors::serialize(tensors, Some(info)).map_err(|e| ModelError::no_safetensors(path, e))?;
         let part = path.with_extension("part");
         let io = |source| ModelError::Io { path: path.to_owned(), source };
-        std::fs::write(&part, bytes).map_err(io)?;
+        // On the disk before it takes the place of the state before it.
+        let mut file = File::create(&part).map_err(io)?;
+        file.write_all(&bytes).and_then(|()| file.sync_data()).map_err(io)?;
         std::fs::rename(&part, path).map_err(io)
     }
 
@@ -75,10 +79,10 @@ impl Trainer {
     /// # Errors
     ///
     /// As [`Checkpoint::save`].
-    pub fn save_checkpoint(&self, dir: &Path, precision: Precision) -> Result<Checkpoint> {
-        let dtype = match precision {
-            Precision::F32 => DType::F32,
-            Precision::F16 => DType::F16,
+    pub fn save_checkpoint(&self, dir: &Path, dtype: StoredDType) -> Result<Checkpoint> {
+        let dtype = match dtype {
+            StoredDType::F32 => DType::F32,
+            StoredDType::F16 => DType::F16,
         };
         self.objective.save(dir, &self.variables(), dtype)
     }

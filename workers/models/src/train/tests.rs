@@ -249,7 +249,7 @@ fn a_resumed_run_ends_in_the_same_bits() {
             trainer.save_state(&path).unwrap();
             std::fs::read(&path).unwrap()
         });
-        assert!(straight == resumed, "{number}: slow encoders, queues or running means differ");
+        assert!(straight == resumed, "{number}: momentum encoders, queues or running means differ");
     }
 }
 
@@ -281,7 +281,7 @@ fn a_clip_learns_its_batch_and_is_saved_in_the_layout_of_its_kind() {
         let first = step(&mut trainer, images, 0).losses.itc.unwrap();
         let last = (1..100).map(|epoch| step(&mut trainer, images, epoch).losses.itc.unwrap()).last().unwrap();
         assert!(last < 0.5 * first, "{name}: {first} {last}");
-        let checkpoint = trainer.save_checkpoint(&dir.path().join(name), Precision::F32).unwrap();
+        let checkpoint = trainer.save_checkpoint(&dir.path().join(name), StoredDType::F32).unwrap();
         let scorer =
             ClipScorer::new(checkpoint.clip(&Device::Cpu, DType::F32).unwrap(), checkpoint.clip_tokenizer().unwrap()).unwrap();
         let preprocessor = checkpoint.preprocessor().unwrap();
@@ -321,14 +321,14 @@ fn a_saved_checkpoint_opens_and_goes_on() {
     let images = images();
     let mut full = trainer(recipe(Role::Med));
     step(&mut full, &images, 0);
-    let checkpoint = full.save_checkpoint(&dir.path().join("med"), Precision::F32).unwrap();
+    let checkpoint = full.save_checkpoint(&dir.path().join("med"), StoredDType::F32).unwrap();
     assert_eq!(checkpoint.parts(), Role::Med.parts());
     // A filter made from it starts with the same shared weights and without the decoder's.
     let filter = Trainer::from_checkpoint(&checkpoint, recipe(Role::Filter), &Device::Cpu).unwrap();
     let (ours, theirs) = (weights(&filter), weights(&full));
     assert!(ours.keys().all(|name| !name.starts_with("text_decoder")));
     assert!(ours.iter().filter(|(name, _)| *name != "temperature").all(|(name, bits)| theirs[name] == *bits));
-    let half = full.save_checkpoint(&dir.path().join("half"), Precision::F16).unwrap();
+    let half = full.save_checkpoint(&dir.path().join("half"), StoredDType::F16).unwrap();
     assert_eq!(half.parts(), Role::Med.parts());
     assert!(half.digest().unwrap() != checkpoint.digest().unwrap());
 }
@@ -341,7 +341,7 @@ fn a_missing_text_transformer_starts_as_a_copy_of_the_other() {
         (Role::Filter, Role::Captioner, "text_decoder.bert.", "text_encoder."),
     ] {
         let parent = trainer(recipe(from));
-        let checkpoint = parent.save_checkpoint(&dir.path().join(theirs), Precision::F32).unwrap();
+        let checkpoint = parent.save_checkpoint(&dir.path().join(theirs), StoredDType::F32).unwrap();
         let (child, parent) =
             (weights(&Trainer::from_checkpoint(&checkpoint, recipe(to), &Device::Cpu).unwrap()), weights(&parent));
         let mut copied = 0;
@@ -357,9 +357,13 @@ fn a_missing_text_transformer_starts_as_a_copy_of_the_other() {
 
 #[test]
 fn bad_batches_are_refused_and_change_nothing() {
-    let trainer = trainer(recipe(Role::Captioner));
+    let mut trainer = trainer(Recipe { accumulate: 2, ..recipe(Role::Captioner) });
     let before = weights(&trainer);
     assert!(trainer.preparer().prepare(&[]).is_err());
+    let images = images();
+    let one = Example { sample_id: "one", epoch: 0, text: TEXTS[0], pixels: &images[0] };
+    let fewer_than_batches = trainer.preparer().prepare(&[one]).unwrap();
+    assert!(trainer.step(&fewer_than_batches).is_err());
     let short = Example { sample_id: "tiny", epoch: 0, text: "a red square", pixels: &[0; 30] };
     assert!(trainer.preparer().prepare(&[short]).unwrap_err().to_string().contains("image tiny"));
     assert!(weights(&trainer) == before);
@@ -390,13 +394,14 @@ fn kept_feature_maps_change_nothing() {
     let trunk = drawn.into_iter().filter_map(|(name, tensor)| Some((name.strip_prefix(TRUNK)?.to_owned(), widened(tensor))));
     candle_core::safetensors::save(&trunk.collect::<HashMap<_, _>>(), folder.path().join("model.safetensors")).unwrap();
 
-    let known = Pretrained { trunk: Some(folder.path()), words: None };
+    let pretrained = Pretrained { trunk: Some(folder.path()), words: None };
     let json = train_wordpiece(&[&TEXTS[..], &["a picture of"]].concat(), 120).unwrap();
     let images: Vec<Vec<u8>> = (0..6).map(|i| (0..3 * 32 * 32).map(|place| (place * (i + 3) % 251) as u8).collect()).collect();
     let still = Augmentation { min_area: 1.0, flip: false, distort: 0.0 };
     let steps = |augmentation: Augmentation, maps: Option<&Arc<FeatureMaps>>| -> Vec<StepReport> {
         let recipe = Recipe { augmentation, ..recipe(Role::Med) };
-        let mut trainer = Trainer::fresh(&Architecture::Med(config.clone()), json.clone(), known, recipe, &Device::Cpu).unwrap();
+        let mut trainer =
+            Trainer::fresh(&Architecture::Med(config.clone()), json.clone(), pretrained, recipe, &Device::Cpu).unwrap();
         if let Some(maps) = maps {
             trainer.keep_feature_maps(Arc::clone(maps)).unwrap();
         }

@@ -95,7 +95,7 @@ pub enum Architecture {
 }
 
 impl Trainer {
-    /// A fresh model for this config and tokenizer (the text of a `tokenizer.json`), which begins with what is known.
+    /// A fresh model for this config and tokenizer (the text of a `tokenizer.json`), which begins with what is pretrained.
     ///
     /// # Errors
     ///
@@ -103,16 +103,16 @@ impl Trainer {
     pub fn fresh(
         config: &Architecture,
         tokenizer_json: String,
-        known: Pretrained<'_>,
+        pretrained: Pretrained<'_>,
         recipe: Recipe,
         device: &Device,
     ) -> Result<Self> {
         let (objective, variables) = match (config, recipe.role) {
-            (Architecture::Clip(config), Role::Clip) if known.is_none() => {
+            (Architecture::Clip(config), Role::Clip) if pretrained.is_none() => {
                 Objective::clip(clip::Start::fresh(config, tokenizer_json, &recipe, device)?, device)?
             }
             (Architecture::Med(config), Role::Captioner | Role::Filter | Role::Med) => {
-                Objective::med(med::Start::fresh(config, tokenizer_json, known, &recipe, device)?, &recipe, device)?
+                Objective::med(med::Start::fresh(config, tokenizer_json, pretrained, &recipe, device)?, &recipe, device)?
             }
             (_, role) => return Err(ModelError::Config(format!("no model of this kind becomes a {role:?}"))),
         };
@@ -324,8 +324,13 @@ impl Objective {
     /// Writes the model as a checkpoint.
     pub(super) fn save(&self, dir: &Path, variables: &BTreeMap<String, Var>, dtype: DType) -> Result<Checkpoint> {
         match self {
-            Self::Med(med) => Checkpoint::save(dir, &med.config, &med.tensors(variables), dtype, med.tokenizer.json()),
-            Self::Clip(clip) => Checkpoint::save_clip(dir, &clip.config, &clip.tensors(variables), dtype, &clip.tokenizer_json),
+            Self::Med(med) => {
+                Checkpoint::save(dir, &med.config, &med.tensors(variables), dtype, med.tokenizer.json(), &med.preprocessor)
+            }
+            Self::Clip(clip) => {
+                let tensors = clip.tensors(variables);
+                Checkpoint::save_clip(dir, &clip.config, &tensors, dtype, &clip.tokenizer_json, &clip.preprocessor)
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use capfilt_models::checkpoint::Checkpoint;
 use capfilt_models::error::TensorProblem;
 use capfilt_models::med::Parts;
 use capfilt_models::parameters::fresh_tensors;
-use capfilt_models::preprocess::Pixels;
+use capfilt_models::preprocess::{Pixels, Preprocessor};
 use capfilt_models::{ModelError, med::Med};
 use tempfile::TempDir;
 
@@ -21,7 +21,7 @@ fn fresh(parts: Parts) -> BTreeMap<String, Tensor> {
 }
 
 fn save(dir: &Path, tensors: &BTreeMap<String, Tensor>, dtype: DType) -> capfilt_models::Result<Checkpoint> {
-    Checkpoint::save(dir, &config(), tensors, dtype, &tokenizer_json())
+    Checkpoint::save(dir, &config(), tensors, dtype, &tokenizer_json(), &Preprocessor::new(config().vision_config.image_size))
 }
 
 fn states(med: &Med) -> Tensor {
@@ -186,7 +186,15 @@ fn old_files_with_copies_and_constants_open() {
     let positions = Tensor::arange(0f32, 40.0, &Device::Cpu).unwrap();
     tensors.insert("text_decoder.bert.embeddings.position_ids".to_owned(), positions);
     let dir = TempDir::new().unwrap();
-    let checkpoint = Checkpoint::save(dir.path(), golden.config().unwrap(), &tensors, DType::F32, "{}").unwrap();
+    let checkpoint = Checkpoint::save(
+        dir.path(),
+        golden.config().unwrap(),
+        &tensors,
+        DType::F32,
+        "{}",
+        &Preprocessor::new(golden.config().unwrap().vision_config.image_size),
+    )
+    .unwrap();
     let logits = |checkpoint: &Checkpoint| {
         let med = checkpoint.med(&Device::Cpu, DType::F32).unwrap();
         let ids = Tensor::new(&[[100u32, 7, 8]], &Device::Cpu).unwrap();

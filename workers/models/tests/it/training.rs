@@ -27,7 +27,7 @@ fn recipe() -> Recipe {
         role: Role::Med,
         seed: 0,
         schedule: Schedule { peak: 1e-3, floor: 1e-3, warmup_steps: 0, steps: 3 },
-        optimizer: AdamWConfig { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.05, clip: 1.0 },
+        optimizer: AdamWConfig { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.05, max_grad_norm: 1.0 },
         accumulate: 1,
         dtype: DType::F32,
         momentum: 0.9,

@@ -1,4 +1,4 @@
-//! Samples of image files, the demo's checkpoints, a small CLIP, and tasks on them.
+//! Samples of image files, small checkpoints, a small CLIP, and tasks on them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub(crate) fn root() -> PathBuf {
 
 /// A checkpoint of the demo: `captioner` or `filter`.
 pub(crate) fn checkpoint(role: &str) -> PathBuf {
-    root().join("demo/checkpoints").join(role)
+    root().join("tests/checkpoints").join(role)
 }
 
 /// Image files that differ.
