@@ -20,7 +20,7 @@ pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// A checkpoint of the demo: `captioner` or `filter`.
+/// A checkpoint of the tests: `captioner` or `filter`.
 pub(crate) fn checkpoint(role: &str) -> PathBuf {
     root().join("tests/checkpoints").join(role)
 }
