@@ -126,9 +126,9 @@ def main() -> None:
         last, said = train(url, body, key)
         answer = json.loads(said) if said.strip() else {}
         if isinstance(answer, dict) and answer.get("checkpoint"):
-            return fetch(urljoin(last, answer["checkpoint"]), job["output"])
+            fetch(urljoin(last, answer["checkpoint"]), job["output"])
         if os.listdir(job["output"]):
-            return None
+            return
     sys.exit(f"webhook: {url} has left nothing in {job['output']}")
 
 

@@ -252,6 +252,10 @@ fn models_are_promoted_and_rolled_back() {
     world.run(&["run.rounds=3"]);
     let third = std::fs::read_to_string(world.folder.path().join("store/runs/test/rounds/00000003.json")).unwrap();
     assert!(third.contains(first), "{third}");
+    // What is measured of a model may decide about it, and nothing else.
+    let (code, said) = world.refuse(&["run", "run.toml", "--set", "retrain.metric.filter='filter/aurco'"]);
+    let measured = again["results"][0]["metrics"].as_object().unwrap().keys();
+    assert!(code == 2 && measured.filter(|name| name.starts_with("filter/")).all(|name| said.contains(name.as_str())), "{said}");
     // A model plays only the role that it has the parts for.
     let (code, said) = world.refuse(&["model", "promote", "captioner", &first[..12], "--store", "store"]);
     assert_eq!(code, 1);

@@ -94,7 +94,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::fs::remove_dir_all(&unfinished)?;
 
     let began = Instant::now();
-    for Metric { name, value, .. } in evaluate(&[Checkpoint::open(out)?], &judged, &settings.evaluate, Itc::Cosine, &Device::Cpu)?
+    for Metric { name, value, .. } in
+        evaluate(&[Checkpoint::open(out)?], None, &judged, &settings.evaluate, Itc::Cosine, &Device::Cpu)?
     {
         println!("{name} {value:.4}");
     }

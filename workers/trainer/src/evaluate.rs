@@ -80,8 +80,8 @@ pub struct Metric {
     pub resampled: Vec<f64>,
 }
 
-/// Metrics of a model on held-out pairs, in the order of their names: `captioner/…` if it has a decoder, `filter/…` if it has an
-/// encoder, `clip/…` of a CLIP. All are in `0..=1` but CIDEr-D, which is in `0..=10`; higher is better for each.
+/// Metrics of a model on held-out pairs, in one role or in all that it can play, in the order of their names: `captioner/…` if it has a decoder,
+/// `filter/…` if it has an encoder, `clip/…` of a CLIP. All are in `0..=1` but CIDEr-D, which is in `0..=10`; higher is better for each.
 ///
 /// `captioner/`: `bleu_4`, `cider_d`, `rouge_l`. `filter/`: `auroc` by ITM, `auroc_itc`, `precision` and `recall` at `min_itm`, and of retrieval
 /// `tr_at_1`, `_5`, `_10` and `ir_at_…`. `clip/`: `auroc`, the same of retrieval, `zero_shot_at_1` and `_5`.
@@ -96,15 +96,18 @@ pub struct Metric {
 /// No pairs, no model, an image without captions, or a failing model.
 pub fn evaluate(
     members: &[Checkpoint],
+    role: Option<&str>,
     pairs: &[TrainPair],
     config: &EvaluateConfig,
     itc: Itc,
     device: &Device,
 ) -> Result<Vec<Metric>, TrainerError> {
     config.check()?;
-    let (Some(checkpoint), false) = (members.first(), pairs.is_empty()) else {
+    if pairs.is_empty() {
         return Err(TrainerError::NoPairs { purpose: "judge by", reason: "the held-out set is empty".to_owned() });
-    };
+    }
+    let Some(checkpoint) = members.first() else { return Err(TrainerError::Config("there is no model to judge".to_owned())) };
+    let asked = |name: &str| role.is_none_or(|role| role == name);
     let preprocessor = checkpoint.preprocessor()?;
     let pixels = pairs
         .iter()
@@ -114,15 +117,17 @@ pub fn evaluate(
 
     let mut metrics = Metrics::new(pairs.len(), config);
     if let Family::Clip(_) = checkpoint.family() {
-        let scorer = ClipScorer::new(checkpoint.clip(device, DType::F32)?, checkpoint.clip_tokenizer()?)?;
-        set.judge_clip(&scorer, config, &mut metrics)?;
+        if asked("clip") {
+            let scorer = ClipScorer::new(checkpoint.clip(device, DType::F32)?, checkpoint.clip_tokenizer()?)?;
+            set.judge_clip(&scorer, config, &mut metrics)?;
+        }
     } else {
         let (med, tokenizer) = (checkpoint.med(device, DType::F32)?, checkpoint.tokenizer()?);
         let parts = med.parts();
-        if parts.decoder {
+        if parts.decoder && asked("captioner") {
             set.judge_captioner(&med, &tokenizer, config, &mut metrics)?;
         }
-        if parts.encoder {
+        if parts.encoder && asked("filter") {
             set.judge_matching(members, (config, itc), device, &mut metrics)?;
             set.judge_retrieval(&med, &tokenizer, config, &mut metrics)?;
         }

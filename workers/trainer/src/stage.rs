@@ -21,9 +21,7 @@ use tokio::runtime::Handle;
 
 use crate::members::train_members;
 use crate::set::{Entry, StoredImages};
-use crate::{
-    EvaluateConfig, Init, Metric, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig, evaluate,
-};
+use crate::{EvaluateConfig, Init, PairText, TrainConfig, TrainPair, TrainSet, TrainerError, TrainerWorkerConfig, evaluate};
 
 /// Raised whenever the same dataset and settings would give another model.
 pub const TRAIN_VERSION: u32 = 7;
@@ -105,11 +103,8 @@ impl Stage for EvaluateStage {
             let side = members[0].preprocessor().map_err(fail)?.side();
             let pairs = heldout_pairs(input, side).await?;
             let device = device(&worker.device).map_err(fail)?;
-            let judge = move || evaluate(&members, &pairs, &config, params.itc, &device);
+            let judge = move || evaluate(&members, Some(&params.role), &pairs, &config, params.itc, &device);
             let metrics = on_blocking(judge).await?.map_err(caused)?;
-            // A checkpoint may hold both roles; only the one that is asked about counts.
-            let of_role = |metric: &&Metric| metric.name.split('/').next() == Some(params.role.as_str());
-            let metrics: Vec<&Metric> = metrics.iter().filter(of_role).collect();
             let item = Field::new("item", DataType::Float64, false);
             let mut resampled = ListBuilder::new(Float64Builder::new()).with_field(item);
             for metric in &metrics {

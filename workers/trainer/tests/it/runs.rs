@@ -112,7 +112,7 @@ fn open(files: &Files, dir: &Path) -> Checkpoint {
 
 fn metrics(checkpoint: &Checkpoint, pairs: &[TrainPair]) -> BTreeMap<String, f64> {
     let config = EvaluateConfig { prompt: String::new(), rerank: 6, ..EvaluateConfig::default() };
-    evaluate(std::slice::from_ref(checkpoint), pairs, &config, Itc::Cosine, &Device::Cpu)
+    evaluate(std::slice::from_ref(checkpoint), None, pairs, &config, Itc::Cosine, &Device::Cpu)
         .unwrap()
         .into_iter()
         .map(|metric| (metric.name, metric.value))
@@ -174,11 +174,12 @@ fn a_clip_learns_colours_and_shapes_by_either_image_side() {
         let files = run(&training, &config, None, &folder);
         let trained = open(&files, &folder.join("model"));
         let held_out: Vec<TrainPair> = held_out.iter().map(enlarge).collect();
-        let found: BTreeMap<String, f64> = evaluate(std::slice::from_ref(&trained), &held_out, &judge, Itc::Cosine, &Device::Cpu)
-            .unwrap()
-            .into_iter()
-            .map(|m| (m.name, m.value))
-            .collect();
+        let found: BTreeMap<String, f64> =
+            evaluate(std::slice::from_ref(&trained), None, &held_out, &judge, Itc::Cosine, &Device::Cpu)
+                .unwrap()
+                .into_iter()
+                .map(|m| (m.name, m.value))
+                .collect();
         assert!(found["clip/ir_at_5"] > 0.8 && found["clip/auroc"] > 0.9, "{name} {found:?}");
         assert!(found["clip/zero_shot_at_1"] > 0.7, "{name} {found:?}");
         // It goes on from there, and its tokenizer is kept.
@@ -243,7 +244,7 @@ fn a_filter_is_measured_by_the_mean_of_its_members_and_by_the_itc_that_it_tells(
     };
     let by = |members: &[&Path], itc: Itc| {
         let members: Vec<Checkpoint> = members.iter().map(|folder| Checkpoint::open(folder).unwrap()).collect();
-        let found = evaluate(&members, &held_out, &EvaluateConfig::default(), itc, &Device::Cpu).unwrap();
+        let found = evaluate(&members, Some("filter"), &held_out, &EvaluateConfig::default(), itc, &Device::Cpu).unwrap();
         found.into_iter().find(|metric| metric.name == "filter/auroc_itc").unwrap().value
     };
     let (one, two) = (learn(1), learn(2));
@@ -401,7 +402,7 @@ fn judging_nothing_is_an_error() {
     let files = run(&training, &TrainConfig { steps: Some(1), ..config(Role::Filter) }, None, dir.path());
     let checkpoint = open(&files, &dir.path().join("model"));
     let judge = |pairs: &[TrainPair]| {
-        evaluate(std::slice::from_ref(&checkpoint), pairs, &EvaluateConfig::default(), Itc::Cosine, &Device::Cpu)
+        evaluate(std::slice::from_ref(&checkpoint), None, pairs, &EvaluateConfig::default(), Itc::Cosine, &Device::Cpu)
     };
     assert!(judge(&[]).unwrap_err().to_string().contains("held-out"));
     let mut wrong_size = training;
